@@ -1,0 +1,328 @@
+"""Every setting of a run: dataclasses, command-line overrides, validation.
+
+The way of a setting: `configs/x.py:get_config` builds a `Config`, `override`
+applies `--config.model.num_kv_heads=2`, `validated` checks the whole, and
+everything below receives plain frozen dataclasses. Nothing here imports jax.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from tinyllama_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The Llama's shape (paper, section 2.2) and how it is computed."""
+
+    vocab_size: int = 32_000
+    seq_len: int = 2_048  # tokens a row feeds the model; rows hold one more
+    num_layers: int = 22
+    embed_dim: int = 2_048
+    num_heads: int = 32
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    hidden_dim: int = 5_632  # SwiGLU's inner width
+    norm_eps: float = 1e-5
+    rope_base: float = 10_000.0
+    rope_scaling: float = 1.0  # linear interpolation: positions are divided by this
+    init: str = 'normal'  # normal: std 0.02, residual outputs / sqrt(2 L); original: the original code's
+    compute_dtype: str | None = None  # bfloat16 or float32; none: bfloat16 on GPUs, float32 on CPUs
+    scan_layers: bool = True  # one compiled layer, scanned; false unrolls: slower to compile, faster on CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One named corpus and its share of the mixture."""
+
+    path: str | None = None  # a folder (or one file); train/, validation/, test/ inside are splits
+    weight: float = 1.0  # share of rows, relative to the other sources
+    format: str = 'auto'  # auto, jsonl (.jsonl, .zst, .gz), parquet, text (every other file)
+    text_field: str | None = None  # none: `text` in jsonl, `content` in parquet
+    drop_sets: tuple[str, ...] = ('RedPajamaGithub',)  # values of meta.redpajama_set_name left out
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Corpora, tokenizer and the order in which rows are trained on."""
+
+    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None  # a SentencePiece .model file
+    store: str | None = None  # prepared tokens; none: WORKDIR/store
+    bos: bool = False  # put BOS before each document
+    eos_per_document: int = 1  # the paper's second fault inserted more than one
+    shuffle: str = 'rows'  # rows: single rows are permuted afresh each epoch
+    holdout_share: float = 0.001  # of the rows of a source without a validation split
+    holdout_min_rows: int = 64
+    max_bad_share: float = 0.0  # bad input files that prepare tolerates
+    workers: int | None = None  # prepare's processes; none: one per core
+    prefetch_steps: int = 4  # batches read ahead of the training step
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, clipping and the learning rate (paper, section 2.3). Steps are optimiser steps."""
+
+    schedule: str = 'cosine'  # cosine, or wsd: warmup, stable, linear decay over the last decay_steps
+    peak_learning_rate: float = 4e-4
+    final_learning_rate: float = 4e-5
+    warmup_steps: int = 2_000
+    decay_steps: int = 0  # wsd only
+    per_micro_step: bool = False  # the original's: the rate of the step's last micro-step
+    stuck_until_step: int = 0  # the original's fault: before this step the rate never falls below its peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: str = 'matrices'  # matrices: all but the norms' scales; all: every parameter, as the original
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1 (the rest). Their product is the device count."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how much at once, what is written when."""
+
+    num_steps: int = 1_430_512
+    global_batch_size: int = 1_024  # sequences per optimiser step
+    micro_batch_size: int = 8  # sequences per device in one forward pass
+    remat: str = 'full'  # full: recompute each layer in the backward pass (least memory); none: keep everything
+    log_every_steps: int = 10
+    eval_every_steps: int = 5_000  # validation loss per source; 0: only at the end
+    eval_rows: int = 512  # validation rows per source
+    checkpoint_every_steps: int = 1_000
+    keep_checkpoints: int = 3  # newest ones kept
+    keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for ever
+    mfu: str = 'C'  # convention of the reported MFU: C (causal), F (full attention), N (all parameters)
+    profile_step: int | None = None  # first step of a profiler window
+    profile_steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    seed: int = 3_407
+
+
+def override(config: Config, path: str, text: str) -> Config:
+    """Returns `config` with the field at dotted `path` set from a command line's `text`.
+
+    `none` resets an optional field, and removes an entry of a dictionary; a path
+    through a new dictionary key makes the entry. Raises UsageError naming the
+    nearest valid field, or the type that was expected.
+    """
+    return _override(config, path.split('.'), text, f'--config.{path}')
+
+
+def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
+    name, rest = path[0], path[1:]
+    hints = typing.get_type_hints(type(node))
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1, cutoff=0) or list(hints)
+        raise _usage_error(flag, f'{type(node).__name__} has no field {name!r}; the nearest is {near[0]!r}')
+    value, hint = getattr(node, name), hints[name]
+    if typing.get_origin(hint) is Mapping:
+        new = _override_entry(value, typing.get_args(hint)[1], rest, text, flag)
+    elif dataclasses.is_dataclass(value):
+        if not rest:
+            fields = ', '.join(field.name for field in dataclasses.fields(value))
+            raise _usage_error(flag, f'{name} is a group; set one of its fields: {fields}')
+        new = _override(value, rest, text, flag)
+    elif rest:
+        raise _usage_error(flag, f'{name} has no fields below it')
+    else:
+        new = _parsed(text, hint, flag)
+    return dataclasses.replace(node, **{name: new})
+
+
+def _override_entry(entries: Mapping[str, Any], entry_type: type, path: list[str], text: str, flag: str):
+    if not path or (len(path) == 1 and text.lower() != 'none'):
+        raise _usage_error(flag, 'name an entry and one of its fields, as NAME.path=DIR (or NAME=none to remove it)')
+    if len(path) == 1:
+        return {name: entry for name, entry in entries.items() if name != path[0]}
+    entry = _override(entries.get(path[0], entry_type()), path[1:], text, flag)
+    return {**entries, path[0]: entry}
+
+
+def _usage_error(where: str, problem: str) -> errors.UsageError:
+    """A UsageError whose message begins with the flag or field it is about."""
+    return errors.UsageError(f'{where}: {problem}.')
+
+
+def _parsed(text: str, hint: Any, flag: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if text.lower() == 'none':
+            return None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return tuple(part.strip() for part in text.split(',') if part.strip())
+    try:
+        if hint is bool:
+            return {'true': True, 'false': False}[text.lower()]
+        return hint(text)
+    except (ValueError, KeyError):
+        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}[hint]
+        raise _usage_error(flag, f'expects {wanted}, got {text!r}') from None
+
+
+def to_dict(config: Any) -> Any:
+    """Plain dictionaries, lists and scalars, for JSON."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `to_dict`; a missing field takes its default. Raises UsageError on an unknown one."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise errors.UsageError(f'{kind.__name__} has no field {unknown[0]!r}; was it written by another version?')
+    return kind(**{name: _from_plain(value, hints[name]) for name, value in values.items()})
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)
+    if typing.get_origin(hint) is Mapping:
+        return {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def differences(old: Any, new: Any, prefix: str = '') -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (old, new) of every leaf in which two `to_dict` trees differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix: (old, new)}
+    found = {}
+    for key in {**old, **new}:
+        found |= differences(old.get(key), new.get(key), f'{prefix}.{key}' if prefix else key)
+    return found
+
+
+_CHOICES = {
+    'model.init': ('normal', 'original'),
+    'model.compute_dtype': (None, 'bfloat16', 'float32'),
+    'data.shuffle': ('rows',),
+    'optimizer.schedule': ('cosine', 'wsd'),
+    'optimizer.decay': ('matrices', 'all'),
+    'train.remat': ('full', 'none'),
+    'train.mfu': ('C', 'F', 'N'),
+}
+_SOURCE_FORMATS = ('auto', 'jsonl', 'parquet', 'text')
+_MAY_BE_ZERO = {
+    'data.eos_per_document', 'data.holdout_share', 'data.holdout_min_rows', 'data.max_bad_share',
+    'optimizer.final_learning_rate', 'optimizer.warmup_steps', 'optimizer.decay_steps',
+    'optimizer.stuck_until_step', 'optimizer.beta1', 'optimizer.beta2', 'optimizer.weight_decay',
+    'train.eval_every_steps', 'train.profile_step', 'seed',
+}  # fmt: skip
+
+
+def validated(config: Config) -> Config:
+    """Returns `config`, or raises UsageError naming the first field whose value cannot work."""
+    leaves = _leaves(to_dict(config))
+    for path, value in leaves.items():
+        _check_number(path, value)
+    for path, choices in _CHOICES.items():
+        if leaves[path] not in choices:
+            raise _usage_error(f'config.{path}', f'{leaves[path]!r} is not one of {_listed(choices)}')
+    _check_model(config.model)
+    _check_data(config.data)
+    _check_optimizer(config.optimizer, config.train.num_steps)
+    _check_mesh(config.mesh)
+    _check_batch(config.train)
+    return config
+
+
+def _leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _leaves(sub, f'{prefix}.{key}' if prefix else key).items()}
+
+
+def _listed(choices) -> str:
+    return ', '.join('none' if choice is None else str(choice) for choice in choices)
+
+
+def _check_number(path: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or path.startswith('mesh.'):
+        return
+    if not math.isfinite(value) or value < 0 or (value == 0 and path not in _MAY_BE_ZERO):
+        bound = '>= 0' if path in _MAY_BE_ZERO else '> 0'
+        raise _usage_error(f'config.{path}', f'must be a finite number {bound}, got {value}')
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise _usage_error(
+            'config.model.num_kv_heads', f'{model.num_kv_heads} does not divide num_heads = {model.num_heads}'
+        )
+    if model.head_dim % 2:
+        raise _usage_error('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
+
+
+def _check_data(data: DataConfig) -> None:
+    for name, source in data.sources.items():
+        if source.format not in _SOURCE_FORMATS:
+            raise _usage_error(
+                f'config.data.sources.{name}.format', f'{source.format!r} is not one of {_listed(_SOURCE_FORMATS)}'
+            )
+        if not name.replace('-', '_').isidentifier():
+            raise _usage_error(
+                f'config.data.sources.{name}', 'a source name has letters, digits, _ and - only, a letter first'
+            )
+    for field in ('holdout_share', 'max_bad_share'):
+        if getattr(data, field) >= 1:
+            raise _usage_error(f'config.data.{field}', f'is a share below 1, got {getattr(data, field)}')
+
+
+def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
+    if max(optimizer.beta1, optimizer.beta2) >= 1:
+        raise _usage_error(
+            'config.optimizer.beta1', f'betas must be below 1, got {optimizer.beta1} and {optimizer.beta2}'
+        )
+    if optimizer.final_learning_rate > optimizer.peak_learning_rate:
+        raise _usage_error(
+            'config.optimizer.final_learning_rate',
+            f'{optimizer.final_learning_rate} is above peak_learning_rate = {optimizer.peak_learning_rate}',
+        )
+    if optimizer.schedule == 'wsd' and not 0 < optimizer.decay_steps <= num_steps - optimizer.warmup_steps:
+        raise _usage_error(
+            'config.optimizer.decay_steps',
+            f'{optimizer.decay_steps} must be between 1 and num_steps - warmup_steps = '
+            f'{num_steps - optimizer.warmup_steps}',
+        )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = dataclasses.asdict(mesh)
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise _usage_error('config.mesh', f'axes are positive and at most one is -1, got {sizes}')
+
+
+def _check_batch(train: TrainConfig) -> None:
+    if train.global_batch_size % train.micro_batch_size:
+        raise _usage_error(
+            'config.train.global_batch_size',
+            f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
+        )

@@ -1,0 +1,36 @@
+"""The exceptions that end a command on purpose, each with its exit status.
+
+`main.py` prints the message of a `Failure` on stderr, without a traceback, and
+exits with its `exit_code` (the table is in docs/design.md). Anything else that
+is raised is a bug of ours and keeps its traceback.
+"""
+
+
+class Failure(Exception):
+    """A foreseen failure whose message tells the user what to do."""
+
+    exit_code = 1
+
+
+class RunError(Failure):
+    """The run failed: a non-finite loss, a full disk, a corrupted chunk."""
+
+
+class UsageError(Failure, ValueError):
+    """Bad usage, config or input: names the field or file, the value and the mend."""
+
+    exit_code = 2
+
+
+class OutsideError(Failure):
+    """A cause outside the run, worth a restart: storage away, a lost host."""
+
+    exit_code = 75
+
+
+class Stopped(Failure):
+    """The run was told to stop and has saved; `signal_number` decides the status."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
