@@ -52,7 +52,9 @@ class DataConfig:
     """Corpora, tokenizer and the order in which rows are trained on."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    tokenizer: str | None = None  # a SentencePiece .model file
+    tokenizer: str | None = None  # a SentencePiece .model file; none: prepare trains one if tokenizer_pieces is set
+    tokenizer_pieces: int | None = None  # vocabulary of the tokenizer that prepare trains on the sources
+    python_corpus: bool = False  # sources without a path are written from the Python installation (the demo's corpus)
     store: str | None = None  # prepared tokens; none: WORKDIR/store
     bos: bool = False  # put BOS before each document
     eos_per_document: int = 1  # the paper's second fault inserted more than one
