@@ -49,5 +49,5 @@ def _original(config: Config) -> Config:
         config,
         model=dataclasses.replace(config.model, init='original'),
         data=dataclasses.replace(config.data, bos=True, eos_per_document=0),
-        optimizer=dataclasses.replace(config.optimizer, per_micro_step=True, decay='all'),
+        optimizer=dataclasses.replace(config.optimizer, micro_steps_per_step=8, decay='all'),
     )

@@ -75,8 +75,8 @@ class OptimizerConfig:
     final_learning_rate: float = 4e-5
     warmup_steps: int = 2_000
     decay_steps: int = 0  # wsd only
-    per_micro_step: bool = False  # the original's: the rate of the step's last micro-step
-    stuck_until_step: int = 0  # the original's fault: before this step the rate never falls below its peak
+    micro_steps_per_step: int = 1  # the original's 8: a step runs at the rate of its last micro-step
+    stuck_until_step: int = 0  # the original's fault: before this step the minimum was wrongly the peak
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -101,7 +101,7 @@ class TrainConfig:
     num_steps: int = 1_430_512
     global_batch_size: int = 1_024  # sequences per optimiser step
     micro_batch_size: int = 8  # sequences per device in one forward pass
-    remat: str = 'full'  # full: recompute each layer in the backward pass (least memory); none: keep everything
+    remat: str = 'full'  # full: recompute each layer in the backward pass (least memory); none: keep all
     log_every_steps: int = 10
     eval_every_steps: int = 5_000  # validation loss per source; 0: only at the end
     eval_rows: int = 512  # validation rows per source

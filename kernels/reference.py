@@ -1,0 +1,83 @@
+"""Each op stated once in plain JAX: the truth every faster implementation is held to.
+
+Shapes: B batch, T query time, S key time, D model, N query heads, K key-value
+heads, G = N / K, H head dim, F feed-forward, V vocabulary.
+Softmax, norms, rotary angles and the loss are computed in float32 whatever the
+inputs' dtype; results return in the inputs' dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite, so that a fully masked row stays finite
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
+    """Causal grouped-query attention, scaled by 1 / sqrt(H); returns [B, T, N, H].
+
+    Query head n reads key-value head n // G. With `segment_ids_BT`, a position
+    attends only to earlier positions of its own segment.
+    """
+    positions_T = jnp.arange(q_BTNH.shape[1])
+    mask_BTS = (positions_T[:, None] >= positions_T[None, :])[None]
+    if segment_ids_BT is not None:
+        mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
+    """Attention over a key-value cache: the query at position p attends to cache slots 0..p."""
+    mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None, :] <= positions_BT[:, :, None]
+    return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum('btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * H**-0.5, _MASKED)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def rms_norm(x_BTD, scale_D, *, eps):
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019)."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
+    return (x32_BTD * inverse_BT1 * scale_D.astype(jnp.float32)[None, None, :]).astype(x_BTD.dtype)
+
+
+def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
+    """Rotary position embedding, half rotation (the layout Llama checkpoints use).
+
+    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H);
+    `scaling` > 1 is linear position interpolation.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = (positions_BT.astype(jnp.float32) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
+    cos_BT1h, sin_BT1h = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned_BTNH = jnp.concatenate(
+        (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
+    )
+    return turned_BTNH.astype(x_BTNH.dtype)
+
+
+def swiglu(gate_BTF, up_BTF):
+    """silu(gate) * up (Shazeer, 2020)."""
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
+    """Mean negative log-likelihood, in nats, of `targets_BT` under softmax(x @ head); float32 scalar.
+
+    With `weights_BT` the mean is weighted (0 leaves a position out).
+    """
+    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=jnp.float32)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
+    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    if weights_BT is None:
+        return jnp.mean(loss_BT)
+    return jnp.sum(loss_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)

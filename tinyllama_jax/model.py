@@ -1,0 +1,189 @@
+"""The Llama of the paper (section 2.2): RoPE, pre-norm RMSNorm, SwiGLU, grouped-query attention.
+
+Parameters are a plain nested dict in float32, whose paths and shapes are a
+contract (tests/model_test.py); NNX modules give them structure and are merged
+with them inside each call. Layers are stacked on a leading axis L.
+
+Shapes: B batch, T time, D model, N query heads, K key-value heads, H head dim,
+F feed-forward, V vocabulary, L layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels import reference as ops
+from tinyllama_jax.config import ModelConfig
+
+
+def compute_dtype(config: ModelConfig):
+    """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
+    if config.compute_dtype:
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32)
+
+
+def _stds(config: ModelConfig) -> tuple[float, float]:
+    """Standard deviations of (embedding, head and input projections; the two residual outputs)."""
+    if config.init == 'original':
+        return (0.4 / config.embed_dim) ** 0.5, config.embed_dim**-0.5 / config.num_layers
+    return 0.02, 0.02 * (2 * config.num_layers) ** -0.5
+
+
+def _weight(rngs: nnx.Rngs, std: float, *shape: int) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, config: ModelConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.float32))
+
+    def __call__(self, x_BTD):
+        return ops.rms_norm(x_BTD, self.scale[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, without biases."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config = config
+        std, residual_std = _stds(config)
+        self.q = _weight(rngs, std, D, N, H)
+        self.k = _weight(rngs, std, D, K, H)
+        self.v = _weight(rngs, std, D, K, H)
+        self.o = _weight(rngs, residual_std, N, H, D)
+
+    def __call__(self, x_BTD, positions_BT, cache=None):
+        q_DNH, k_DKH, v_DKH, o_NHD = (w[...].astype(x_BTD.dtype) for w in (self.q, self.k, self.v, self.o))
+        rotate = functools.partial(
+            ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
+        )
+        q_BTNH = rotate(jnp.einsum('btd,dnh->btnh', x_BTD, q_DNH))
+        k_BTKH = rotate(jnp.einsum('btd,dkh->btkh', x_BTD, k_DKH))
+        v_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, v_DKH)
+        if cache is None:
+            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH)
+        else:
+            cache = _write_cache(cache, k_BTKH, v_BTKH, positions_BT[0, 0])
+            out_BTNH = ops.cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT)
+        return jnp.einsum('btnh,nhd->btd', out_BTNH, o_NHD), cache
+
+
+def _write_cache(cache, k_BTKH, v_BTKH, start):
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), start, axis=1)
+        for name, new in (('k', k_BTKH), ('v', v_BTKH))
+    }
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        std, residual_std = _stds(config)
+        self.gate = _weight(rngs, std, config.embed_dim, config.hidden_dim)
+        self.up = _weight(rngs, std, config.embed_dim, config.hidden_dim)
+        self.down = _weight(rngs, residual_std, config.hidden_dim, config.embed_dim)
+
+    def __call__(self, x_BTD):
+        gate_DF, up_DF, down_FD = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        return ops.swiglu(x_BTD @ gate_DF, x_BTD @ up_DF) @ down_FD
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x_BTD, positions_BT, cache=None):
+        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Llama(nnx.Module):
+    """Embedding, L layers, a final norm; the untied head is applied by the loss or by `logits`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        std, _ = _stds(config)
+        self.config = config
+        self.embed = _weight(rngs, std, config.vocab_size, config.embed_dim)
+        keys_L = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = jax.vmap(lambda key: Layer(config, rngs=nnx.Rngs(key)))(keys_L)
+        self.final_norm = RMSNorm(config)
+        self.lm_head = _weight(rngs, std, config.embed_dim, config.vocab_size)
+
+    def __call__(self, tokens_BT, positions_BT=None, cache=None, *, remat='none'):
+        """Final hidden states [B, T, D] and the updated cache (None without one)."""
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        # Gathering in float32 keeps the embedding's gradient a float32 sum.
+        x_BTD = self.embed[...][tokens_BT].astype(compute_dtype(self.config))
+
+        def body(x_BTD, layer_and_cache):
+            layer, layer_cache = layer_and_cache
+            return layer(x_BTD, positions_BT, layer_cache)
+
+        if remat == 'full':
+            body = jax.checkpoint(body, prevent_cse=not self.config.scan_layers)
+        x_BTD, cache = self._run_layers(body, x_BTD, cache)
+        return self.final_norm(x_BTD), cache
+
+    def _run_layers(self, body, x_BTD, cache):
+        if self.config.scan_layers:
+            return jax.lax.scan(body, x_BTD, (self.layers, cache))
+        caches = []
+        for layer_and_cache in _unstacked((self.layers, cache), self.config.num_layers):
+            x_BTD, layer_cache = body(x_BTD, layer_and_cache)
+            caches.append(layer_cache)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+
+def _unstacked(tree, count: int) -> list:
+    """The `count` slices of a stacked tree; one split, whose transpose is one concatenation."""
+    leaves, structure = jax.tree.flatten(tree)
+    split = [[part[0] for part in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, parts) for parts in zip(*split, strict=True)]
+
+
+@functools.cache
+def _graphdef(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init_params(config: ModelConfig, key) -> dict:
+    """Fresh float32 parameters as a plain nested dict; `key` is a jax.random key."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key))))
+
+
+def hidden(params: dict, tokens_BT, config: ModelConfig, *, positions_BT=None, cache=None, remat='none'):
+    """Final hidden states [B, T, D] in the compute dtype, and the updated cache."""
+    return nnx.merge(_graphdef(config), nnx.State(params))(tokens_BT, positions_BT, cache, remat=remat)
+
+
+def logits(params: dict, x_BTD):
+    """Float32 logits [B, T, V] of final hidden states."""
+    head_DV = params['lm_head'].astype(x_BTD.dtype)
+    return jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def forward(params: dict, tokens_BT, config: ModelConfig):
+    """Float32 logits [B, T, V] for whole sequences."""
+    return logits(params, hidden(params, tokens_BT, config)[0])
+
+
+def loss(params: dict, tokens_BT, targets_BT, config: ModelConfig, *, weights_BT=None, remat='none'):
+    """Mean next-token loss in nats, float32 scalar."""
+    x_BTD, _ = hidden(params, tokens_BT, config, remat=remat)
+    head_DV = params['lm_head'].astype(x_BTD.dtype)
+    return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT)

@@ -1,0 +1,90 @@
+"""The mesh and the one table that says how every array lies on it.
+
+Parameters, gradients and optimiser state follow the same rules, matched on their
+path. `fsdp` splits the model dimension (ZeRO-3), `tensor` splits heads, the
+feed-forward width and the vocabulary; the batch is split over `data` and `fsdp`.
+Only this file names mesh axes.
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax import errors
+from tinyllama_jax.config import MeshConfig
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# (end of the parameter's path, partition); a leading None is the stacked layer axis.
+PARAM_RULES = (
+    (r'embed$', P('tensor', 'fsdp')),
+    (r'attention/[qkv]$', P(None, 'fsdp', 'tensor', None)),
+    (r'attention/o$', P(None, 'tensor', None, 'fsdp')),
+    (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor')),
+    (r'mlp/down$', P(None, 'tensor', 'fsdp')),
+    (r'scale$', P()),
+    (r'lm_head$', P('fsdp', 'tensor')),
+)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """The (data, fsdp, tensor) mesh over `devices` (all of them by default).
+
+    Raises UsageError if the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size > 0)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        axes = ', '.join(f'{axis}={getattr(config, axis)}' for axis in AXES)
+        raise errors.UsageError(f'config.mesh: {axes} do not multiply to the {len(devices)} devices there are.')
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+
+
+def shardings(tree, mesh: Mesh):
+    """The NamedSharding of every array of a tree of parameters or optimiser state; scalars are replicated.
+
+    Raises ValueError for an array no rule matches, UsageError where a dimension does not divide.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), tree)
+
+
+def _sharding(path, leaf, mesh: Mesh) -> NamedSharding:
+    if not leaf.ndim:
+        return NamedSharding(mesh, P())
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    spec = next((spec for pattern, spec in PARAM_RULES if re.search(pattern, name)), None)
+    if spec is None:
+        raise ValueError(f'sharding.PARAM_RULES has no rule for {name} of shape {leaf.shape}')
+    for size, axis in zip(leaf.shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise errors.UsageError(
+                f'config.mesh.{axis}: {mesh.shape[axis]} devices do not divide {name} of shape {leaf.shape}.'
+            )
+    return NamedSharding(mesh, spec)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Sharding of an array whose axis number `leading` is the batch."""
+    return NamedSharding(mesh, P(*(None,) * leading, ('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def local_columns(mesh: Mesh, batch: int) -> slice:
+    """This process's slice of a batch of `batch` sequences."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    starts, stops = zip(*(index[0].indices(batch)[:2] for index in index_map.values()), strict=True)
+    return slice(min(starts), max(stops))
