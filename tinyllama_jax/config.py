@@ -7,10 +7,12 @@ everything below receives plain frozen dataclasses. Nothing here imports jax.
 
 import dataclasses
 import difflib
+import importlib.util
 import math
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinyllama_jax import errors
@@ -328,3 +330,29 @@ def _check_batch(train: TrainConfig) -> None:
             'config.train.global_batch_size',
             f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
         )
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.x.y=value` (or `--config.x.y value`) out of a command line: (the rest, [(x.y, value)])."""
+    rest, overrides, arguments = [], [], iter(arguments)
+    for argument in arguments:
+        path, equals, value = argument.lstrip('-').partition('=')
+        if argument.startswith('-') and path.startswith('config.'):
+            overrides.append((path.removeprefix('config.'), value if equals else next(arguments, '')))
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
+def load_experiment(spec: str) -> Config:
+    """The configuration that FILE[:arg] describes: `get_config(arg)` of that Python file."""
+    file, _, arg = spec.partition(':')
+    if not os.path.isfile(file):
+        raise errors.UsageError(f'--config={spec}: there is no file {file}; the experiments are in configs/.')
+    module_spec = importlib.util.spec_from_file_location('experiment', file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        return module.get_config(arg)
+    except ValueError as error:
+        raise errors.UsageError(f'--config={spec}: {error}') from error

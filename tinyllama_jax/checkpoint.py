@@ -1,0 +1,215 @@
+"""Checkpoints through orbax: asynchronous, whole or absent, checksummed, and what may change on resume.
+
+A checkpoint at step n is the state after n optimiser steps, as three items:
+`params`, `rest` (step and optimiser state) and `meta` (JSON: configuration, data
+fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
+by renaming it, so a killed save leaves nothing behind; the checksums catch what
+changes afterwards, which orbax does not.
+"""
+
+import logging
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import errors, runtime
+from tinyllama_jax.config import Config
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run may not change: the model, the seed and the batch."""
+    model = config_lib.to_dict(config.model)
+    for free in ('compute_dtype', 'scan_layers'):  # how it is computed, not what
+        del model[free]
+    return {'model': model, 'seed': config.seed, 'train': {'global_batch_size': config.train.global_batch_size}}
+
+
+def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int]) -> dict[str, Any]:
+    """What is kept beside the arrays: configuration, data fingerprint, rows seen per source, versions."""
+    return {
+        'config': config_lib.to_dict(config),
+        'data': fingerprint,
+        'seen': seen,
+        'versions': runtime.versions(),
+    }
+
+
+@jax.jit
+def _checksums(tree):
+    return jax.tree.map(_checksum, tree)
+
+
+def _checksum(array):
+    """Sum of the array's bits weighted by odd position numbers, modulo 2^32.
+
+    Any single changed bit changes it, and any sharding gives the same.
+    """
+    unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    position, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _named_checksums(tree) -> dict[str, int]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(_checksums(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): int(value) for path, value in flat}
+
+
+def _items(state) -> dict[str, Any]:
+    return {'params': state.params, 'rest': {'step': state.step, 'opt_state': state.opt_state}}
+
+
+class Checkpointer:
+    """Saves and restores the TrainStates of one run.
+
+    Keeps the newest `keep` checkpoints, and for ever those at multiples of
+    `keep_every`. With `read_only` nothing is cleaned up or written, so a running
+    training's folder can be read.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, keep: int = 1, keep_every: int | None = None, read_only: bool = False):
+        _quiet_libraries()
+        self.folder = folder.absolute()
+        policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
+        handlers['meta'] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state, meta: dict[str, Any]) -> None:
+        """Begins to save; the write goes on in the background. Raises RunError if this or the last one fails."""
+        items = _items(state)
+        meta = meta | {'step': step, 'checksums': {name: _named_checksums(item) for name, item in items.items()}}
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with _Guard(self.folder):
+            self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)))
+
+    def wait(self) -> None:
+        """Returns when every save is complete on disk; raises RunError if one failed."""
+        with _Guard(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the saves and releases the manager."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract_state, check: Callable[[dict], None]):
+        """The newest whole checkpoint as (state, meta), or None where there is none at all.
+
+        `abstract_state` gives shapes and shardings: a checkpoint of any mesh goes onto
+        any other. `check` may raise UsageError on the checkpoint's meta. A damaged
+        checkpoint is named and moved aside, and the one before it is used; if none is
+        whole: RunError.
+        """
+
+        def read(step: int):
+            meta = self._restore(step, 'meta', ocp.args.JsonRestore())
+            check(meta)
+            return {name: self._verified(step, name, item, meta) for name, item in _items(abstract_state).items()}, meta
+
+        if not self.steps():
+            return None
+        (items, meta), damaged = self._newest(self.steps(), read)
+        self._set_aside(damaged, meta['step'])
+        return type(abstract_state)(items['rest']['step'], items['params'], items['rest']['opt_state']), meta
+
+    def restore_params(self, step: int | None, abstract_params):
+        """Parameters and meta of the checkpoint at `step`, or of the newest whole one."""
+
+        def read(step: int):
+            meta = self._restore(step, 'meta', ocp.args.JsonRestore())
+            return self._verified(step, 'params', abstract_params, meta), meta
+
+        steps = self.steps()
+        if not steps:
+            raise errors.UsageError(f'{self.folder} holds no checkpoint yet: run main.py train first.')
+        if step is not None and step not in steps:
+            raise errors.UsageError(f'--step={step}: {self.folder} has no such checkpoint; it has {steps}.')
+        (params, meta), damaged = self._newest(steps if step is None else [step], read)
+        if damaged:
+            print(f'{_damage(self.folder, damaged)} Using step {meta["step"]}.', file=sys.stderr)
+        return params, meta
+
+    def _newest(self, steps: list[int], read: Callable[[int], Any]):
+        """What `read` makes of the newest checkpoint it does not fail on, and {step: failure} of the newer ones."""
+        damaged = {}
+        for step in reversed(steps):
+            try:
+                return read(step), damaged
+            except errors.UsageError:
+                raise
+            except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
+                damaged[step] = error
+        raise errors.RunError(f'{_damage(self.folder, damaged)} No whole checkpoint is left here.')
+
+    def _restore(self, step: int, name: str, argument):
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: argument}))[name]
+
+    def _verified(self, step: int, name: str, abstract, meta: dict):
+        item = self._restore(step, name, ocp.args.StandardRestore(abstract))
+        expected = meta['checksums'][name]
+        wrong = [path for path, value in _named_checksums(item).items() if expected.get(path) != value]
+        if wrong:
+            raise ValueError(f'the bytes of {name}/{wrong[0]} have changed since they were written')
+        return item
+
+    def _set_aside(self, damaged: dict[int, Exception], used: int) -> None:
+        if not damaged:
+            return
+        aside = self.folder.with_name(self.folder.name + '-damaged')
+        aside.mkdir(exist_ok=True)
+        for step in damaged:
+            (self.folder / str(step)).rename(aside / str(step))
+        self._manager.reload()
+        print(f'{_damage(self.folder, damaged)} Moved to {aside}; going on from step {used}.', file=sys.stderr)
+
+
+def _damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
+    step, error = next(iter(damaged.items()))
+    reason = str(error).strip().split('\n')[0][:200]
+    which = ', '.join(str(folder / str(step)) for step in damaged)
+    return f'damaged checkpoint: {which} (step {step}: {reason}).'
+
+
+class _Guard:
+    """Turns any failure to write a checkpoint into a RunError that names the folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception) and not isinstance(error, errors.Failure):
+            reason = str(error).strip().split('\n')[0][:300]
+            raise errors.RunError(
+                f'{self._folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
+                'that were complete before are untouched; make room or mend the storage and run the same command again.'
+            ) from error
+
+
+def _quiet_libraries() -> None:
+    for name in ('absl', 'orbax'):
+        logging.getLogger(name).setLevel(logging.ERROR)

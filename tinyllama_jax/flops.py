@@ -1,0 +1,43 @@
+"""Parameters and floating-point operations per token, and what chips can do at most.
+
+Three conventions of training FLOPs per token are in use, and figures of one do not
+compare with another's (L layers, d = heads x head_dim, T sequence length):
+
+    C  6 (body + head) + 6 L d T     causal attention, as executed by flash attention
+    F  6 (body + head) + 12 L d T    full attention (PaLM, appendix B, without the embedding)
+    N  6 all parameters + 12 L d T   as the original's and many others' scripts
+"""
+
+from tinyllama_jax.config import ModelConfig
+
+# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by a part of jax's device_kind.
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}
+
+
+def parameter_counts(model: ModelConfig) -> dict[str, int]:
+    """Parameters of the embedding, the body (layers and final norm) and the head."""
+    attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    mlp = 3 * model.embed_dim * model.hidden_dim
+    layer = attention + mlp + 2 * model.embed_dim
+    vocabulary = model.vocab_size * model.embed_dim
+    return {'embed': vocabulary, 'body': model.num_layers * layer + model.embed_dim, 'head': vocabulary}
+
+
+def flops_per_token(model: ModelConfig, convention: str) -> float:
+    """Training FLOPs (forward and backward) per token under convention C, F or N."""
+    counts = parameter_counts(model)
+    attention = model.num_layers * model.num_heads * model.head_dim * model.seq_len
+    if convention == 'N':
+        return 6 * sum(counts.values()) + 12 * attention
+    return 6 * (counts['body'] + counts['head']) + {'C': 6, 'F': 12}[convention] * attention
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bf16 FLOP/s of a device, or None for one the table does not know (CPUs)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def mfu(model: ModelConfig, convention: str, tokens_per_second: float, device_kind: str, devices: int) -> float | None:
+    """Model FLOPs utilisation, 0..1, or None where the chip's peak is unknown."""
+    peak = peak_flops(device_kind)
+    return tokens_per_second * flops_per_token(model, convention) / (peak * devices) if peak else None

@@ -1,0 +1,109 @@
+"""A run's folder: what the run was (config.json), its tokenizer, and loading its parameters.
+
+    config.json        resolved configuration, command, commit, versions, devices of the last start
+    tokenizer.model    the tokenizer the run trains with
+    checkpoints/STEP   see checkpoint.py
+    metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by default)
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from tinyllama_jax import checkpoint, errors, metrics, model, runtime
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import step as step_lib
+from tinyllama_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's parameters (nested dict, float32) with what is needed to use them."""
+
+    config: Config
+    params: dict[str, Any]
+    step: int
+    tokenizer_path: pathlib.Path
+
+
+def store_path(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the prepared tokens lie."""
+    return pathlib.Path(config.data.store) if config.data.store else workdir / 'store'
+
+
+def write_record(workdir: pathlib.Path, config: Config, command: str) -> dict[str, Any]:
+    """Writes WORKDIR/config.json and returns its content."""
+    record = {
+        'config': config_lib.to_dict(config),
+        'command': command,
+        'commit': runtime.commit(),
+        'versions': runtime.versions(),
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_atomically(workdir / 'config.json', json.dumps(record, indent=2) + '\n')
+    return record
+
+
+def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The content of WORKDIR/config.json, or None where there is none."""
+    path = workdir / 'config.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of a run. Raises UsageError where there is no run."""
+    record = read_record(workdir)
+    if record is None:
+        raise errors.UsageError(f'--workdir={workdir}: there is no config.json; run main.py train or import first.')
+    return config_lib.from_dict(record['config'])
+
+
+def refuse_contradiction(workdir: pathlib.Path, config: Config) -> None:
+    """Raises UsageError if a --config given beside a workdir describes another model."""
+    found = config_lib.differences(
+        config_lib.to_dict(read_config(workdir).model), config_lib.to_dict(config.model), 'config.model'
+    )
+    for field, (old, new) in found.items():
+        raise errors.UsageError(f'{field} is {old} in {workdir}/config.json but {new} in --config; leave --config out.')
+
+
+def abstract_params(config: Config):
+    """Shapes of the parameters, on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+
+
+def load(workdir: pathlib.Path, step: int | None = None) -> Loaded:
+    """The parameters of the checkpoint at `step` (the newest by default), verified."""
+    config = read_config(workdir)
+    folder = workdir / 'checkpoints'
+    if not folder.is_dir():
+        raise errors.UsageError(f'--workdir={workdir}: there is no checkpoint yet; run main.py train first.')
+    checkpointer = checkpoint.Checkpointer(folder, read_only=True)
+    params, meta = checkpointer.restore_params(step, abstract_params(config))
+    return Loaded(config, params, meta['step'], workdir / 'tokenizer.model')
+
+
+def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
+    """Copies the run's tokenizer into the workdir, so that it needs no store to be used."""
+    temporary = workdir / 'tokenizer.model.tmp'
+    shutil.copyfile(source, temporary)
+    temporary.rename(workdir / 'tokenizer.model')
+
+
+def create(workdir: pathlib.Path, config: Config, params, tokenizer_path: pathlib.Path | None, command: str) -> None:
+    """Begins a run at step 0 from given parameters (an import). Raises UsageError if there is one already."""
+    if workdir.exists() and any(workdir.iterdir()):
+        raise errors.UsageError(f'--workdir={workdir} is not empty; import needs a new one.')
+    checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
+    checkpointer.save(0, step_lib.make_state(config, params), checkpoint.make_meta(config, None, {}))
+    checkpointer.close()
+    if tokenizer_path is not None:
+        keep_tokenizer(workdir, tokenizer_path)
+    write_record(workdir, config, command)
