@@ -1,0 +1,142 @@
+"""A SentencePiece model as Hugging Face's tokenizer.json, and such a file as a tokenizer.
+
+Hugging Face's BPE merges by rank where SentencePiece merges by score, so the merges
+are ranked by the score of what they make, not by its id: the runs of spaces of
+Llama's model have low ids and the lowest score.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from tinyllama_jax import errors
+
+_SPACE = '\u2581'  # sentencepiece writes a space as this character
+_KINDS = sentencepiece_model_pb2.ModelProto.SentencePiece
+
+
+def build(model_path: pathlib.Path, *, add_bos: bool) -> dict[str, Any]:
+    """The content of tokenizer.json giving the ids of the SentencePiece model at `model_path`.
+
+    `add_bos` puts BOS before a text when special tokens are asked for. Raises
+    UsageError for a model that is not of Llama's kind (BPE, byte fallback, no
+    normalisation).
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes())
+    _check(model, model_path)
+    prefixed = model.normalizer_spec.add_dummy_prefix
+    special = [index for index, piece in enumerate(model.pieces) if piece.type in (_KINDS.UNKNOWN, _KINDS.CONTROL)]
+    return {
+        'version': '1.0',
+        'truncation': None,
+        'padding': None,
+        'added_tokens': [_added_token(index, model.pieces[index].piece) for index in special],
+        'normalizer': {'type': 'Sequence', 'normalizers': ([_PREPEND] if prefixed else []) + [_ESCAPE]},
+        'pre_tokenizer': None,
+        'post_processor': _bos_first(model) if add_bos else None,
+        'decoder': {'type': 'Sequence', 'decoders': _DECODERS + ([_STRIP] if prefixed else [])},
+        'model': {
+            'type': 'BPE',
+            'dropout': None,
+            'unk_token': model.trainer_spec.unk_piece,
+            'continuing_subword_prefix': None,
+            'end_of_word_suffix': None,
+            'fuse_unk': True,
+            'byte_fallback': True,
+            'vocab': {piece.piece: index for index, piece in enumerate(model.pieces)},
+            'merges': _merges(model),
+        },
+    }
+
+
+_PREPEND = {'type': 'Prepend', 'prepend': _SPACE}
+_ESCAPE = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE}
+_DECODERS = [
+    {'type': 'Replace', 'pattern': {'String': _SPACE}, 'content': ' '},
+    {'type': 'ByteFallback'},
+    {'type': 'Fuse'},
+]
+_STRIP = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
+
+
+def _check(model, path: pathlib.Path) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    problems = {
+        'is not BPE': trainer.model_type != trainer.BPE,
+        'has no byte fallback': not trainer.byte_fallback,
+        'normalises text': bool(normalizer.precompiled_charsmap or normalizer.normalization_rule_tsv),
+        'removes spaces': normalizer.remove_extra_whitespaces,
+        'keeps spaces as they are': not normalizer.escape_whitespaces,
+        'puts spaces after words': trainer.treat_whitespace_as_suffix,
+        'has user-defined pieces': any(piece.type == _KINDS.USER_DEFINED for piece in model.pieces),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise errors.UsageError(
+                f'{path}: the tokenizer {problem}; only models of the kind of Llama 2 can be written as tokenizer.json.'
+            )
+
+
+def _merges(model) -> list[str]:
+    """Every way to join two pieces into a third, best score of the third first."""
+    normal = {piece.piece for piece in model.pieces if piece.type == _KINDS.NORMAL}
+    found = [
+        (piece.score, f'{piece.piece[:cut]} {piece.piece[cut:]}')
+        for piece in model.pieces
+        if piece.type == _KINDS.NORMAL
+        for cut in range(1, len(piece.piece))
+        if piece.piece[:cut] in normal and piece.piece[cut:] in normal
+    ]
+    return [merge for _, merge in sorted(found, key=lambda entry: -entry[0])]
+
+
+def _added_token(index: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    return {'id': index, 'content': content, **flags, 'special': True}
+
+
+def _bos_first(model) -> dict[str, Any]:
+    bos, index = model.trainer_spec.bos_piece, model.trainer_spec.bos_id
+    first = [{'SpecialToken': {'id': bos, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
+    second = [{'SpecialToken': {'id': bos, 'type_id': 1}}, {'Sequence': {'id': 'B', 'type_id': 1}}]
+    return {
+        'type': 'TemplateProcessing',
+        'single': first,
+        'pair': first + second,
+        'special_tokens': {bos: {'id': bos, 'ids': [index], 'tokens': [bos]}},
+    }
+
+
+class JsonTokenizer:
+    """A tokenizer.json with the interface of tinyllama_jax.tokenizer.Tokenizer that evaluation needs.
+
+    Attributes: path, sha256 (of the file), vocab_size, bos_id and eos_id (-1 for none).
+    Raises UsageError where the file cannot be used.
+    """
+
+    def __init__(self, path: pathlib.Path, *, bos: str | None, eos: str | None):
+        self.path = path
+        try:
+            text = path.read_text(encoding='utf-8')
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise errors.UsageError(f'{path} is not a tokenizer.json that can be read ({error}).') from None
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.bos_id, self.eos_id = (self._id(token) for token in (bos, eos))
+
+    def _id(self, token: str | None) -> int:
+        index = None if token is None else self._tokenizer.token_to_id(token)
+        return -1 if index is None else index
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; no special tokens are added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are left out."""
+        return self._tokenizer.decode([int(index) for index in ids])
