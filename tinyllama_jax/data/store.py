@@ -1,0 +1,295 @@
+"""The store: prepared tokens on disk, written file by file and read row by row.
+
+    STORE/manifest.json              written last, atomically: without it there is no store
+    STORE/tokenizer.model            a copy of the tokenizer
+    STORE/tokens/SOURCE/SPLIT        1-D zarr3 array of token ids, sharded, checksummed chunks
+    STORE/documents/SOURCE/SPLIT     [n, 2] zarr3 array: start offset in its stream, record number in its file
+
+Input file i of a split owns the elements from i * 2^32 of both arrays; its tokens
+are its *stream*. Chunks that nobody wrote take no space, and no shard belongs to
+two files, so that neither the number of workers nor a restart can change a byte.
+Rows are a view: row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_len + 1.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from tinyllama_jax import errors
+
+MANIFEST = 'manifest.json'
+TOKENIZER = 'tokenizer.model'
+VERSION = 1  # of the layout and the manifest
+FILE_SPAN = 1 << 32  # elements of the arrays that one input file owns
+_TOKENS_PER_SHARD = 1 << 24  # 32 MB of uint16
+_TOKENS_PER_CHUNK = 1 << 13  # what is read and checked at once: a row of 2,049 costs 16 or 32 KB
+_DOCUMENTS_PER_SHARD = 1 << 20
+_DOCUMENTS_PER_CHUNK = 1 << 12
+_CACHE_BYTES = 64 << 20  # holds the shards' indices
+_RAW = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
+
+
+def array_path(store: Path, kind: str, source: str, split: str) -> Path:
+    """Folder of the array of `kind` tokens or documents."""
+    return Path(store) / kind / source / split
+
+
+def create_arrays(store: Path, source: str, split: str, *, num_files: int, dtype: np.dtype) -> None:
+    """Makes the two empty arrays of a split of `num_files` input files, unless they are there."""
+    span = num_files * FILE_SPAN
+    _open(store, 'tokens', source, split, _metadata([span], dtype, [_TOKENS_PER_SHARD], [_TOKENS_PER_CHUNK]))
+    shard, chunk = [_DOCUMENTS_PER_SHARD, 2], [_DOCUMENTS_PER_CHUNK, 2]
+    _open(store, 'documents', source, split, _metadata([span, 2], np.dtype(np.uint64), shard, chunk))
+
+
+def _metadata(shape: list[int], dtype: np.dtype, shard: list[int], chunk: list[int]) -> dict[str, Any]:
+    sharding = {'chunk_shape': chunk, 'codecs': _RAW, 'index_codecs': _RAW}
+    return {
+        'shape': shape,
+        'data_type': np.dtype(dtype).name,
+        'fill_value': 0,
+        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': shard}},
+        'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
+    }
+
+
+def _open(store: Path, kind: str, source: str, split: str, metadata: dict[str, Any] | None = None):
+    """The tensorstore array, made first when `metadata` is given. A chunk that is missing is an error to read."""
+    spec = {
+        'driver': 'zarr3',
+        'kvstore': {'driver': 'file', 'path': f'{array_path(store, kind, source, split)}/'},
+        'store_data_equal_to_fill_value': True,
+        'fill_missing_data_reads': False,
+        'recheck_cached_metadata': 'open',
+        'recheck_cached_data': 'open',
+    }
+    if metadata:
+        spec |= {'metadata': metadata, 'create': True, 'open': True}
+    context = tensorstore.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
+    try:
+        return tensorstore.open(spec, context=context).result()
+    except (ValueError, OSError) as error:
+        if metadata:
+            raise write_error(store, error) from None
+        folder = array_path(store, kind, source, split)
+        raise errors.RunError(f'{folder} cannot be opened ({first_line(error)}); delete the store and prepare it '
+                              'again.') from None  # fmt: skip
+
+
+def write_error(store: Path, error: Exception) -> errors.RunError:
+    """What to raise when writing to `store` failed with `error`: a full disk, above all."""
+    return errors.RunError(
+        f'The store {store} cannot be written ({first_line(error)}); nothing in it is used until it is complete. '
+        'Make room, or choose another folder with --config.data.store=DIR, and run prepare again.'
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The message of `error` without tensorstore's source locations."""
+    text = str(error).split(' [source locations')[0].split(' [tensorstore_spec')[0]
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class StreamWriter:
+    """Writes the stream of one input file: its tokens and where its documents start.
+
+    Shards are written whole and in order, each as soon as it is full. `close`
+    writes the rest; `erase` removes everything that was written for the file.
+    """
+
+    def __init__(self, store: Path, source: str, split: str, file_index: int):
+        self._store = Path(store)
+        self._first = file_index * FILE_SPAN
+        self._tokens = _ShardedAppender(self._store, source, split, 'tokens', self._first, _TOKENS_PER_SHARD)
+        self._documents = _ShardedAppender(self._store, source, split, 'documents', self._first, _DOCUMENTS_PER_SHARD)
+        self._hash = hashlib.sha256()
+
+    def append(self, tokens: np.ndarray, record: int) -> None:
+        """Adds one document: its ids and its record number in the input file."""
+        if self._tokens.count + len(tokens) > FILE_SPAN:
+            raise ValueError(f'holds more than {FILE_SPAN:,} tokens; split it')
+        self._documents.append(np.array([[self._tokens.count, record]], np.uint64))
+        self._tokens.append(tokens)
+        self._hash.update(tokens.tobytes())
+
+    def close(self) -> dict[str, Any]:
+        """Writes what is left and returns {documents, tokens, sha256 (of the little-endian ids)}."""
+        self._tokens.flush()
+        self._documents.flush()
+        return {
+            'documents': self._documents.count,
+            'tokens': self._tokens.count,
+            'sha256': self._hash.hexdigest(),
+        }
+
+    def erase(self) -> None:
+        """Removes every shard of this file, also those of an interrupted run."""
+        self._tokens.erase()
+        self._documents.erase()
+
+
+class _ShardedAppender:
+    """Appends to the part of an array that one input file owns, a whole shard at a time."""
+
+    def __init__(self, store: Path, source: str, split: str, kind: str, first: int, shard: int):
+        self._store = store
+        self._folder = array_path(store, kind, source, split)
+        self._array = _open(store, kind, source, split)
+        self._last = ['0'] * (self._array.rank - 1)  # a shard's file is c/SHARD or c/SHARD/0
+        self._first, self._shard = first, shard
+        self._buffer: list[np.ndarray] = []
+        self._buffered = 0
+        self.count = 0
+
+    def append(self, values: np.ndarray) -> None:
+        self._buffer.append(values)
+        self._buffered += len(values)
+        self.count += len(values)
+        if self._buffered >= self._shard:
+            self._write(self._buffered // self._shard * self._shard)
+
+    def flush(self) -> None:
+        if self._buffered:
+            self._write(self._buffered)
+
+    def _write(self, length: int) -> None:
+        values = np.concatenate(self._buffer)
+        start = self._first + self.count - self._buffered
+        try:
+            for offset in range(0, length, self._shard):
+                part = values[offset : min(offset + self._shard, length)]
+                self._array[start + offset : start + offset + len(part)].write(part).result()
+        except (ValueError, OSError) as error:
+            raise write_error(self._store, error) from None
+        self._buffer = [values[length:].copy()]
+        self._buffered -= length
+
+    def erase(self) -> None:
+        self._buffer, self._buffered, self.count = [], 0, 0
+        folder, shard = self._folder / 'c', self._first // self._shard
+        # Shards are written in order, so the first that is missing ends the file's.
+        while (path := folder.joinpath(str(shard), *self._last)).exists():
+            path.unlink()
+            shard += 1
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON to the file `path` so that it is either whole or not there."""
+    temporary = path.with_name(path.name + '.part')
+    try:
+        with open(temporary, 'w', encoding='utf-8') as file:
+            json.dump(value, file, indent=1, ensure_ascii=True)
+            file.write('\n')
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise write_error(path.parent, error) from None
+
+
+class TokenStore:
+    """A complete store, for reading.
+
+    Attributes: path, manifest (the dictionary of manifest.json), tokenizer_path.
+    Raises UsageError when there is none at `path`; `prepare_command` is what the
+    message tells the user to run.
+    """
+
+    def __init__(self, path: str | Path, prepare_command: str = 'python main.py prepare'):
+        self.path = Path(path)
+        self.tokenizer_path = self.path / TOKENIZER
+        self.manifest = read_manifest(self.path)
+        if self.manifest is None:
+            raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: '
+                                    f'{prepare_command}')  # fmt: skip
+        self._arrays: dict[tuple[str, str, str], Any] = {}
+
+    def num_rows(self, source: str, split: str, seq_len: int) -> int:
+        """Rows of seq_len + 1 tokens in a split; 0 for a split that isn't there. No row crosses two files."""
+        return int(self._first_rows(source, split, seq_len + 1)[-1])
+
+    def read_rows(self, source: str, split: str, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Tokens [len(rows), seq_len + 1] of the rows with these numbers, in this order.
+
+        All are read at once. Raises RunError naming source, split and file when a
+        chunk is missing or its checksum is wrong.
+        """
+        length = seq_len + 1
+        firsts = self._first_rows(source, split, length)
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < firsts[-1]:
+            raise IndexError(f'{source}/{split} has rows 0 to {firsts[-1] - 1}, not {rows.min()} to {rows.max()}')
+        files = np.searchsorted(firsts, rows, side='right') - 1
+        starts = files * FILE_SPAN + (rows - firsts[files]) * length
+        tokens = np.empty((len(rows), length), self.manifest['dtype'])
+        array, batch = self._array('tokens', source, split), tensorstore.Batch()
+        reads = [array[start : start + length].read(batch=batch) for start in starts.tolist()]
+        batch.submit()
+        for i, read in enumerate(reads):
+            tokens[i] = self._result(read, source, split, files[i])
+        return tokens
+
+    def documents(self, source: str, split: str, file_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(start offsets, record numbers), each [documents] int64, of an input file's stream."""
+        count = self.manifest['sources'][source]['splits'][split]['files'][file_index]['documents']
+        first = file_index * FILE_SPAN
+        if not count:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        read = self._array('documents', source, split)[first : first + count].read()
+        values = self._result(read, source, split, file_index)
+        return values[:, 0].astype(np.int64), values[:, 1].astype(np.int64)
+
+    def read_stream(self, source: str, split: str, file_index: int) -> np.ndarray:
+        """All tokens [tokens] of one input file."""
+        count = self.manifest['sources'][source]['splits'][split]['files'][file_index]['tokens']
+        first = file_index * FILE_SPAN
+        if not count:
+            return np.empty(0, self.manifest['dtype'])
+        return self._result(
+            self._array('tokens', source, split)[first : first + count].read(), source, split, file_index
+        )
+
+    def _first_rows(self, source: str, split: str, length: int) -> np.ndarray:
+        """[files + 1] number of each file's first row; the last is the number of rows."""
+        key = (source, split, str(length))
+        if key not in self._arrays:
+            splits = self.manifest['sources'][source]['splits']
+            files = splits[split]['files'] if split in splits else []
+            rows = [file['tokens'] // length for file in files]
+            self._arrays[key] = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
+        return self._arrays[key]
+
+    def _array(self, kind: str, source: str, split: str):
+        key = (kind, source, split)
+        if key not in self._arrays:
+            self._arrays[key] = _open(self.path, kind, source, split)
+        return self._arrays[key]
+
+    def _result(self, read, source: str, split: str, file_index: int) -> np.ndarray:
+        try:
+            return read.result()
+        except (ValueError, OSError) as error:
+            name = self.manifest['sources'][source]['splits'][split]['files'][file_index]['name']
+            raise errors.RunError(
+                f'The tokens of source {source}, split {split}, file {name} in {self.path} are damaged '
+                f'({first_line(error)}); delete the store and run prepare again.'
+            ) from None
+
+
+def read_manifest(store: Path) -> dict[str, Any] | None:
+    """The manifest of a complete store, or None where there is none. Raises UsageError if it is of another version."""
+    try:
+        manifest = json.loads((store / MANIFEST).read_text(encoding='utf-8'))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise errors.UsageError(f'{store / MANIFEST} is not JSON; delete {store} and run prepare again.') from None
+    if manifest.get('version') != VERSION:
+        raise errors.UsageError(f'{store / MANIFEST} has version {manifest.get("version")}, this program reads '
+                                f'{VERSION}; delete {store} and run prepare again.')  # fmt: skip
+    return manifest

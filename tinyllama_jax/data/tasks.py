@@ -1,0 +1,233 @@
+"""The datatrove pipeline of prepare: one task reads, drops, tokenises and writes one input.
+
+What a store in the making keeps in STORE/.progress: the plan, datatrove's
+completion marks, and one result a task, from which the manifest is made.
+"""
+
+import concurrent.futures
+import concurrent.futures.process
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import loguru
+from datatrove.data import Document
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from tinyllama_jax import errors, tokenizer
+from tinyllama_jax.data import readers, store
+
+PROGRESS = '.progress'
+_LISTED_RECORDS = 20  # bad records of a task that are listed; all are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One input and the stream it becomes: number `index` of a source's split."""
+
+    source: str
+    split: str
+    index: int
+    input: readers.Input
+    drop_sets: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All tasks of a store, by rank, and the policy of special tokens."""
+
+    tasks: tuple[Task, ...]
+    bos: bool
+    eos_per_document: int
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Saves `plan` for the workers of the store `path`."""
+    store.write_json(path / PROGRESS / 'plan.json', dataclasses.asdict(plan))
+
+
+@functools.lru_cache(maxsize=1)
+def _plan(path: Path) -> Plan:
+    values = json.loads((path / PROGRESS / 'plan.json').read_text())
+    tasks = tuple(
+        Task(**{**task, 'input': readers.Input(**task['input']), 'drop_sets': tuple(task['drop_sets'])})
+        for task in values.pop('tasks')
+    )
+    return Plan(tasks, **values)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer(path / store.TOKENIZER)
+
+
+class ReadRecords(PipelineStep):
+    """Yields a Document per record; a faulty one carries its fault in `metadata`."""
+
+    type, name = 'READER', 'records'
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def run(self, data: None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """The records of task `rank`."""
+        source = _plan(self.path).tasks[rank].input
+        for record in readers.read_records(source):
+            yield Document(record.text, f'{source.names[0]}/{record.number}', metadata=dataclasses.asdict(record))
+
+
+class MarkDropped(PipelineStep):
+    """Sets `dropped` in the metadata of documents that the rules leave out: empty ones and unwanted sets."""
+
+    type, name = 'FILTER', 'empty and unwanted'
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """The documents of `data`, marked."""
+        drop_sets = _plan(self.path).tasks[rank].drop_sets
+        for document in data:
+            document.metadata['dropped'] = is_dropped(document.text, document.metadata['set_name'], drop_sets)
+            yield document
+
+
+def is_dropped(text: str, set_name: str | None, drop_sets: Iterable[str]) -> bool:
+    """Whether the rules leave a document out: it is empty, or of an unwanted set."""
+    return not text or set_name in drop_sets
+
+
+class WriteStream(PipelineStep):
+    """Tokenises documents, writes the task's stream and then its result."""
+
+    type, name = 'WRITER', 'stream'
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Writes everything; a bad file leaves nothing but its reason."""
+        task = _plan(self.path).tasks[rank]
+        writer = store.StreamWriter(self.path, task.source, task.split, task.index)
+        stamp = input_stamp(task.input)
+        writer.erase()
+        try:
+            result = self._write(data, writer)
+        except readers.BadFile as fault:
+            writer.erase()
+            result = {'documents': 0, 'dropped': 0, 'tokens': 0, 'bad_records': 0, 'bad': str(fault)}
+        store.write_json(result_path(self.path, rank), {**result, 'stamp': stamp})
+
+    def _write(self, data: Iterable[Document], writer: store.StreamWriter) -> dict[str, Any]:
+        plan, encoder = _plan(self.path), _tokenizer(self.path)
+        kept, dropped, faults = 0, 0, []
+        for document in data:
+            if fault := document.metadata['fault']:
+                faults.append([document.metadata['number'], fault])
+            elif document.metadata['dropped']:
+                dropped += 1
+            else:
+                tokens = encoder.encode_document(document.text, bos=plan.bos, eos_per_document=plan.eos_per_document)
+                writer.append(tokens, document.metadata['number'])
+                kept += 1
+        if faults and not kept + dropped:
+            raise readers.BadFile(f'every record is bad: record {faults[0][0]} {faults[0][1]}')
+        listed = {'faults': faults[:_LISTED_RECORDS]} if faults else {}
+        return {**writer.close(), 'dropped': dropped, 'bad_records': len(faults), **listed}
+
+
+def input_stamp(source: readers.Input) -> list[list[int]]:
+    """[size, modification time] of each file of an input; a result is good for the same stamp only."""
+    stamps = []
+    for path in source.paths():
+        try:
+            stat = path.stat()
+            stamps.append([stat.st_size, stat.st_mtime_ns])
+        except OSError:
+            stamps.append([0, 0])
+    return stamps
+
+
+def result_path(path: Path, rank: int) -> Path:
+    """Where task `rank` of the store `path` leaves its result."""
+    return path / PROGRESS / 'results' / f'{rank:08d}.json'
+
+
+def read_result(path: Path, rank: int) -> dict[str, Any]:
+    """Counts of a task that is done: documents, dropped, tokens, bad_records, sha256, faults; `bad` of a bad file."""
+    return json.loads(result_path(path, rank).read_text())
+
+
+class Executor(LocalPipelineExecutor):
+    """datatrove's local executor, its tasks and marks, with other worker processes.
+
+    The stock pool waits for ever for a worker that was killed, and its workers
+    outlive a killed parent and would write into the next run's store.
+    """
+
+    def __init__(self, path: Path, *, num_tasks: int, workers: int):
+        # datatrove's log of every task would drown the progress line; faults are in the results.
+        loguru.logger.disable('datatrove')
+        steps = [ReadRecords(path), MarkDropped(path), WriteStream(path)]
+        super().__init__(steps, num_tasks, workers, logging_dir=str(path / PROGRESS / 'datatrove'))
+        self.path = path
+
+    def forget(self, rank: int) -> None:
+        """Takes back the completion mark of a task, so that it runs again."""
+        (self.path / PROGRESS / 'datatrove' / 'completions' / f'{rank:05d}').unlink(missing_ok=True)
+
+    def run(self, on_done: Callable[[int], None] = lambda rank: None) -> None:
+        """Runs every task that isn't complete and calls `on_done(rank)` after each."""
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1 or len(ranks) < 2:
+            for rank in ranks:
+                self._run_for_rank(rank)
+                on_done(rank)
+        else:
+            self._run_in_processes(ranks, on_done)
+
+    def _run_in_processes(self, ranks: list[int], on_done: Callable[[int], None]) -> None:
+        context = multiprocessing.get_context('forkserver')
+        leash, holder = context.Pipe(duplex=False)
+        workers = min(self.workers, len(ranks))
+        try:
+            with concurrent.futures.ProcessPoolExecutor(workers, context, _follow, (leash,)) as pool:
+                try:
+                    futures = {pool.submit(_run_rank, self.path, self.tasks, rank): rank for rank in ranks}
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
+                        on_done(futures[future])
+                except BaseException:
+                    holder.close()
+                    raise
+        except concurrent.futures.process.BrokenProcessPool:
+            raise errors.RunError('A worker of prepare was killed, perhaps for want of memory; run prepare again to '
+                                  'go on, with a smaller --config.data.workers if it happens again.') from None  # fmt: skip
+        finally:
+            holder.close()
+
+
+def _run_rank(path: Path, num_tasks: int, rank: int) -> None:
+    Executor(path, num_tasks=num_tasks, workers=1)._run_for_rank(rank)
+
+
+def _follow(leash) -> None:
+    """Lets this worker end at once when its parent lets go of the pipe's other end, or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets go
+
+    def wait() -> None:
+        leash.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

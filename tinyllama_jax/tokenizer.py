@@ -1,0 +1,166 @@
+"""SentencePiece: text to ids and back, the BOS/EOS policy of a document, training a small model.
+
+`Tokenizer.encode` gives exactly sentencepiece's ids. Where the loaded model
+allows it, it gets them several times faster: a BPE merge never crosses a place
+that no piece spans, so a text is cut there and the ids of each cut are
+remembered (`_can_be_cut` states and checks the condition).
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from tinyllama_jax import errors
+
+_SPACE = '\u2581'  # sentencepiece writes a space as this character
+_CUT = re.compile(r'\n|\t| *[^ \n\t]+| +')  # before each run of spaces, and around newlines and tabs
+_MEMO_ENTRIES = 1 << 18  # some 50 MB
+_MEMO_CHARACTERS = 48  # longer cuts seldom come again
+_BPE = sentencepiece_model_pb2.TrainerSpec.BPE
+
+
+class Tokenizer:
+    """A SentencePiece model from the file `path`.
+
+    Attributes: path, sha256 (of the file), vocab_size (pieces), bos_id and eos_id
+    (-1 where the model has none), dtype (uint16, or uint32 above 65,536 pieces).
+    Raises UsageError when the file is missing or no SentencePiece model.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        model = _read_model(self.path)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = _load(model, self.path)
+        self.vocab_size = self._processor.get_piece_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        self._memo = _Memo(proto, self.dtype) if _can_be_cut(proto) else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` without special tokens; lone surrogates become U+FFFD."""
+        return self._encode(text).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are left out."""
+        return self._processor.decode([int(token) for token in ids])
+
+    def encode_document(self, text: str, *, bos: bool, eos_per_document: int) -> np.ndarray:
+        """[BOS] + ids + EOS * eos_per_document as an array of `dtype`."""
+        head = [self._special('bos')] if bos else []
+        tail = [self._special('eos')] * eos_per_document if eos_per_document else []
+        return np.concatenate([np.asarray(head, self.dtype), self._encode(text), np.asarray(tail, self.dtype)])
+
+    def _special(self, name: str) -> int:
+        token = getattr(self, f'{name}_id')
+        if token < 0:
+            raise errors.UsageError(f'{self.path} has no {name.upper()} piece; set config.data.bos=false and '
+                                    'config.data.eos_per_document=0, or use another tokenizer.')  # fmt: skip
+        return token
+
+    def _encode(self, text: str) -> np.ndarray:
+        if not text.isascii():
+            text = _without_surrogates(text)
+        if self._memo is None:
+            return np.asarray(self._processor.encode(text), self.dtype)
+        return self._memo.encode(text)
+
+
+class _Memo(dict):
+    """Ids of a cut, as bytes; `encode` joins them. Forgets everything when full."""
+
+    def __init__(self, proto: sentencepiece_model_pb2.ModelProto, dtype: np.dtype):
+        super().__init__()
+        self._dtype = dtype
+        self._prefix = ' ' if proto.normalizer_spec.add_dummy_prefix else ''
+        bare = sentencepiece_model_pb2.ModelProto()
+        bare.CopyFrom(proto)
+        bare.normalizer_spec.add_dummy_prefix = False
+        self._encode_cut = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString()).encode
+
+    def encode(self, text: str) -> np.ndarray:
+        cuts = _CUT.findall(self._prefix + text) if text else []
+        return np.frombuffer(b''.join(map(self.__getitem__, cuts)), self._dtype)
+
+    def __missing__(self, cut: str) -> bytes:
+        ids = np.asarray(self._encode_cut(cut), self._dtype).tobytes()
+        if len(cut) <= _MEMO_CHARACTERS:
+            if len(self) >= _MEMO_ENTRIES:
+                self.clear()
+            self[cut] = ids
+        return ids
+
+
+def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
+    """Whether cutting as `_CUT` does leaves every id as it is.
+
+    True for a BPE model that leaves text unchanged (no normalisation rules, no
+    whitespace removed), has byte pieces instead of merging unknown characters,
+    no user-defined pieces (they are matched before BPE), and no piece with a
+    space after another character, or with a newline or tab in it.
+    """
+    trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
+    identity = not normalizer.precompiled_charsmap and not normalizer.normalization_rule_tsv
+    kept = normalizer.escape_whitespaces and not normalizer.remove_extra_whitespaces
+    plain = trainer.model_type == _BPE and trainer.byte_fallback and not trainer.treat_whitespace_as_suffix
+    if not (identity and kept and plain) or any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
+        return False
+    texts = (piece.piece for piece in proto.pieces if piece.type in (kinds.NORMAL, kinds.UNUSED))
+    return not any(_SPACE in text.lstrip(_SPACE) or re.search('[ \n\t]', text) for text in texts)
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise errors.UsageError(f'--config.data.tokenizer={path} cannot be read ({error.strerror}); '
+                                'give the path of a SentencePiece .model file.') from None  # fmt: skip
+
+
+def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError):
+        raise errors.UsageError(f'--config.data.tokenizer={path} is not a SentencePiece model; '
+                                'give a .model file, not a tokenizer.json.') from None  # fmt: skip
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None:
+    """Trains a model of `pieces` pieces on `texts` and writes it to the file `path`.
+
+    As Llama's: BPE with byte fallback, digits split, no normalisation, a dummy
+    prefix, unk 0, bos 1, eos 2, no pad. The same texts give the same file. Raises
+    UsageError when the texts are too few for so many pieces.
+    """
+    lines = (_without_surrogates(line).replace('\0', ' ') for text in texts for line in text.split('\n') if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=pieces, model_type='bpe', byte_fallback=True,
+            split_digits=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
+            add_dummy_prefix=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
+            max_sentence_length=1 << 16, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise errors.UsageError(f'config.data.tokenizer_pieces={pieces}: a tokenizer of so many pieces cannot be '
+                                f'trained on the sources ({str(error).strip()}).') from None  # fmt: skip
+    path = Path(path)
+    temporary = path.with_name(path.name + '.part')
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(path)
