@@ -1,0 +1,41 @@
+"""A Llama of a few thousand parameters and batches with something to learn, for tests."""
+
+import numpy as np
+
+from tinyllama_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    seq_len=32,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    compute_dtype='float32',
+)
+CONFIG = Config(
+    model=MODEL,
+    optimizer=OptimizerConfig(warmup_steps=5, peak_learning_rate=1e-2, final_learning_rate=1e-3),
+    mesh=MeshConfig(),
+    train=TrainConfig(
+        num_steps=20,
+        global_batch_size=8,
+        micro_batch_size=8,
+        remat='none',
+        log_every_steps=1,
+        eval_every_steps=10,
+        eval_rows=16,
+        checkpoint_every_steps=5,
+    ),
+    seed=1,
+)
+
+
+def batches(count: int, *, accumulation: int = 1, batch: int = 8) -> list[np.ndarray]:
+    """`count` batches rows_ABR of arithmetic progressions modulo the vocabulary; the same on every machine."""
+    model = CONFIG.model
+    rows = np.arange(count * batch)[:, None]
+    tokens = (7 * rows + (rows % 5 + 1) * np.arange(model.seq_len + 1)) % model.vocab_size
+    return list(tokens.astype(np.uint16).reshape(count, accumulation, batch // accumulation, model.seq_len + 1))
