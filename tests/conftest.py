@@ -1,0 +1,49 @@
+"""Fixes the world the tests run in, for this process and those it starts: 8 CPU devices, no network, no home folder."""
+
+import atexit
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICES = '--xla_force_host_platform_device_count'
+
+# All of this must be set before jax and the Hugging Face libraries are imported.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8'.strip()
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # a [D] added to a [B, T, D] by mistake is an error
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['HF_DATASETS_OFFLINE'] = '1'
+os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='tinyllama-test-home-')
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
+
+
+@pytest.fixture(scope='session')
+def test_data_dir() -> pathlib.Path:
+    """The folder with the larger real corpora; skips the test where TEST_DATA_DIR does not name one."""
+    if not os.environ.get('TEST_DATA_DIR'):
+        pytest.skip('TEST_DATA_DIR, the folder of the larger real corpora, is not set')
+    return pathlib.Path(os.environ['TEST_DATA_DIR'])
+
+
+def _run_main(*arguments, devices: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, 'main.py', *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, 'XLA_FLAGS': f'{DEVICES}={devices}'},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope='session')
+def run_main():
+    """run_main('train', '--workdir=...', devices=1): main.py as a user runs it; a CompletedProcess with its text."""
+    return _run_main
