@@ -1,0 +1,190 @@
+"""Runs lm-eval's tasks on a model and stamps the protocol into the result.
+
+The paper's protocol is the default: zero-shot, float32, no BOS. Nothing asks the
+network unless HF_HUB_OFFLINE=0 is set.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries below are imported
+os.environ.setdefault('DISABLE_MULTIPROC', '1')  # lm-eval's bootstrap would fork, which a JAX process may not
+
+import datasets
+import lm_eval
+import lm_eval.api.group
+import lm_eval.evaluator
+import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import handle_non_serializable
+
+from tinyllama_jax import errors, metrics
+
+PAPER = {'name': 'paper', 'num_fewshot': 0, 'dtype': 'float32', 'add_bos': False}
+_DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
+_TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
+
+
+def evaluate(
+    model,
+    tasks: Sequence[str],
+    *,
+    include_path: pathlib.Path | str | None = None,
+    limit: int | None = None,
+    log_samples: bool = False,
+    protocol: dict[str, Any] | None = None,
+    output: pathlib.Path | str | None = None,
+) -> dict[str, Any]:
+    """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with `protocol`.
+
+    Args:
+      model: an lm-eval model, such as lm.JaxLM, built as the protocol says.
+      tasks: names of tasks, groups or tags.
+      include_path: a folder with task files of one's own; relative data files in tasks are
+        looked up from the current folder, then from the folder that holds `include_path`.
+      limit: only the first so many examples of each task.
+      log_samples: keep every example with its log-likelihoods under `samples`.
+      protocol: what to stamp beside and instead of `PAPER`; its `num_fewshot` is used.
+      output: a JSON file to write; it appears only when it is complete.
+
+    Raises UsageError for an unknown task or data that cannot be loaded.
+    """
+    _quieten()
+    stamp = {**PAPER, **(protocol or {}), 'harness_version': importlib.metadata.version('lm_eval')}
+    folder = None if include_path is None else pathlib.Path(include_path)
+    with _loading_from(folder):
+        result = lm_eval.evaluator.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=stamp['num_fewshot'],
+            limit=limit,
+            log_samples=log_samples,
+            task_manager=task_manager(tuple(dict.fromkeys(tasks)), folder),
+        )
+    result.pop('pretty_env_info', None)  # a page about the machine
+    result['protocol'] = {**stamp, 'limit': limit}
+    if output is not None:
+        _write(pathlib.Path(output), result)
+    return result
+
+
+def _quieten() -> None:
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_atomically(path, text + '\n')
+    except OSError as error:
+        raise errors.RunError(f'--output={path} could not be written: {error.strerror}.') from error
+
+
+@contextlib.contextmanager
+def _loading_from(include_path: pathlib.Path | None) -> Iterator[None]:
+    """Lets tasks find relative data files from wherever the command runs, and name data that is missing."""
+    original = ConfigurableTask.download
+    roots = [pathlib.Path.cwd(), *([include_path.resolve().parent] if include_path else [])]
+
+    def download(self, dataset_kwargs=None, **kwargs):
+        try:
+            return original(self, _located(dataset_kwargs, roots), **kwargs)
+        except (OSError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
+            raise errors.UsageError(
+                f'the data of the task {self.config.task} cannot be loaded ({error}); give --include_path=DIR with '
+                'a task file that names local data, or set HF_HUB_OFFLINE=0 to download it.'
+            ) from None
+
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = original
+
+
+def _located(dataset_kwargs: dict[str, Any] | None, roots: list[pathlib.Path]) -> dict[str, Any] | None:
+    if not dataset_kwargs or 'data_files' not in dataset_kwargs:
+        return dataset_kwargs
+
+    def locate(value):
+        if isinstance(value, dict):
+            return {key: locate(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [locate(entry) for entry in value]
+        if pathlib.Path(value).is_absolute() or '://' in value:
+            return value
+        return next((str(root / value) for root in roots if any(root.glob(value))), value)
+
+    return {**dataset_kwargs, 'data_files': locate(dataset_kwargs['data_files'])}
+
+
+def task_manager(names: tuple[str, ...], include_path: pathlib.Path | None) -> lm_eval.tasks.TaskManager:
+    """An lm-eval TaskManager that knows `names` and all they refer to.
+
+    lm-eval's own reads its 13,000 files, half a minute on a slow machine; here only the
+    folders of the tasks wanted are read, where a search of the texts can tell which.
+    Raises UsageError naming the nearest task for a name that is nowhere.
+    """
+    if not names:
+        raise errors.UsageError('--tasks is empty; name tasks separated by commas.')
+    if include_path is not None and not include_path.is_dir():
+        raise errors.UsageError(f'--include_path={include_path} is not a folder.')
+    own = [include_path] if include_path is not None else []
+    defined, tags = _official()
+    folders: list[pathlib.Path] = []
+    while True:
+        manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
+        missing = _missing(names, manager)
+        if not missing:
+            return manager
+        if not missing <= defined.keys():
+            break
+        folders = sorted({*folders, *(defined[name] for name in missing)})
+    known = {*defined, *tags, *manager.all_tasks}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise errors.UsageError(f'--tasks: there is no task {name!r}; the nearest is {near[0]!r}.')
+    return lm_eval.tasks.TaskManager(include_path=own)
+
+
+def _missing(names, manager: lm_eval.tasks.TaskManager) -> set[str]:
+    """Names that `manager` does not know, among `names` and the members of their groups."""
+    missing, pending = set(), list(names)
+    while pending:
+        name = pending.pop()
+        entry = manager.task_index.get(name)
+        if entry is None or not entry.yaml_path:  # a tag is known in full only when every file is
+            missing.add(name)
+        elif isinstance(members := (entry.cfg or {}).get('task'), list):
+            pending += [_member(member) for member in members]
+    return missing
+
+
+def _member(member: str | dict[str, Any]) -> str:
+    return member if isinstance(member, str) else member.get('group') or member['task']
+
+
+@functools.cache
+def _official() -> tuple[dict[str, pathlib.Path], set[str]]:
+    """Of what comes with lm-eval: name -> folder of every task and group, and the names of all tags."""
+    defined, tags = {}, set()
+    for path in sorted(pathlib.Path(lm_eval.tasks.__file__).parent.glob('**/*yaml')):
+        text = path.read_text(encoding='utf-8')
+        for match in _TAGS.findall(text):
+            tags.update(re.findall(r'[\w.-]*\w[\w.-]*', match))
+        if path.suffix == '.yaml':
+            for name in _DEFINITION.findall(text):
+                defined.setdefault(name, path.parent)
+    return defined, tags

@@ -1,0 +1,122 @@
+"""Text from a model: a key-value cache of fixed size, greedy or sampled, one sequence at a time.
+
+Shapes: B = 1, T new positions, S cache slots, V vocabulary. Lengths are rounded up, so
+that prompts of many lengths share a few compiled programs.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllama_jax import errors, model
+from tinyllama_jax.config import ModelConfig
+
+_SMALLEST = 32  # slots; sizes are this times a power of two
+
+
+def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> list[int]:
+    """The tokens that `stream` yields, as a list."""
+    return list(stream(params, config, prompt_ids, **options))
+
+
+def stream(
+    params: dict,
+    config: ModelConfig,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> Iterator[int]:
+    """Yields the continuation of `prompt_ids` token by token.
+
+    It ends after `eos_id` (which is yielded), after `max_new_tokens`, or when the
+    model has read `seq_len` tokens. The same arguments give the same tokens.
+
+    Args:
+      temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
+      top_k: samples among the k likeliest only.
+      top_p: then among the likeliest that together reach this probability.
+
+    Raises UsageError for arguments that cannot work.
+    """
+    _check(prompt_ids, config, max_new_tokens, temperature, top_k, top_p)
+    sampling = {'top_k': top_k, 'top_p': top_p} if temperature else {'greedy': True}
+    advance = functools.partial(_advance, config=config, **sampling)
+    room = min(max_new_tokens, config.seq_len - len(prompt_ids) + 1)
+    return _tokens(advance, params, config, prompt_ids, room, temperature, seed, eos_id)
+
+
+def _check(prompt_ids, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
+    def refuse(name: str, value, wanted: str):
+        raise errors.UsageError(f'{name} must be {wanted}, got {value}.')
+
+    if not 0 < len(prompt_ids) <= config.seq_len:
+        refuse("the prompt's length", len(prompt_ids), f'between 1 and seq_len = {config.seq_len} tokens')
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
+        refuse("the prompt's ids", f'{min(prompt_ids)} to {max(prompt_ids)}', f'below vocab_size = {config.vocab_size}')
+    if max_new_tokens < 1:
+        refuse('max_new_tokens', max_new_tokens, 'at least 1')
+    if not (math.isfinite(temperature) and temperature >= 0):
+        refuse('temperature', temperature, 'a finite number, 0 or above')
+    if top_k is not None and top_k < 1:
+        refuse('top_k', top_k, 'at least 1')
+    if top_p is not None and not 0 < top_p <= 1:
+        refuse('top_p', top_p, 'above 0 and at most 1')
+
+
+def _tokens(advance, params, config, prompt_ids, room, temperature, seed, eos_id) -> Iterator[int]:
+    length = len(prompt_ids)
+    params = jax.device_put(params)
+    cache = make_cache(config, _rounded(length + room))
+    tokens_BT = np.zeros((1, _rounded(length)), np.int32)
+    tokens_BT[0, :length] = prompt_ids
+    start, last = 0, length - 1  # what the padding writes is overwritten before it is read
+    for number, key in enumerate(jax.random.split(jax.random.key(seed), room)):
+        token, cache = advance(params, tokens_BT, start, last, cache, key, temperature)
+        yield int(token)
+        if token == eos_id:
+            return
+        tokens_BT, start, last = np.full((1, 1), token, np.int32), length + number, 0
+
+
+def _rounded(length: int) -> int:
+    return _SMALLEST << max(0, math.ceil(math.log2(length / _SMALLEST)))
+
+
+def make_cache(config: ModelConfig, slots: int) -> dict:
+    """An empty cache of `slots` positions for one sequence: {k, v} of [L, 1, S, K, H]."""
+    shape = (config.num_layers, 1, slots, config.num_kv_heads, config.head_dim)
+    return {name: jnp.zeros(shape, model.compute_dtype(config)) for name in ('k', 'v')}
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'greedy', 'top_k', 'top_p'), donate_argnames='cache')
+def _advance(params, tokens_BT, start, last, cache, key, temperature, *, config, greedy=False, top_k=None, top_p=None):
+    """Reads tokens from position `start` on; returns the token that follows number `last` of them, and the cache."""
+    positions_BT = start + jnp.arange(tokens_BT.shape[1])[None]
+    x_BTD, cache = model.hidden(params, tokens_BT, config, positions_BT=positions_BT, cache=cache)
+    x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
+    logits_V = model.logits(params, x_BTD)[0, 0]
+    if greedy:
+        return jnp.argmax(logits_V), cache
+    return jax.random.categorical(key, restrict(logits_V / temperature, top_k=top_k, top_p=top_p)), cache
+
+
+def restrict(logits_V, *, top_k: int | None = None, top_p: float | None = None):
+    """Logits with -inf for all but the `top_k` likeliest, then all but the likeliest that reach `top_p`."""
+    if top_k is not None and top_k < logits_V.shape[0]:
+        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, top_k)[0][-1], -jnp.inf, logits_V)
+    if top_p is not None:
+        sorted_V = jnp.sort(logits_V)[::-1]
+        probabilities_V = jax.nn.softmax(sorted_V)
+        before_V = jnp.cumsum(probabilities_V) - probabilities_V  # what the likelier ones have together
+        least = jnp.min(jnp.where(before_V < top_p, sorted_V, jnp.inf))
+        logits_V = jnp.where(logits_V < least, -jnp.inf, logits_V)
+    return logits_V
