@@ -180,7 +180,9 @@ def _member(member: str | dict[str, Any]) -> str:
 def _official() -> tuple[dict[str, pathlib.Path], set[str]]:
     """Of what comes with lm-eval: name -> folder of every task and group, and the names of all tags."""
     defined, tags = {}, set()
-    for path in sorted(pathlib.Path(lm_eval.tasks.__file__).parent.glob('**/*yaml')):
+    for path in sorted(pathlib.Path(lm_eval.tasks.__file__).parent.rglob('*')):
+        if path.suffix not in ('', '.yaml') or not path.is_file():  # templates have no suffix
+            continue
         text = path.read_text(encoding='utf-8')
         for match in _TAGS.findall(text):
             tags.update(re.findall(r'[\w.-]*\w[\w.-]*', match))
