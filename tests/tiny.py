@@ -1,5 +1,7 @@
 """A Llama of a few thousand parameters and batches with something to learn, for tests."""
 
+import pathlib
+
 import numpy as np
 
 from tinyllama_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -39,3 +41,16 @@ def batches(count: int, *, accumulation: int = 1, batch: int = 8) -> list[np.nda
     rows = np.arange(count * batch)[:, None]
     tokens = (7 * rows + (rows % 5 + 1) * np.arange(model.seq_len + 1)) % model.vocab_size
     return list(tokens.astype(np.uint16).reshape(count, accumulation, batch // accumulation, model.seq_len + 1))
+
+
+def write_corpus(folder: pathlib.Path) -> None:
+    """Two sources of plain text, of numbers in words and of lines of code; the same on every machine."""
+    words = 'zero one two three four five six seven eight nine'.split()
+    for i in range(40):
+        (folder / 'prose').mkdir(parents=True, exist_ok=True)
+        (folder / 'code').mkdir(parents=True, exist_ok=True)
+        numbers = [(i * 31 + j * j) % 1000 for j in range(60)]
+        prose = '. '.join(' '.join(words[int(digit)] for digit in str(n)) for n in numbers)
+        code = '\n'.join(f'def f{n}(x):\n    return x + {n}\n' for n in numbers[:30])
+        (folder / 'prose' / f'{i:02}.txt').write_text(prose + '.\n')
+        (folder / 'code' / f'{i:02}.py').write_text(code)

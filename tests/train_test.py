@@ -1,0 +1,210 @@
+"""Training through the loop and the command line: exact resume, stops, refusals, failures."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tiny
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import errors, metrics, train
+from tinyllama_jax.data import prepare
+
+ROOT = pathlib.Path(__file__).parent.parent
+KILLS = int(os.environ.get('KILLS', '4'))  # SIGKILLs of the resume test
+STEPS = 40
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    """A prepared store of the tiny experiment; also sets $CORPUS, which the experiment reads."""
+    folder = tmp_path_factory.mktemp('tiny')
+    tiny.write_corpus(folder / 'corpus')
+    os.environ['CORPUS'] = str(folder / 'corpus')
+    prepare.prepare(_config(None).data, folder / 'store')
+    return folder / 'store'
+
+
+def _config(store, **train_fields):
+    """The tiny experiment on this process's eight devices, a sequence on each."""
+    train_fields = {'micro_batch_size': 1, **train_fields}
+    config = config_lib.load_experiment(f'{ROOT}/tests/tiny_experiment.py:{STEPS}')
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store and str(store)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_fields))
+
+
+def _with_optimizer(config, **fields):
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields))
+
+
+def _losses(folder):
+    records = metrics.read_records(folder / 'metrics.jsonl')
+    steps = [record['step'] for record in records]
+    assert steps == list(range(1, len(steps) + 1)), 'a step is missing or written twice'
+    return [record['loss'] for record in records]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(store, tmp_path_factory):
+    """The workdir of a run that nothing interrupted, on one device as the subprocesses' runs are."""
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    finished = _main(store, folder)
+    assert finished.wait() == 0, _said(folder)
+    return folder
+
+
+def _main(store, folder, **kwargs):
+    """Starts `main.py train`; what it says on stderr is in FOLDER/stderr.txt."""
+    command = [sys.executable, 'main.py', 'train', f'--config=tests/tiny_experiment.py:{STEPS}', f'--workdir={folder}']
+    environment = {**os.environ, 'XLA_FLAGS': ''}
+    with open(folder / 'stderr.txt', 'w') as stderr:
+        return subprocess.Popen(
+            [*command, f'--config.data.store={store}'], cwd=ROOT, env=environment, stderr=stderr, **kwargs
+        )
+
+
+def _said(folder):
+    return (folder / 'stderr.txt').read_text()
+
+
+def _wait_for_step(folder, step, process):
+    while process.poll() is None:
+        records = metrics.read_records(folder / 'metrics.jsonl')
+        if records and records[-1]['step'] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f'ended before step {step}: {_said(folder)}')
+
+
+def test_a_run_learns_and_writes_what_others_read(uninterrupted):
+    losses = _losses(uninterrupted)
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 1
+    record = metrics.read_records(uninterrupted / 'metrics.jsonl')[-1]
+    assert {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_seconds'} <= set(record)
+    validation = metrics.read_records(uninterrupted / 'validation.jsonl')
+    assert [r['step'] for r in validation] == [10, 20, 30, 40] and set(validation[0]['loss']) == {'prose', 'code'}
+    saved = json.loads((uninterrupted / 'config.json').read_text())
+    assert set(saved) == {'config', 'command', 'commit', 'versions', 'devices'}
+    assert sorted(int(p.name) for p in (uninterrupted / 'checkpoints').iterdir()) == [30, 35, 40]
+
+
+def test_killed_anywhere_any_number_of_times_the_losses_are_the_same_digits(store, uninterrupted, tmp_path):
+    rng = random.Random(KILLS)
+    for kill in range(KILLS):
+        process = _main(store, tmp_path)
+        _wait_for_step(tmp_path, (kill + 1) * STEPS // (KILLS + 2), process)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+    last = _main(store, tmp_path)
+    assert last.wait() == 0, _said(tmp_path)
+    assert _losses(tmp_path) == _losses(uninterrupted)
+    assert (tmp_path / 'validation.jsonl').read_text() == (uninterrupted / 'validation.jsonl').read_text()
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_saves_and_says_how_to_go_on(store, uninterrupted, tmp_path, number, status):
+    process = _main(store, tmp_path)
+    _wait_for_step(tmp_path, 7, process)
+    process.send_signal(number)
+    assert process.wait() == status
+    assert 'the same command goes on from there' in _said(tmp_path)
+    saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+    assert _losses(tmp_path) == _losses(uninterrupted)[:saved]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints_before(store, tmp_path):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = _main(store, tmp_path, preexec_fn=small_files)
+    assert process.wait() == 1
+    assert 'a checkpoint could not be written' in _said(tmp_path)
+    again = _main(store, tmp_path)
+    assert again.wait() == 0, _said(tmp_path)
+
+
+def test_a_finished_run_says_so_and_an_extended_one_goes_on(store, tmp_path, capsys):
+    train.train(_config(store, num_steps=6), tmp_path)
+    train.train(_config(store, num_steps=6), tmp_path)
+    assert 'nothing to do for num_steps=6' in capsys.readouterr().err
+    train.train(_with_optimizer(_config(store, num_steps=8), peak_learning_rate=5e-3), tmp_path)
+    assert len(_losses(tmp_path)) == 8
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        ('seed', '9', 'config.seed is 9, but .* was trained with 1 up to step 2'),
+        ('model.norm_eps', '1e-6', 'config.model.norm_eps is 1e-06'),
+        ('train.global_batch_size', '16', 'config.train.global_batch_size is 16'),
+        ('data.sources.prose.weight', '0.5', 'config.data.sources.prose.weight is 0.5'),
+    ],
+)
+def test_what_may_not_change_on_resume_is_named(store, short_run, path, value, message):
+    with pytest.raises(errors.UsageError, match=message) as raised:
+        train.train(config_lib.override(_config(store, num_steps=4), path, value), short_run)
+    assert f'--workdir={short_run}-2' in str(raised.value)
+    assert len(_losses(short_run)) == 2
+
+
+@pytest.fixture(scope='module')
+def short_run(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('short')
+    train.train(_config(store, num_steps=2), folder)
+    return folder
+
+
+def test_a_loss_that_is_not_computed_again_alike_stops_the_run(store, tmp_path):
+    config = _config(store, num_steps=8)
+    train.train(config, tmp_path)
+    _pretend_killed_at(tmp_path, 5, change_loss_of=7)
+    with pytest.raises(errors.RunError, match='step 7: the loss computed again'):
+        train.train(config, tmp_path)
+    assert len(_losses(tmp_path)) == 6
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(store, tmp_path, capsys):
+    config = _config(store, num_steps=8)
+    train.train(config, tmp_path)
+    losses = _losses(tmp_path)
+    largest = max((tmp_path / 'checkpoints' / '8' / 'params').rglob('*'), key=lambda path: path.stat().st_size)
+    with open(largest, 'r+b') as file:
+        file.seek(largest.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    train.train(config, tmp_path)
+    assert 'damaged checkpoint' in (said := capsys.readouterr().err) and 'going on from step 5' in said
+    assert _losses(tmp_path) == losses
+
+
+def _pretend_killed_at(folder, step, *, change_loss_of):
+    for newer in (folder / 'checkpoints').iterdir():
+        if int(newer.name) > step:
+            newer.rename(folder / f'gone-{newer.name}')
+    path = folder / 'metrics.jsonl'
+    records = metrics.read_records(path)
+    for record in records:
+        record['loss'] += 1e-7 * (record['step'] == change_loss_of)
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(store, tmp_path):
+    config = _with_optimizer(_config(store), peak_learning_rate=1e36, warmup_steps=0)
+    with pytest.raises(errors.RunError, match=r'step \d+: the loss is (nan|inf)'):
+        train.train(config, tmp_path)
+    assert list((tmp_path / 'checkpoints').iterdir()) == []
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_names_the_field(store, tmp_path):
+    with pytest.raises(errors.UsageError, match='global_batch_size: 8 is not a multiple of .* 8 x 8'):
+        train.train(_config(store, micro_batch_size=8), tmp_path)
