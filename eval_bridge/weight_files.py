@@ -91,7 +91,7 @@ def _write_pytorch(path: pathlib.Path, tensors: dict[str, Tensor], dtype: str) -
     torch = require_torch('--format=pytorch')
     bits = {'float32': np.float32, 'bfloat16': np.int16}[dtype]  # torch does not know numpy's bfloat16
     state = {
-        name: torch.from_numpy(tensor.array().view(bits)).view(getattr(torch, dtype))
+        name: torch.from_numpy(np.require(tensor.array(), requirements='W').view(bits)).view(getattr(torch, dtype))
         for name, tensor in tensors.items()
     }
     try:
