@@ -19,7 +19,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tinyllama_jax import errors
 
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
-_CUT = re.compile(r'\n|\t| *[^ \n\t]+| +')  # before each run of spaces, and around newlines and tabs
+# Before each run of spaces, and around newlines and tabs.
+_CUT = re.compile(f'\\n|\\t|[ {_SPACE}]*[^ {_SPACE}\\n\\t]+|[ {_SPACE}]+')
 _MEMO_ENTRIES = 1 << 18  # some 50 MB
 _MEMO_CHARACTERS = 48  # longer cuts seldom come again
 _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
@@ -105,7 +106,7 @@ def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
     True for a BPE model that leaves text unchanged (no normalisation rules, no
     whitespace removed), has byte pieces instead of merging unknown characters,
     no user-defined pieces (they are matched before BPE), and no piece with a
-    space after another character, or with a newline or tab in it.
+    space after another character, or of a newline or tab with something else.
     """
     trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
     identity = not normalizer.precompiled_charsmap and not normalizer.normalization_rule_tsv
@@ -114,7 +115,7 @@ def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
     if not (identity and kept and plain) or any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
         return False
     texts = (piece.piece for piece in proto.pieces if piece.type in (kinds.NORMAL, kinds.UNUSED))
-    return not any(_SPACE in text.lstrip(_SPACE) or re.search('[ \n\t]', text) for text in texts)
+    return not any(len(text) > 1 and re.search(f'[^{_SPACE}]{_SPACE}|[ \n\t]', text) for text in texts)
 
 
 def _without_surrogates(text: str) -> str:
@@ -135,6 +136,8 @@ def _read_model(path: Path) -> bytes:
 
 def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
+        if not model:
+            raise ValueError('an empty file')
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError):
         raise errors.UsageError(f'--config.data.tokenizer={path} is not a SentencePiece model; '

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -134,9 +135,10 @@ def _begin(path: Path, config: DataConfig, plan: tasks.Plan, settings: dict[str,
         store.write_json(progress / 'settings.json', settings)
     tasks.write_plan(path, plan)
     _put_tokenizer(path, config, plan)
-    dtype = tokenizer.Tokenizer(path / store.TOKENIZER).dtype
+    model = tokenizer.Tokenizer(path / store.TOKENIZER)
+    model.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)  # has it these pieces?
     for (source, split), count in _counts(plan).items():
-        store.create_arrays(path, source, split, num_files=count, dtype=dtype)
+        store.create_arrays(path, source, split, num_files=count, dtype=model.dtype)
     return executor
 
 
@@ -217,7 +219,7 @@ def _head(task: tasks.Task, characters: int) -> Iterator[str]:
 
 
 def _run(executor: tasks.Executor, plan: tasks.Plan, max_bad_share: float) -> None:
-    progress = _Progress(plan)
+    progress = _Progress(len(executor.get_incomplete_ranks()))
     bad: dict[str, int] = {}
 
     def on_done(rank: int) -> None:
@@ -229,6 +231,8 @@ def _run(executor: tasks.Executor, plan: tasks.Plan, max_bad_share: float) -> No
 
     try:
         executor.run(on_done)
+    except KeyboardInterrupt:
+        raise errors.Stopped('prepare was stopped; run it again to go on where it was.', signal.SIGINT) from None
     finally:
         progress.close()
 
@@ -306,8 +310,8 @@ def _finish(path: Path, manifest: dict[str, Any]) -> None:
 class _Progress:
     """A bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, plan: tasks.Plan):
-        self._files, self._done, self._tokens = len(plan.tasks), 0, 0
+    def __init__(self, todo: int):
+        self._files, self._done, self._tokens = todo, 0, 0
         self._start = self._last = time.monotonic()
         self._bar = tqdm.tqdm(total=self._files, unit='file', disable=not sys.stderr.isatty())
 
@@ -320,7 +324,7 @@ class _Progress:
         self._bar.update()
         if self._bar.disable and now - self._last >= _LINE_SECONDS:
             rate = self._tokens / (now - self._start)
-            _say(f'{self._done} files, {self._tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s')
+            _say(f'{self._done} of {self._files} files, {self._tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s')
             self._last = now
 
     def close(self) -> None:
@@ -339,7 +343,7 @@ def _print_table(manifest: dict[str, Any]) -> None:
         for split, entry in source['splits'].items():
             counts = [len(entry['files']), *(entry[key] for key in ('documents', 'dropped', 'tokens'))]
             lines.append((name, split, *(f'{n:,}' for n in [*counts, *entry['bad'].values()])))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]
-        _say('  '.join(cells))
+        aligned = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        _say('  '.join([line[0].ljust(widths[0]), line[1].ljust(widths[1]), *aligned[2:]]))

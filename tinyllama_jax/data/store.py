@@ -30,6 +30,7 @@ _TOKENS_PER_SHARD = 1 << 24  # 32 MB of uint16
 _TOKENS_PER_CHUNK = 1 << 13  # what is read and checked at once: a row of 2,049 costs 16 or 32 KB
 _DOCUMENTS_PER_SHARD = 1 << 20
 _DOCUMENTS_PER_CHUNK = 1 << 12
+_PREPARE = 'python main.py prepare --config=FILE --workdir=DIR, with the same flags'
 _CACHE_BYTES = 64 << 20  # holds the shards' indices
 _RAW = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
 
@@ -110,9 +111,9 @@ class StreamWriter:
         self._hash = hashlib.sha256()
 
     def append(self, tokens: np.ndarray, record: int) -> None:
-        """Adds one document: its ids and its record number in the input file."""
+        """Adds one document: its ids and its record number. Raises OverflowError when the file has too many tokens."""
         if self._tokens.count + len(tokens) > FILE_SPAN:
-            raise ValueError(f'holds more than {FILE_SPAN:,} tokens; split it')
+            raise OverflowError(f'holds more than {FILE_SPAN:,} tokens; split it')
         self._documents.append(np.array([[self._tokens.count, record]], np.uint64))
         self._tokens.append(tokens)
         self._hash.update(tokens.tobytes())
@@ -200,7 +201,7 @@ class TokenStore:
     message tells the user to run.
     """
 
-    def __init__(self, path: str | Path, prepare_command: str = 'python main.py prepare'):
+    def __init__(self, path: str | Path, prepare_command: str = _PREPARE):
         self.path = Path(path)
         self.tokenizer_path = self.path / TOKENIZER
         self.manifest = read_manifest(self.path)

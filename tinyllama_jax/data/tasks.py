@@ -52,6 +52,8 @@ class Plan:
 def write_plan(path: Path, plan: Plan) -> None:
     """Saves `plan` for the workers of the store `path`."""
     store.write_json(path / PROGRESS / 'plan.json', dataclasses.asdict(plan))
+    _plan.cache_clear()
+    _tokenizer.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,7 +126,7 @@ class WriteStream(PipelineStep):
         writer.erase()
         try:
             result = self._write(data, writer)
-        except readers.BadFile as fault:
+        except (readers.BadFile, OverflowError) as fault:
             writer.erase()
             result = {'documents': 0, 'dropped': 0, 'tokens': 0, 'bad_records': 0, 'bad': str(fault)}
         store.write_json(result_path(self.path, rank), {**result, 'stamp': stamp})
@@ -212,8 +214,10 @@ class Executor(LocalPipelineExecutor):
                     holder.close()
                     raise
         except concurrent.futures.process.BrokenProcessPool:
-            raise errors.RunError('A worker of prepare was killed, perhaps for want of memory; run prepare again to '
-                                  'go on, with a smaller --config.data.workers if it happens again.') from None  # fmt: skip
+            raise errors.RunError(
+                'A worker of prepare was killed, perhaps for want of memory; run prepare again to go on, with a '
+                'smaller --config.data.workers if it happens again.'
+            ) from None
         finally:
             holder.close()
 
