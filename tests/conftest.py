@@ -1,4 +1,8 @@
-"""Fixes the world the tests run in, for this process and those it starts: 8 CPU devices, no network, no home folder."""
+"""Fixes the world the tests run in, for this process and those it starts.
+
+8 CPU devices, no network, caches in a folder of this run instead of the home folder. The folder also keeps what XLA
+has compiled: compiling is most of the tests' time, and many tests and processes compile the same small programs.
+"""
 
 import atexit
 import os
@@ -19,9 +23,12 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8'.strip
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # a [D] added to a [B, T, D] by mistake is an error
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_DATASETS_OFFLINE'] = '1'
-os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='tinyllama-test-home-')
+CACHES = tempfile.mkdtemp(prefix='tinyllama-tests-')
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ['HF_HOME'] = f'{CACHES}/huggingface'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{CACHES}/jax'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 
 @pytest.fixture(scope='session')
