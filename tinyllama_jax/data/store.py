@@ -228,6 +228,8 @@ class TokenStore:
         files = np.searchsorted(firsts, rows, side='right') - 1
         starts = files * FILE_SPAN + (rows - firsts[files]) * length
         tokens = np.empty((len(rows), length), self.manifest['dtype'])
+        if not rows.size:
+            return tokens
         array, batch = self._array('tokens', source, split), tensorstore.Batch()
         reads = [array[start : start + length].read(batch=batch) for start in starts.tolist()]
         batch.submit()
