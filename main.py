@@ -1,6 +1,5 @@
 """The command line: main.py COMMAND --config=FILE[:arg] --workdir=DIR [--config.x.y=value ...]."""
 
-import os
 import pathlib
 import shlex
 import sys
@@ -10,13 +9,11 @@ from absl import flags
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no command asks the network
-
 COMMANDS = ('prepare', 'train', 'evaluate', 'export', 'import', 'generate', 'report')
 FLAGS = flags.FLAGS
 flags.DEFINE_string('config', None, 'Experiment file, with an optional variant: configs/tinyllama_1b.py[:original].')
 flags.DEFINE_string('workdir', None, 'The folder of the run.')
-flags.DEFINE_integer('step', None, 'Checkpoint to use; the newest by default.')
+flags.DEFINE_integer('step', None, 'evaluate, export, generate: the checkpoint to use; the newest by default.')
 flags.DEFINE_string('output', None, 'export: a new folder; evaluate: a JSON file.')
 flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'export: the type of the weights.')
 flags.DEFINE_enum('format', 'safetensors', ['safetensors', 'pytorch'], 'export: the file format of the weights.')
@@ -34,59 +31,42 @@ flags.DEFINE_float('top_p', None, 'generate: sample from the likeliest tokens th
 flags.DEFINE_integer('seed', 0, 'generate: of the sampling.')
 
 
-def _config(overrides: list[tuple[str, str]]) -> config_lib.Config | None:
-    """The configuration of --config, else the workdir's, with the overrides; None where there is neither."""
-    if FLAGS.config:
-        config = config_lib.load_experiment(FLAGS.config)
-    elif FLAGS.workdir and os.path.isfile(os.path.join(FLAGS.workdir, 'config.json')):
-        from tinyllama_jax import workdir
-
-        config = workdir.read_config(pathlib.Path(FLAGS.workdir))
-    elif overrides:
-        raise errors.UsageError(f'--config.{overrides[0][0]} changes a setting of --config=FILE, which is missing.')
-    else:
-        return None
-    for path, text in overrides:
-        config = config_lib.override(config, path, text)
-    return config_lib.validated(config)
+def _values(*names: str) -> dict:
+    return {name: FLAGS[name].value for name in names}
 
 
-def _path(name: str) -> pathlib.Path:
-    if not FLAGS[name].value:
-        raise errors.UsageError(f'--{name} is missing.')
-    return pathlib.Path(FLAGS[name].value)
-
-
-def _loaded(config: config_lib.Config | None):
-    """The checkpoint that --workdir and --step name, for the commands that need no --config."""
-    from tinyllama_jax import workdir
-
-    if config is not None:
-        workdir.refuse_contradiction(_path('workdir'), config)
-    return workdir.load(_path('workdir'), FLAGS.step)
-
-
-def _run(command: str, config: config_lib.Config | None, command_line: str) -> None:
-    from tinyllama_jax import workdir
-
-    if command in ('prepare', 'train') and config is None:
-        raise errors.UsageError(f'{command} needs --config=FILE, for example --config=configs/demo.py.')
+def _run(command: str, config: config_lib.Config | None, workdir: pathlib.Path | None, command_line: str) -> None:
+    """Calls what a command stands for; imports only what it needs."""
     if command == 'prepare':
         from tinyllama_jax.data import prepare
 
-        prepare.prepare(config.data, workdir.store_path(config, _path('workdir')))
+        prepare.prepare(config.data, config_lib.store_path(config.data, workdir))
     elif command == 'train':
         from tinyllama_jax import train
 
-        train.train(config, _path('workdir'), command=command_line)
+        train.train(config, workdir, command=command_line)
+    elif command == 'evaluate':
+        from eval_bridge import evaluate
+
+        options = _values('model', 'step', 'tasks', 'include_path', 'limit', 'log_samples', 'output')
+        evaluate.evaluate_run(workdir, config, **options)
+    elif command == 'export':
+        from eval_bridge import convert
+
+        convert.export_run(workdir, config, **_values('step', 'output', 'dtype', 'format'))
+    elif command == 'import':
+        from eval_bridge import convert
+
+        convert.import_run(FLAGS.input or FLAGS.model, workdir, config, command_line)
     elif command == 'generate':
         from tinyllama_jax import generate
 
-        generate.continue_prompts(_loaded(config), FLAGS.prompt)
+        options = _values('step', 'prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+        generate.generate_run(workdir, config, **options)
     elif command == 'report':
         from tinyllama_jax import report
 
-        print(report.report(_path('workdir')))
+        print(report.report(workdir))
 
 
 def main(argv: list[str]) -> int:
@@ -95,15 +75,18 @@ def main(argv: list[str]) -> int:
         arguments, overrides = config_lib.split_overrides(argv[1:])
         command, *rest = FLAGS([argv[0], *arguments])[1:] or ['']
         if rest or command not in COMMANDS:
-            raise errors.UsageError(f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR [--config.x=value]')
-        _run(command, _config(overrides), shlex.join(['main.py', *argv[1:]]))
+            raise errors.UsageError(
+                f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR [--config.x=value]'
+            )
+        if not FLAGS.workdir and not (command == 'evaluate' and FLAGS.model):
+            raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
+        workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
+        config = config_lib.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
+        _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
         return 0
-    except flags.Error as error:
+    except (flags.Error, errors.Failure) as error:
         print(f'main.py: {error}', file=sys.stderr)
-        return errors.UsageError.exit_code
-    except errors.Failure as error:
-        print(f'main.py: {error}', file=sys.stderr)
-        return error.exit_code
+        return getattr(error, 'exit_code', errors.UsageError.exit_code)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,8 @@ import numpy as np
 
 from eval_bridge import tokenizer_json, weight_files
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, model, tokenizer
+from tinyllama_jax import errors, model, tokenizer, workdir
+from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, ModelConfig
 
 # (our path, Hugging Face's name, input axes of ours; 0: not transposed). {} is the layer.
@@ -340,3 +341,41 @@ def _rope(values: dict[str, Any], path: pathlib.Path) -> tuple[float, float]:
         raise errors.UsageError(f'{path}: {field} is {rope}; only plain and linearly scaled rotation can be imported.')
     base = rope.get('rope_theta', values.get('rope_theta', 10_000.0))
     return float(base), float(rope['factor']) if kind == 'linear' else 1.0
+
+
+def export_run(folder: pathlib.Path, config: Config | None, *, step: int | None, output: str | None, **options) -> None:
+    """Exports a workdir's checkpoint (the newest by default) to the new folder `output`; see `export`."""
+    if not output:
+        raise errors.UsageError('--output=DIR, the folder to make, is missing.')
+    loaded = workdir.load(folder, config, step)
+    options['add_bos'] = loaded.config.data.bos
+    export(loaded.params, loaded.config.model, loaded.tokenizer_path, pathlib.Path(output), **options)
+    print(f'exported step {loaded.step} to {output}')
+
+
+def import_run(source: str | None, folder: pathlib.Path, config: Config | None, command: str) -> None:
+    """Makes a workdir at step 0 from a Hugging Face folder; a `config` given must describe the same model.
+
+    What the weights do not decide (seq_len, initialisation, how it is computed) is the config's.
+    """
+    if not source:
+        raise errors.UsageError('--input=DIR, a Hugging Face Llama folder, is missing.')
+    params, found = import_weights(pathlib.Path(source))
+    if config is None:
+        config = Config(model=found)
+    for field in ('vocab_size', 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim', 'hidden_dim',
+                  'norm_eps', 'rope_base', 'rope_scaling'):  # fmt: skip
+        if getattr(config.model, field) != getattr(found, field):
+            raise errors.UsageError(
+                f'config.model.{field} is {getattr(config.model, field)}, but {source} has {getattr(found, field)}; '
+                f'set --config.model.{field}={getattr(found, field)}.'
+            )
+    pieces = pathlib.Path(source) / 'tokenizer.model'
+    workdir.create(
+        folder,
+        config,
+        step_lib.make_state(config, jax.device_put(params)),
+        pieces if pieces.exists() else None,
+        command,
+    )
+    print(f'imported {source} to {folder} at step 0')

@@ -25,13 +25,44 @@ import lm_eval.api.group
 import lm_eval.evaluator
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.utils import handle_non_serializable
+from lm_eval.utils import handle_non_serializable, make_table
 
-from tinyllama_jax import errors, metrics
+from eval_bridge import convert, lm
+from tinyllama_jax import errors, metrics, tokenizer, workdir
+from tinyllama_jax.config import Config
 
 PAPER = {'name': 'paper', 'num_fewshot': 0, 'dtype': 'float32', 'add_bos': False}
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
 _TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
+
+
+def evaluate_run(
+    folder: pathlib.Path | None,
+    config: Config | None,
+    *,
+    model: str | None,
+    step: int | None,
+    tasks: Sequence[str],
+    output: str | None,
+    **options,
+) -> None:
+    """Evaluates a workdir's checkpoint, or the Hugging Face folder `model`, and prints lm-eval's table.
+
+    The result goes to `output`, by default WORKDIR/eval/step-STEP.json; see `evaluate`.
+    """
+    if not tasks:
+        raise errors.UsageError('--tasks=NAME,NAME is missing.')
+    if model:
+        params, shape = convert.import_weights(pathlib.Path(model))
+        pieces, protocol = convert.load_tokenizer(pathlib.Path(model)), {'model': model}
+    else:
+        loaded = workdir.load(folder, config, step)
+        params, shape, pieces = loaded.params, loaded.config.model, tokenizer.Tokenizer(loaded.tokenizer_path)
+        protocol = {'step': loaded.step}
+        output = output or folder / 'eval' / f'step-{loaded.step}.json'
+    protocol['tokenizer_sha256'] = pieces.sha256
+    result = evaluate(lm.JaxLM(params, shape, pieces), tasks, protocol=protocol, output=output, **options)
+    print(make_table(result))
 
 
 def evaluate(

@@ -8,8 +8,10 @@ everything below receives plain frozen dataclasses. Nothing here imports jax.
 import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 import os
+import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -356,3 +358,33 @@ def load_experiment(spec: str) -> Config:
         return module.get_config(arg)
     except ValueError as error:
         raise errors.UsageError(f'--config={spec}: {error}') from error
+
+
+def resolve(
+    experiment: str | None,
+    workdir: pathlib.Path | None,
+    overrides: Sequence[tuple[str, str]],
+    *,
+    required: bool = True,
+) -> Config | None:
+    """The validated configuration of an experiment file, else of a workdir, with overrides.
+
+    Without either: None, or UsageError if one is `required`.
+    """
+    record = workdir / 'config.json' if workdir else None
+    if experiment:
+        config = load_experiment(experiment)
+    elif record and record.exists():
+        config = from_dict(json.loads(record.read_text())['config'])
+    elif overrides or required:
+        raise errors.UsageError('--config=FILE is missing, for example --config=configs/demo.py.')
+    else:
+        return None
+    for path, text in overrides:
+        config = override(config, path, text)
+    return validated(config)
+
+
+def store_path(data: DataConfig, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the prepared tokens lie: `data.store`, by default WORKDIR/store."""
+    return pathlib.Path(data.store) if data.store else workdir / 'store'

@@ -6,16 +6,37 @@ that prompts of many lengths share a few compiled programs.
 
 import functools
 import math
+import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax import errors, model
-from tinyllama_jax.config import ModelConfig
+from tinyllama_jax import errors, model, tokenizer, workdir
+from tinyllama_jax.config import Config, ModelConfig
 
 _SMALLEST = 32  # slots; sizes are this times a power of two
+
+
+def generate_run(
+    folder: pathlib.Path, config: Config | None, *, prompt: Sequence[str], step: int | None = None, **options
+) -> None:
+    """Prints each prompt of `prompt` with its continuation by a workdir's checkpoint, as it comes; see `stream`."""
+    if not prompt:
+        raise errors.UsageError('--prompt=TEXT is missing; it may be given several times.')
+    loaded = workdir.load(folder, config, step)
+    pieces = tokenizer.Tokenizer(loaded.tokenizer_path)
+    for text in prompt:
+        ids = ([pieces.bos_id] if loaded.config.data.bos else []) + pieces.encode(text)
+        shown = ''
+        for token in stream(loaded.params, loaded.config.model, ids, eos_id=pieces.eos_id, **options):
+            ids = [*ids, token]
+            whole = pieces.decode(ids)
+            if not whole.endswith('\ufffd'):  # half a character: wait for its other bytes
+                print(whole[len(shown) :], end='', flush=True)
+                shown = whole
+        print()
 
 
 def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> list[int]:

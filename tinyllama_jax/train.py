@@ -55,7 +55,7 @@ class _Run:
         self.mesh = sharding.make_mesh(config.mesh)
         self.eval_step = step_lib.jit_eval_step(config, self.mesh)
         self.accumulation = accumulation_steps(config, sharding.batch_shards(self.mesh))
-        tokens = store.TokenStore(workdir.store_path(config, folder))
+        tokens = store.TokenStore(config_lib.store_path(config.data, folder))
         self.data = pipeline.make_dataset(config, tokens)
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
@@ -84,7 +84,9 @@ class _Run:
             checkpoint.fixed_settings(saved), checkpoint.fixed_settings(self.config), 'config'
         )
         if not found and meta['data'] not in (None, self.data.fingerprint):
-            changed = config_lib.differences(meta['config']['data'], config_lib.to_dict(self.config.data), 'config.data')
+            changed = config_lib.differences(
+                meta['config']['data'], config_lib.to_dict(self.config.data), 'config.data'
+            )
             found = changed or {'data (the store behind it)': (meta['data'][:12], self.data.fingerprint[:12])}
         for field, (old, new) in found.items():
             raise errors.UsageError(
@@ -224,9 +226,11 @@ def _padded(rows_BR: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _same_losses(before: dict | None, now: dict) -> bool:
     """Whether two starts of a run must compute the same losses, digit for digit."""
-    return before is not None and all(
-        before[key] == now[key] for key in ('commit', 'versions', 'devices')
-    ) and _decisive(before['config']) == _decisive(now['config'])
+    return (
+        before is not None
+        and all(before[key] == now[key] for key in ('commit', 'versions', 'devices'))
+        and _decisive(before['config']) == _decisive(now['config'])
+    )
 
 
 def _decisive(config: dict) -> dict:

@@ -1,9 +1,9 @@
 """A run's folder: what the run was (config.json), its tokenizer, and loading its parameters.
 
-    config.json        resolved configuration, command, commit, versions, devices of the last start
-    tokenizer.model    the tokenizer the run trains with
-    checkpoints/STEP   see checkpoint.py
-    metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by default)
+config.json        resolved configuration, command, commit, versions, devices of the last start
+tokenizer.model    the tokenizer the run trains with
+checkpoints/STEP   see checkpoint.py
+metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by default)
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import jax
 
 from tinyllama_jax import checkpoint, errors, metrics, model, runtime
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
 
 
@@ -28,11 +27,6 @@ class Loaded:
     params: dict[str, Any]
     step: int
     tokenizer_path: pathlib.Path
-
-
-def store_path(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    """Where the prepared tokens lie."""
-    return pathlib.Path(config.data.store) if config.data.store else workdir / 'store'
 
 
 def write_record(workdir: pathlib.Path, config: Config, command: str) -> dict[str, Any]:
@@ -79,8 +73,13 @@ def abstract_params(config: Config):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
 
 
-def load(workdir: pathlib.Path, step: int | None = None) -> Loaded:
-    """The parameters of the checkpoint at `step` (the newest by default), verified."""
+def load(workdir: pathlib.Path, config: Config | None = None, step: int | None = None) -> Loaded:
+    """The parameters of the checkpoint at `step` (the newest by default), verified.
+
+    A `config` may be given beside the workdir's own; it must describe the same model.
+    """
+    if config is not None:
+        refuse_contradiction(workdir, config)
     config = read_config(workdir)
     folder = workdir / 'checkpoints'
     if not folder.is_dir():
@@ -97,12 +96,12 @@ def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
     temporary.rename(workdir / 'tokenizer.model')
 
 
-def create(workdir: pathlib.Path, config: Config, params, tokenizer_path: pathlib.Path | None, command: str) -> None:
-    """Begins a run at step 0 from given parameters (an import). Raises UsageError if there is one already."""
+def create(workdir: pathlib.Path, config: Config, state, tokenizer_path: pathlib.Path | None, command: str) -> None:
+    """Begins a run with a given TrainState of step 0 (an import). Raises UsageError where the folder is not empty."""
     if workdir.exists() and any(workdir.iterdir()):
         raise errors.UsageError(f'--workdir={workdir} is not empty; import needs a new one.')
     checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
-    checkpointer.save(0, step_lib.make_state(config, params), checkpoint.make_meta(config, None, {}))
+    checkpointer.save(0, state, checkpoint.make_meta(config, None, {}))
     checkpointer.close()
     if tokenizer_path is not None:
         keep_tokenizer(workdir, tokenizer_path)
