@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import reference as ops
+from kernels import cpu as ops
 from tinyllama_jax.config import ModelConfig
 
 
@@ -44,6 +44,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.float32))
 
     def __call__(self, x_BTD):
+        """Normed [B, T, D]."""
         return ops.rms_norm(x_BTD, self.scale[...], eps=self.eps)
 
 
@@ -60,19 +61,20 @@ class Attention(nnx.Module):
         self.o = _weight(rngs, residual_std, N, H, D)
 
     def __call__(self, x_BTD, positions_BT, cache=None):
+        """Attended [B, T, D] and the cache with this layer's new keys and values (None without one)."""
         q_DNH, k_DKH, v_DKH, o_NHD = (w[...].astype(x_BTD.dtype) for w in (self.q, self.k, self.v, self.o))
         rotate = functools.partial(
             ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
         )
-        q_BTNH = rotate(jnp.einsum('btd,dnh->btnh', x_BTD, q_DNH))
-        k_BTKH = rotate(jnp.einsum('btd,dkh->btkh', x_BTD, k_DKH))
-        v_BTKH = jnp.einsum('btd,dkh->btkh', x_BTD, v_DKH)
+        q_BTNH = rotate(ops.linear(x_BTD, q_DNH))
+        k_BTKH = rotate(ops.linear(x_BTD, k_DKH))
+        v_BTKH = ops.linear(x_BTD, v_DKH)
         if cache is None:
             out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH)
         else:
             cache = _write_cache(cache, k_BTKH, v_BTKH, positions_BT[0, 0])
             out_BTNH = ops.cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT)
-        return jnp.einsum('btnh,nhd->btd', out_BTNH, o_NHD), cache
+        return ops.linear(out_BTNH, o_NHD), cache
 
 
 def _write_cache(cache, k_BTKH, v_BTKH, start):
@@ -92,8 +94,10 @@ class MLP(nnx.Module):
         self.down = _weight(rngs, residual_std, config.hidden_dim, config.embed_dim)
 
     def __call__(self, x_BTD):
+        """Fed forward [B, T, D]."""
         gate_DF, up_DF, down_FD = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        return ops.swiglu(x_BTD @ gate_DF, x_BTD @ up_DF) @ down_FD
+        hidden_BTF = ops.swiglu(ops.linear(x_BTD, gate_DF), ops.linear(x_BTD, up_DF))
+        return ops.linear(hidden_BTF, down_FD)
 
 
 class Layer(nnx.Module):
@@ -106,6 +110,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x_BTD, positions_BT, cache=None):
+        """The residual stream [B, T, D] after this layer, and its cache."""
         attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache

@@ -1,0 +1,233 @@
+"""Fast plain-JAX forms of the ops for XLA's CPU compiler, held to `reference` by tests.
+
+They differ from the plain forms in how the gradient is written: XLA's own transposes
+give matrix products on transposed operands, which cost it two to five times a plain
+one, and keep what can be recomputed.
+
+- `linear` writes both gradients as plain 2-D products.
+- `attention` goes by blocks of queries and reads keys only up to the block's end, so
+  that most of the masked half is never computed; it keeps only row statistics.
+- `cross_entropy` goes by blocks of tokens and makes the gradient with the loss, so
+  that whole logits never exist.
+
+An optimization barrier stands where XLA would otherwise fold a small transpose into a
+large product, or a cheap maximum into one slow pass.
+
+Shapes: B batch, T query time, S key time, D model, N query heads, K key-value heads,
+G = N / K, H head dim, V vocabulary, R = G x block rows, C tokens of a block.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels import reference
+
+cached_attention = reference.cached_attention
+rms_norm = reference.rms_norm
+rope = reference.rope
+swiglu = reference.swiglu
+
+_MASKED = -1e30
+_QUERY_BLOCK = 64
+_LOSS_BLOCK = 1_024  # tokens
+_MOST_BLOCKS = 16  # bounds compile time
+
+
+@jax.custom_vjp
+def linear(x, w):
+    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype."""
+    return _linear_fwd(x, w)[0]
+
+
+def _linear_fwd(x, w):
+    y = _rows(x) @ w.reshape(math.prod(x.shape[2:]), -1)
+    return y.reshape(x.shape[:2] + w.shape[x.ndim - 2 :]), (x, w)
+
+
+def _linear_bwd(residuals, dy):
+    x, w = residuals
+    rows_dy = _rows(dy)
+    w_matrix = w.reshape(-1, rows_dy.shape[1])
+    return (rows_dy @ w_matrix.T).reshape(x.shape), (_rows(x).T @ rows_dy).reshape(w.shape)
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _rows(x):
+    """[B, T, ...] as a matrix of B x T rows."""
+    return x.reshape(x.shape[0] * x.shape[1], -1)
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
+    """Causal grouped-query attention over whole sequences (S = T); as `reference.attention`."""
+    return _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+
+@jax.custom_vjp
+def _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    return _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
+
+
+def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    q_BKGTH, kt_BKHS = _by_group(q_BTNH, k_BSKH), _transposed_heads(k_BSKH)
+    v_BKSH = v_BSKH.swapaxes(1, 2)
+    outs, stats = [], []
+    for block in _blocks(q_BTNH.shape[1], _QUERY_BLOCK):
+        scores_BKRS = _scores(_block_rows(q_BKGTH, block), kt_BKHS, block, segment_ids_BT)
+        max_BKR1 = jax.lax.optimization_barrier(_row_max(scores_BKRS))
+        weights_BKRS = jnp.exp(scores_BKRS - max_BKR1)
+        sum_BKR1 = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
+        out_BKRH = _matmul(weights_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, : block.stop]) / sum_BKR1
+        outs.append(_unrows(out_BKRH, block))
+        stats.append(max_BKR1 + jnp.log(sum_BKR1))
+    out_BTNH = _by_time(outs).astype(q_BTNH.dtype)
+    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, out_BTNH, stats)
+
+
+def _attention_bwd(residuals, dout_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, out_BTNH, stats = residuals
+    T, dtype = q_BTNH.shape[1], q_BTNH.dtype
+    q_BKGTH, dout_BKGTH = _by_group(q_BTNH, k_BSKH), _by_group(dout_BTNH, k_BSKH, scale=1.0)
+    # d softmax: weights * (dweights - delta), where delta = sum_s weights dweights = sum_h out dout.
+    delta_BTN1 = jnp.sum(out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    delta_BKGT1 = _by_group(delta_BTN1, k_BSKH, scale=1.0)
+    k_BKSH = k_BSKH.swapaxes(1, 2)
+    kt_BKHS, vt_BKHS = _transposed_heads(k_BSKH), _transposed_heads(v_BSKH)
+    dqs, dkt_BKHS, dvt_BKHS = [], 0.0, 0.0
+    for block, stat_BKR1 in zip(_blocks(T, _QUERY_BLOCK), stats, strict=True):
+        q_BKRH, dout_BKRH = (_block_rows(x, block) for x in (q_BKGTH, dout_BKGTH))
+        weights_BKRS = jnp.exp(_scores(q_BKRH, kt_BKHS, block, segment_ids_BT) - stat_BKR1)
+        dweights_BKRS = _matmul(dout_BKRH, vt_BKHS[..., : block.stop])
+        dscores_BKRS = (weights_BKRS * (dweights_BKRS - _block_rows(delta_BKGT1, block))).astype(dtype)
+        dqs.append(_unrows(_matmul(dscores_BKRS, k_BKSH[:, :, : block.stop]), block))
+        qt_BKHR, doutt_BKHR = jax.lax.optimization_barrier((q_BKRH.swapaxes(2, 3), dout_BKRH.swapaxes(2, 3)))
+        later = ((0, 0), (0, 0), (0, 0), (0, T - block.stop))
+        dkt_BKHS += jnp.pad(_matmul(qt_BKHR, dscores_BKRS), later)
+        dvt_BKHS += jnp.pad(_matmul(doutt_BKHR, weights_BKRS.astype(dtype)), later)
+    dq_BTNH = _by_time(dqs) * q_BTNH.shape[-1] ** -0.5
+    dk_BSKH, dv_BSKH = (x.transpose(0, 3, 1, 2) for x in jax.lax.optimization_barrier((dkt_BKHS, dvt_BKHS)))
+    return dq_BTNH.astype(dtype), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    """Slices that cover `length`, of `size` or as large as `_MOST_BLOCKS` of them need."""
+    size = max(size, -(-length // _MOST_BLOCKS))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _by_group(x_BTNH, k_BSKH, scale=None):
+    """[B, T, N, H] as [B, K, G, T, H], times 1 / sqrt(H) or `scale`."""
+    B, T, N, H = x_BTNH.shape
+    K = k_BSKH.shape[2]
+    scale = H**-0.5 if scale is None else scale
+    return (x_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _by_time(blocks):
+    """Blocks of [B, K, G, t, H] as one [B, T, N, H]."""
+    x_BKGTH = jnp.concatenate(blocks, axis=3)
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _transposed_heads(x_BSKH):
+    return jax.lax.optimization_barrier(x_BSKH.transpose(0, 2, 3, 1))
+
+
+def _block_rows(x_BKGTH, block: slice):
+    """The block's queries of all heads of a group, as rows: [B, K, R, H]."""
+    B, K, _, _, H = x_BKGTH.shape
+    return x_BKGTH[:, :, :, block].reshape(B, K, -1, H)
+
+
+def _unrows(x_BKRH, block: slice):
+    B, K, _, H = x_BKRH.shape
+    return x_BKRH.reshape(B, K, -1, block.stop - block.start, H)
+
+
+def _matmul(x, y):
+    """Batched matrix product over two leading axes, in float32."""
+    dims = (((3,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BKRH, kt_BKHS, block: slice, segment_ids_BT):
+    """Masked float32 logits of a block's rows against all keys up to its end."""
+    scores_BKRS = _matmul(q_BKRH, kt_BKHS[..., : block.stop])
+    B, K, R, S = scores_BKRS.shape
+    queries = block.stop - block.start
+    mask_BKGTS = (jnp.arange(block.start, S)[:, None] >= jnp.arange(S)[None, :])[None, None, None]
+    if segment_ids_BT is not None:
+        same_BTS = segment_ids_BT[:, block, None] == segment_ids_BT[:, None, :S]
+        mask_BKGTS = mask_BKGTS & same_BTS[:, None, None]
+    scores_BKGTS = scores_BKRS.reshape(B, K, R // queries, queries, S)
+    return jnp.where(mask_BKGTS, scores_BKGTS, _MASKED).reshape(scores_BKRS.shape)
+
+
+def _row_max(x):
+    """Maximum over the last axis, kept as 1; halving first is what XLA can vectorise."""
+    while x.shape[-1] > 16 and x.shape[-1] % 2 == 0:
+        x = jnp.maximum(*jnp.split(x, 2, axis=-1))
+    return jnp.max(x, axis=-1, keepdims=True)
+
+
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
+    """Mean next-token loss in nats; as `reference.cross_entropy`, weights taken as constants."""
+    if weights_BT is None:
+        weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
+    shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+    return _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT)
+
+
+@jax.custom_vjp
+def _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT):
+    return sum(_block_loss(*block, head_DV)[0] for block in _token_blocks(x_BTD, targets_BT, shares_BT))
+
+
+def _token_blocks(x_BTD, targets_BT, shares_BT):
+    """(x, targets, shares) of each block of tokens; cut along T, so that a sharded batch stays where it is."""
+    B, T, _ = x_BTD.shape
+    return [
+        (_rows(x_BTD[:, block]), targets_BT[:, block].reshape(-1), shares_BT[:, block].reshape(-1))
+        for block in _blocks(T, max(1, _LOSS_BLOCK // B))
+    ]
+
+
+def _block_loss(x_CD, targets_C, shares_C, head_DV):
+    """The block's share of the loss, its unnormalised softmax [C, V] and the sums [C, 1]."""
+    logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
+    max_C1 = jax.lax.optimization_barrier(_row_max(logits_CV))
+    exp_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - max_C1))
+    sum_C1 = jnp.sum(exp_CV, axis=-1, keepdims=True)
+    picked_C1 = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+    loss_C1 = max_C1 + jnp.log(sum_C1) - picked_C1
+    return jnp.sum(loss_C1[:, 0] * shares_C), exp_CV, sum_C1
+
+
+def _cross_entropy_fwd(x_BTD, head_DV, targets_BT, shares_BT):
+    B, _, D = x_BTD.shape
+    loss, dhead_DV, dxs = 0.0, 0.0, []
+    for x_CD, targets_C, shares_C in _token_blocks(x_BTD, targets_BT, shares_BT):
+        block_loss, exp_CV, sum_C1 = _block_loss(x_CD, targets_C, shares_C, head_DV)
+        hit_CV = targets_C[:, None] == jnp.arange(head_DV.shape[1])[None, :]
+        share_C1 = shares_C[:, None]
+        dlogits_CV = jnp.where(hit_CV, -share_C1, 0.0) + exp_CV * (share_C1 / sum_C1)
+        dlogits_CV = jax.lax.optimization_barrier(dlogits_CV.astype(x_BTD.dtype))
+        loss += block_loss
+        dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
+        dxs.append((dlogits_CV @ head_DV.T).reshape(B, -1, D))
+    return loss, (jnp.concatenate(dxs, axis=1), dhead_DV.astype(head_DV.dtype))
+
+
+def _cross_entropy_bwd(residuals, dloss):
+    dx_BTD, dhead_DV = residuals
+    return (dloss * dx_BTD).astype(dx_BTD.dtype), (dloss * dhead_DV).astype(dhead_DV.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
