@@ -126,15 +126,15 @@ def _begin(path: Path, config: DataConfig, plan: tasks.Plan, settings: dict[str,
     """Lays the store out, or takes up what an interrupted run with the same settings left."""
     progress, workers = path / tasks.PROGRESS, config.workers or len(os.sched_getaffinity(0))
     executor = tasks.Executor(path, num_tasks=len(plan.tasks), workers=workers)
-    if not _can_continue(path, plan, settings, executor, trained=config.tokenizer is None):
-        _clear(path)
-        try:
+    try:
+        if not _can_continue(path, plan, settings, executor, trained=config.tokenizer is None):
+            _clear(path)
             progress.joinpath('results').mkdir(parents=True)
-        except OSError as error:
-            raise store.write_error(path, error) from None
-        store.write_json(progress / 'settings.json', settings)
-    tasks.write_plan(path, plan)
-    _put_tokenizer(path, config, plan)
+            store.write_json(progress / 'settings.json', settings)
+        tasks.write_plan(path, plan)
+        _put_tokenizer(path, config, plan)
+    except OSError as error:
+        raise store.write_error(path, error) from None
     model = tokenizer.Tokenizer(path / store.TOKENIZER)
     model.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)  # has it these pieces?
     for (source, split), count in _counts(plan).items():

@@ -14,6 +14,7 @@ Rows are a view: row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_l
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def write_error(store: Path, error: Exception) -> errors.RunError:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of `error` without tensorstore's source locations."""
-    text = str(error).split(' [source locations')[0].split(' [tensorstore_spec')[0]
+    """The message of `error` without what tensorstore appends for its developers."""
+    text = re.split(r' \[(?:source locations|\w+=)', str(error))[0]
     return text.splitlines()[0] if text else type(error).__name__
 
 

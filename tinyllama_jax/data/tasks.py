@@ -194,10 +194,17 @@ class Executor(LocalPipelineExecutor):
         ranks = self.get_incomplete_ranks()
         if self.workers == 1 or len(ranks) < 2:
             for rank in ranks:
-                self._run_for_rank(rank)
+                self.run_one(rank)
                 on_done(rank)
         else:
             self._run_in_processes(ranks, on_done)
+
+    def run_one(self, rank: int) -> None:
+        """Runs one task in this process. Raises RunError when the store can't be written."""
+        try:
+            self._run_for_rank(rank)
+        except OSError as error:  # of a mark or a log: what reading raises is the bad file's
+            raise store.write_error(self.path, error) from None
 
     def _run_in_processes(self, ranks: list[int], on_done: Callable[[int], None]) -> None:
         context = multiprocessing.get_context('forkserver')
@@ -223,7 +230,7 @@ class Executor(LocalPipelineExecutor):
 
 
 def _run_rank(path: Path, num_tasks: int, rank: int) -> None:
-    Executor(path, num_tasks=num_tasks, workers=1)._run_for_rank(rank)
+    Executor(path, num_tasks=num_tasks, workers=1).run_one(rank)
 
 
 def _follow(leash) -> None:
