@@ -6,8 +6,7 @@ import sys
 
 from absl import flags
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors
+from tinyllama_jax import errors, experiment
 
 COMMANDS = ('prepare', 'train', 'evaluate', 'export', 'import', 'generate', 'report')
 FLAGS = flags.FLAGS
@@ -31,16 +30,16 @@ flags.DEFINE_float('top_p', None, 'generate: sample from the likeliest tokens th
 flags.DEFINE_integer('seed', 0, 'generate: of the sampling.')
 
 
-def _values(*names: str) -> dict:
-    return {name: FLAGS[name].value for name in names}
-
-
-def _run(command: str, config: config_lib.Config | None, workdir: pathlib.Path | None, command_line: str) -> None:
+def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None:
     """Calls what a command stands for; imports only what it needs."""
+
+    def values(*names: str) -> dict:
+        return {name: FLAGS[name].value for name in names}
+
     if command == 'prepare':
         from tinyllama_jax.data import prepare
 
-        prepare.prepare(config.data, config_lib.store_path(config.data, workdir))
+        prepare.prepare(config.data, config.data.store_path(workdir))
     elif command == 'train':
         from tinyllama_jax import train
 
@@ -48,12 +47,12 @@ def _run(command: str, config: config_lib.Config | None, workdir: pathlib.Path |
     elif command == 'evaluate':
         from eval_bridge import evaluate
 
-        options = _values('model', 'step', 'tasks', 'include_path', 'limit', 'log_samples', 'output')
+        options = values('model', 'step', 'tasks', 'include_path', 'limit', 'log_samples', 'output')
         evaluate.evaluate_run(workdir, config, **options)
     elif command == 'export':
         from eval_bridge import convert
 
-        convert.export_run(workdir, config, **_values('step', 'output', 'dtype', 'format'))
+        convert.export_run(workdir, config, **values('step', 'output', 'dtype', 'format'))
     elif command == 'import':
         from eval_bridge import convert
 
@@ -61,7 +60,7 @@ def _run(command: str, config: config_lib.Config | None, workdir: pathlib.Path |
     elif command == 'generate':
         from tinyllama_jax import generate
 
-        options = _values('step', 'prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+        options = values('step', 'prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
         generate.generate_run(workdir, config, **options)
     elif command == 'report':
         from tinyllama_jax import report
@@ -72,16 +71,14 @@ def _run(command: str, config: config_lib.Config | None, workdir: pathlib.Path |
 def main(argv: list[str]) -> int:
     """Parses, dispatches, and turns a foreseen failure into one line and its exit status."""
     try:
-        arguments, overrides = config_lib.split_overrides(argv[1:])
+        arguments, overrides = experiment.split_overrides(argv[1:])
         command, *rest = FLAGS([argv[0], *arguments])[1:] or ['']
         if rest or command not in COMMANDS:
-            raise errors.UsageError(
-                f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR [--config.x=value]'
-            )
+            raise errors.UsageError(f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR')
         if not FLAGS.workdir and not (command == 'evaluate' and FLAGS.model):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
-        workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
-        config = config_lib.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
+        workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
+        config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
         return 0
     except (flags.Error, errors.Failure) as error:

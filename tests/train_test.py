@@ -14,8 +14,7 @@ import time
 import pytest
 
 from tests import tiny
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, metrics, train
+from tinyllama_jax import errors, experiment, metrics, train
 from tinyllama_jax.data import prepare
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,7 +35,7 @@ def store(tmp_path_factory):
 def _config(store, **train_fields):
     """The tiny experiment on this process's eight devices, a sequence on each."""
     train_fields = {'micro_batch_size': 1, **train_fields}
-    config = config_lib.load_experiment(f'{ROOT}/tests/tiny_experiment.py:{STEPS}')
+    config = experiment.load_experiment(f'{ROOT}/tests/tiny_experiment.py:{STEPS}')
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store and str(store)))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_fields))
 
@@ -151,7 +150,7 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(store, tmp_path, cap
 )
 def test_what_may_not_change_on_resume_is_named(store, short_run, path, value, message):
     with pytest.raises(errors.UsageError, match=message) as raised:
-        train.train(config_lib.override(_config(store, num_steps=4), path, value), short_run)
+        train.train(experiment.override(_config(store, num_steps=4), path, value), short_run)
     assert f'--workdir={short_run}-2' in str(raised.value)
     assert len(_losses(short_run)) == 2
 

@@ -1,20 +1,15 @@
-"""Every setting of a run: dataclasses, command-line overrides, validation.
+"""Every setting of a run: dataclasses and their validation.
 
-The way of a setting: `configs/x.py:get_config` builds a `Config`, `override`
+The way of a setting: `configs/x.py:get_config` builds a `Config`, experiment.py
 applies `--config.model.num_kv_heads=2`, `validated` checks the whole, and
 everything below receives plain frozen dataclasses. Nothing here imports jax.
 """
 
 import dataclasses
-import difflib
-import importlib.util
-import json
 import math
-import os
 import pathlib
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tinyllama_jax import errors
@@ -68,6 +63,10 @@ class DataConfig:
     max_bad_share: float = 0.0  # bad input files that prepare tolerates
     workers: int | None = None  # prepare's processes; none: one per core
     prefetch_steps: int = 4  # batches read ahead of the training step
+
+    def store_path(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Where the prepared tokens lie."""
+        return pathlib.Path(self.store) if self.store else workdir / 'store'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,67 +126,6 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     seed: int = 3_407
-
-
-def override(config: Config, path: str, text: str) -> Config:
-    """Returns `config` with the field at dotted `path` set from a command line's `text`.
-
-    `none` resets an optional field, and removes an entry of a dictionary; a path
-    through a new dictionary key makes the entry. Raises UsageError naming the
-    nearest valid field, or the type that was expected.
-    """
-    return _override(config, path.split('.'), text, f'--config.{path}')
-
-
-def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
-    name, rest = path[0], path[1:]
-    hints = typing.get_type_hints(type(node))
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1, cutoff=0) or list(hints)
-        raise _usage_error(flag, f'{type(node).__name__} has no field {name!r}; the nearest is {near[0]!r}')
-    value, hint = getattr(node, name), hints[name]
-    if typing.get_origin(hint) is Mapping:
-        new = _override_entry(value, typing.get_args(hint)[1], rest, text, flag)
-    elif dataclasses.is_dataclass(value):
-        if not rest:
-            fields = ', '.join(field.name for field in dataclasses.fields(value))
-            raise _usage_error(flag, f'{name} is a group; set one of its fields: {fields}')
-        new = _override(value, rest, text, flag)
-    elif rest:
-        raise _usage_error(flag, f'{name} has no fields below it')
-    else:
-        new = _parsed(text, hint, flag)
-    return dataclasses.replace(node, **{name: new})
-
-
-def _override_entry(entries: Mapping[str, Any], entry_type: type, path: list[str], text: str, flag: str):
-    if not path or (len(path) == 1 and text.lower() != 'none'):
-        raise _usage_error(flag, 'name an entry and one of its fields, as NAME.path=DIR (or NAME=none to remove it)')
-    if len(path) == 1:
-        return {name: entry for name, entry in entries.items() if name != path[0]}
-    entry = _override(entries.get(path[0], entry_type()), path[1:], text, flag)
-    return {**entries, path[0]: entry}
-
-
-def _usage_error(where: str, problem: str) -> errors.UsageError:
-    """A UsageError whose message begins with the flag or field it is about."""
-    return errors.UsageError(f'{where}: {problem}.')
-
-
-def _parsed(text: str, hint: Any, flag: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if text.lower() == 'none':
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    if typing.get_origin(hint) is tuple:
-        return tuple(part.strip() for part in text.split(',') if part.strip())
-    try:
-        if hint is bool:
-            return {'true': True, 'false': False}[text.lower()]
-        return hint(text)
-    except (ValueError, KeyError):
-        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}[hint]
-        raise _usage_error(flag, f'expects {wanted}, got {text!r}') from None
 
 
 def to_dict(config: Any) -> Any:
@@ -251,7 +189,7 @@ def validated(config: Config) -> Config:
         _check_number(path, value)
     for path, choices in _CHOICES.items():
         if leaves[path] not in choices:
-            raise _usage_error(f'config.{path}', f'{leaves[path]!r} is not one of {_listed(choices)}')
+            raise errors.usage(f'config.{path}', f'{leaves[path]!r} is not one of {_listed(choices)}')
     _check_model(config.model)
     _check_data(config.data)
     _check_optimizer(config.optimizer, config.train.num_steps)
@@ -275,45 +213,45 @@ def _check_number(path: str, value: Any) -> None:
         return
     if not math.isfinite(value) or value < 0 or (value == 0 and path not in _MAY_BE_ZERO):
         bound = '>= 0' if path in _MAY_BE_ZERO else '> 0'
-        raise _usage_error(f'config.{path}', f'must be a finite number {bound}, got {value}')
+        raise errors.usage(f'config.{path}', f'must be a finite number {bound}, got {value}')
 
 
 def _check_model(model: ModelConfig) -> None:
     if model.num_heads % model.num_kv_heads:
-        raise _usage_error(
+        raise errors.usage(
             'config.model.num_kv_heads', f'{model.num_kv_heads} does not divide num_heads = {model.num_heads}'
         )
     if model.head_dim % 2:
-        raise _usage_error('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
+        raise errors.usage('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
 
 
 def _check_data(data: DataConfig) -> None:
     for name, source in data.sources.items():
         if source.format not in _SOURCE_FORMATS:
-            raise _usage_error(
+            raise errors.usage(
                 f'config.data.sources.{name}.format', f'{source.format!r} is not one of {_listed(_SOURCE_FORMATS)}'
             )
         if not name.replace('-', '_').isidentifier():
-            raise _usage_error(
+            raise errors.usage(
                 f'config.data.sources.{name}', 'a source name has letters, digits, _ and - only, a letter first'
             )
     for field in ('holdout_share', 'max_bad_share'):
         if getattr(data, field) >= 1:
-            raise _usage_error(f'config.data.{field}', f'is a share below 1, got {getattr(data, field)}')
+            raise errors.usage(f'config.data.{field}', f'is a share below 1, got {getattr(data, field)}')
 
 
 def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
     if max(optimizer.beta1, optimizer.beta2) >= 1:
-        raise _usage_error(
+        raise errors.usage(
             'config.optimizer.beta1', f'betas must be below 1, got {optimizer.beta1} and {optimizer.beta2}'
         )
     if optimizer.final_learning_rate > optimizer.peak_learning_rate:
-        raise _usage_error(
+        raise errors.usage(
             'config.optimizer.final_learning_rate',
             f'{optimizer.final_learning_rate} is above peak_learning_rate = {optimizer.peak_learning_rate}',
         )
     if optimizer.schedule == 'wsd' and not 0 < optimizer.decay_steps <= num_steps - optimizer.warmup_steps:
-        raise _usage_error(
+        raise errors.usage(
             'config.optimizer.decay_steps',
             f'{optimizer.decay_steps} must be between 1 and num_steps - warmup_steps = '
             f'{num_steps - optimizer.warmup_steps}',
@@ -323,68 +261,12 @@ def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
 def _check_mesh(mesh: MeshConfig) -> None:
     sizes = dataclasses.asdict(mesh)
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise _usage_error('config.mesh', f'axes are positive and at most one is -1, got {sizes}')
+        raise errors.usage('config.mesh', f'axes are positive and at most one is -1, got {sizes}')
 
 
 def _check_batch(train: TrainConfig) -> None:
     if train.global_batch_size % train.micro_batch_size:
-        raise _usage_error(
+        raise errors.usage(
             'config.train.global_batch_size',
             f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
         )
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes `--config.x.y=value` (or `--config.x.y value`) out of a command line: (the rest, [(x.y, value)])."""
-    rest, overrides, arguments = [], [], iter(arguments)
-    for argument in arguments:
-        path, equals, value = argument.lstrip('-').partition('=')
-        if argument.startswith('-') and path.startswith('config.'):
-            overrides.append((path.removeprefix('config.'), value if equals else next(arguments, '')))
-        else:
-            rest.append(argument)
-    return rest, overrides
-
-
-def load_experiment(spec: str) -> Config:
-    """The configuration that FILE[:arg] describes: `get_config(arg)` of that Python file."""
-    file, _, arg = spec.partition(':')
-    if not os.path.isfile(file):
-        raise errors.UsageError(f'--config={spec}: there is no file {file}; the experiments are in configs/.')
-    module_spec = importlib.util.spec_from_file_location('experiment', file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    try:
-        return module.get_config(arg)
-    except ValueError as error:
-        raise errors.UsageError(f'--config={spec}: {error}') from error
-
-
-def resolve(
-    experiment: str | None,
-    workdir: pathlib.Path | None,
-    overrides: Sequence[tuple[str, str]],
-    *,
-    required: bool = True,
-) -> Config | None:
-    """The validated configuration of an experiment file, else of a workdir, with overrides.
-
-    Without either: None, or UsageError if one is `required`.
-    """
-    record = workdir / 'config.json' if workdir else None
-    if experiment:
-        config = load_experiment(experiment)
-    elif record and record.exists():
-        config = from_dict(json.loads(record.read_text())['config'])
-    elif overrides or required:
-        raise errors.UsageError('--config=FILE is missing, for example --config=configs/demo.py.')
-    else:
-        return None
-    for path, text in overrides:
-        config = override(config, path, text)
-    return validated(config)
-
-
-def store_path(data: DataConfig, workdir: pathlib.Path) -> pathlib.Path:
-    """Where the prepared tokens lie: `data.store`, by default WORKDIR/store."""
-    return pathlib.Path(data.store) if data.store else workdir / 'store'

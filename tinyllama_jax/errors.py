@@ -34,3 +34,8 @@ class Stopped(Failure):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def usage(where: str, problem: str) -> UsageError:
+    """A UsageError whose message begins with the flag or field it is about."""
+    return UsageError(f'{where}: {problem}.')

@@ -19,7 +19,9 @@ def commit() -> str | None:
     here = pathlib.Path(__file__).parent
 
     def git(*arguments):
-        return subprocess.run(('git', '-C', here, *arguments), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ('git', '-C', here, *arguments), capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git('status', '--porcelain', '--untracked-files=no')

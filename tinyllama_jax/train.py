@@ -52,11 +52,11 @@ class _Run:
 
     def __init__(self, config: Config, folder: pathlib.Path, command: str, hooks: tuple[Hook, ...]):
         self.config, self.folder, self.hooks = config, folder, hooks
+        tokens = store.TokenStore(config.data.store_path(folder))
+        self.data = pipeline.make_dataset(config, tokens)
         self.mesh = sharding.make_mesh(config.mesh)
         self.eval_step = step_lib.jit_eval_step(config, self.mesh)
         self.accumulation = accumulation_steps(config, sharding.batch_shards(self.mesh))
-        tokens = store.TokenStore(config_lib.store_path(config.data, folder))
-        self.data = pipeline.make_dataset(config, tokens)
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
         )
@@ -149,7 +149,7 @@ class _Run:
         if not math.isfinite(record['loss']):
             raise errors.RunError(
                 f'step {step}: the loss is {record["loss"]}. Nothing after it was saved; the newest checkpoint in '
-                f'{self.folder / "checkpoints"} is from before. Lower the learning rate or inspect the data of this step.'
+                f"{self.folder / 'checkpoints'} is from before. Lower the learning rate, or inspect this step's data."
             )
         if step % self.config.train.log_every_steps and step != self.config.train.num_steps:
             return

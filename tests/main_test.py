@@ -1,0 +1,73 @@
+"""The command line as a user meets it: exit statuses and one clear line for each kind of bad input."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+import main
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fresh_flags():
+    yield
+    main.FLAGS.unparse_flags()
+    for name in main.FLAGS:
+        main.FLAGS[name].unparse()
+
+
+def _fails(capsys, *arguments: str) -> str:
+    """What a command that must exit with status 2 says, in one line."""
+    assert main.main(['main.py', *arguments]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith('main.py: ')
+    return said.err
+
+
+DEMO = '--config=configs/demo.py'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), 'usage: main.py prepare|train|evaluate'),
+        (('fly', '--workdir=x'), 'usage: main.py prepare|train|evaluate'),
+        (('train',), 'train needs --workdir=DIR'),
+        (('train', '--workdir=x'), '--config=FILE is missing'),
+        (('train', '--workdri=x', DEMO), 'Did you mean: workdir'),
+        (('train', '--workdir=x', '--config=configs/none.py'), 'there is no file configs/none.py'),
+        (('train', '--workdir=x', DEMO, '--config.model.num_head=2'), "the nearest is 'num_heads'"),
+        (('train', '--workdir=x', DEMO, '--config.model.num_kv_heads=3'), '3 does not divide num_heads = 8'),
+        (('train', '--workdir=x', DEMO, '--config.data.sources.starcoder.weight=-5'), 'starcoder.weight: must be'),
+        (('train', '--workdir=x', DEMO), 'python main.py prepare'),
+        (('export', '--workdir=x'), '--output=DIR'),
+        (('export', '--workdir=x', '--output=y'), 'there is no config.json'),
+        (('export', '--workdir=x', '--output=y', '--dtype=int8'), 'dtype'),
+        (('import', '--workdir=x'), '--input=DIR'),
+        (('generate', '--workdir=x'), '--prompt=TEXT is missing'),
+        (('evaluate', '--workdir=x'), '--tasks=NAME,NAME is missing'),
+        (('report', '--workdir=x'), 'main.py train'),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
+    said = _fails(
+        capsys, *(a.replace('=x', f'={tmp_path}/x').replace('configs/', f'{ROOT}/configs/') for a in arguments)
+    )
+    assert message.replace('configs/', f'{ROOT}/configs/') in said
+    assert not (tmp_path / 'x').exists() or not any((tmp_path / 'x').iterdir())
+
+
+def test_the_line_reaches_the_shell():
+    done = subprocess.run([sys.executable, 'main.py', 'train'], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == 'main.py: train needs --workdir=DIR, the folder of the run.\n'
+
+
+def test_flags_that_others_rely_on_exist():
+    names = {'config', 'workdir', 'output', 'step', 'tasks', 'include_path', 'limit', 'log_samples', 'model'}
+    assert names | {'dtype', 'format', 'prompt', 'temperature', 'top_k', 'top_p', 'seed'} <= set(flags.FLAGS)
