@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test lint format bench lock clean
 
 demo: $(RUN_STAMP)
-	@$(VENV)/bin/python demo/run.py
+	@$(VENV)/bin/python -m demo.run
 
 test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)

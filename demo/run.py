@@ -1,0 +1,138 @@
+"""The whole path on configs/demo.py, as `make demo` runs it: the real commands, one after the other.
+
+    python -m demo.run [WORKDIR [--config.x.y=value ...]]
+
+A step whose result is there already is left out, so that the same command goes on
+after an interruption. Ends with the exit status of the first step that fails.
+"""
+
+import json
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from demo import cloze
+
+CONFIG = 'configs/demo.py'
+SOURCE = 'slimpajama'  # the one whose held-out documents become the cloze task
+PROMPTS = ('Return a list of', 'The statement is used to', 'def __init__(self, name):')
+SAMPLING = ('--max_new_tokens=60', '--temperature=0.7', '--top_k=40')
+
+
+class StepFailed(Exception):
+    """A command ended with a status that isn't 0."""
+
+    def __init__(self, command: str, status: int):
+        super().__init__(f'`{command}` ended with status {status}')
+        self.status = status
+
+
+def main(workdir: str = 'runs/demo', *overrides: str) -> int:
+    """Runs every step in `workdir`, with `overrides` (--config.x=y) of the configuration, and prints the results."""
+    begin = time.monotonic()
+    try:
+        texts = _steps(pathlib.Path(workdir), overrides)
+    except StepFailed as failure:
+        print(f'\ndemo: {failure}. What it says above tells why; `make demo` goes on from here.', file=sys.stderr)
+        return failure.status
+    _results(pathlib.Path(workdir), texts, time.monotonic() - begin)
+    return 0
+
+
+def _steps(folder: pathlib.Path, overrides: tuple[str, ...]) -> str:
+    """Everything up to the report; returns what `generate` wrote."""
+    experiment, workdir = (f'--config={CONFIG}', *overrides), f'--workdir={folder}'
+    command('prepare', *experiment, workdir)
+    command('train', *experiment, workdir)
+    step = json.loads((folder / 'config.json').read_text())['config']['train']['num_steps']
+    checkpoint = folder / 'checkpoints' / str(step)
+    if not _newer(folder / 'export', checkpoint):
+        shutil.rmtree(folder / 'export', ignore_errors=True)
+        command('export', workdir, f'--output={folder / "export"}')
+    items = cloze.build(folder / 'corpus' / SOURCE, folder / cloze.TASK)
+    result = folder / 'eval' / f'{cloze.TASK}-{step}.json'
+    if not _newer(result, checkpoint):
+        print(f'\n{cloze.TASK}: {items} items from documents held out from training, in {folder / cloze.TASK}')
+        tasks = (f'--tasks={cloze.TASK}', f'--include_path={folder / cloze.TASK}', '--log_samples')
+        command('evaluate', workdir, *tasks, f'--output={result}')
+    texts = command('generate', workdir, *(f'--prompt={prompt}' for prompt in PROMPTS), *SAMPLING, capture=True)
+    command('report', workdir, capture=True)
+    return texts
+
+
+def _newer(path: pathlib.Path, than: pathlib.Path) -> bool:
+    return path.exists() and path.stat().st_mtime > than.stat().st_mtime
+
+
+def command(name: str, *arguments: str, capture: bool = False) -> str:
+    """Runs `main.py NAME ARGUMENTS`; returns its stdout if `capture`. Raises StepFailed unless it ends with 0."""
+    shown = shlex.join(['python', 'main.py', name, *arguments])
+    print(f'\n$ {shown}', flush=True)
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, 'main.py', name, *arguments], stdout=subprocess.PIPE if capture else None, text=True
+    )
+    # Ctrl-C reaches the command too, which saves and ends; SIGTERM is passed on. The demo only waits.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    output, _ = process.communicate()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if process.returncode:
+        status = process.returncode if process.returncode > 0 else 128 - process.returncode
+        raise StepFailed(shown, status)
+    print(f'({name}: {time.monotonic() - begin:.0f} s)', flush=True)
+    return output or ''
+
+
+def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
+    summary = json.loads((folder / 'report' / 'summary.json').read_text())
+    figures = summary['tasks'][cloze.TASK]
+    print(f'\n{"=" * 78}')
+    print(f'{summary["parameters"]:,} parameters, {summary["tokens"]:,} tokens; {seconds:.0f} s in all\n')
+    print(f'{"held-out loss (nats per token)":34}{"model":>16}{"unigram baseline":>20}')
+    for source, loss in summary['heldout_loss'].items():
+        print(f'  {source:32}{loss:16.3f}{summary["unigram_loss"][source]:20.3f}')
+    print(f'\n{"cloze, held-out documents":34}{"model":>16}{"chance":>20}')
+    _print_figure(figures, 'acc', 'accuracy', f'{figures["chance_acc"]:.3f}')
+    _print_figure(figures, 'bits_per_byte', 'bits per byte', f'{figures["unigram_bits_per_byte"]:.3f} (unigram)')
+    for text in _continuations(texts):
+        print(f'\n{"-" * 30} generated {"-" * 37}\n{text}')
+    print(f'{"-" * 78}\n\nreport: {folder / "report" / "index.html"}\n\nTo try next:')
+    python = pathlib.Path(sys.executable)
+    if python.is_relative_to(pathlib.Path.cwd()):
+        python = python.relative_to(pathlib.Path.cwd())
+    for line in _next_commands(folder, summary['step']):
+        print(f'  {python} main.py {line}')
+
+
+def _continuations(texts: str) -> list[str]:
+    """What `generate` wrote, cut before each prompt, since a continuation may have many lines."""
+    found = []
+    for prompt in reversed(PROMPTS):
+        texts, _, continuation = texts.rpartition(prompt)
+        found.insert(0, prompt + continuation.rstrip())
+    return found
+
+
+def _print_figure(figures: dict[str, float], name: str, title: str, chance: str) -> None:
+    value = f'{figures[name]:.3f} ± {figures[f"{name}_stderr"]:.3f}'
+    print(f'  {title:32}{value:>16}{chance:>20}')
+
+
+def _next_commands(folder: pathlib.Path, step: int) -> tuple[str, ...]:
+    return (
+        f"generate --workdir={folder} --prompt='import os' --temperature=0.8 --seed=1",
+        f'train --config={CONFIG} --workdir={folder} --config.train.num_steps={2 * step}',
+        f'evaluate --model={folder / "export"} --tasks={cloze.TASK} --include_path={folder / cloze.TASK}',
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""What a model is compared with: a unigram model of its own training tokens, and chance.
+
+Also bits per byte of a multiple-choice task's right answers, from lm-eval's logged samples.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinyllama_jax import tokenizer
+from tinyllama_jax.config import Config
+from tinyllama_jax.data import pipeline, store
+
+_MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One multiple-choice sample: the texts of the choices, their log-likelihoods (nats), the right one."""
+
+    texts: Sequence[str]
+    loglikelihoods: Sequence[float]
+    right: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unigram:
+    """Token frequencies of the training rows, add-one smoothed.
+
+    Attributes: losses (source -> nats per token on its held-out rows, by the
+    source's own frequencies), logprobs_V (nats, of all sources together).
+    """
+
+    losses: Mapping[str, float]
+    logprobs_V: np.ndarray
+    pieces: tokenizer.Tokenizer
+
+    def bits_per_byte(self, samples: Sequence[Choice]) -> float:
+        """Bits per byte of the right answers under `logprobs_V`."""
+        nats = sum(-self.logprobs_V[self.pieces.encode(_right(sample).lstrip())].sum() for sample in samples)
+        return float(nats / math.log(2) / sum(_size(sample) for sample in samples))
+
+
+def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Path) -> Unigram:
+    """Counts the tokens of the run's first training steps (at most some four million) and scores held-out rows.
+
+    Raises UsageError where there is no store that fits `config`.
+    """
+    data = pipeline.make_dataset(config, store.TokenStore(store_path))
+    counts_NV = np.ones((len(data.sources), config.model.vocab_size))
+    rows = config.train.global_batch_size * (config.model.seq_len + 1)
+    for step in range(min(config.train.num_steps, -(-_MOST_TOKENS // rows))):
+        sources_B, _ = data.rows(step)
+        rows_BR = data.batch(step)[0]
+        for number in np.unique(sources_B):
+            counts_NV[number] += np.bincount(rows_BR[sources_B == number].ravel(), minlength=counts_NV.shape[1])
+    losses = {
+        name: float(-_logprobs(counts_V)[data.validation(name)[:, 1:]].mean())
+        for name, counts_V in zip(data.sources, counts_NV, strict=True)
+    }
+    return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer.Tokenizer(tokenizer_path))
+
+
+def _logprobs(counts_V: np.ndarray) -> np.ndarray:
+    return np.log(counts_V / counts_V.sum())
+
+
+def choices(samples: Iterable[Mapping[str, Any]]) -> list[Choice]:
+    """The multiple-choice samples among those lm-eval logged for a task."""
+    found = []
+    for sample in samples:
+        arguments, scores, right = sample['arguments'], sample['filtered_resps'], sample['target']
+        if isinstance(right, int) and len(arguments) == len(scores) > max(1, right):
+            texts = [continuation for _, continuation in arguments]
+            found.append(Choice(texts, [loglikelihood for loglikelihood, _ in scores], right))
+    return found
+
+
+def bits_per_byte(samples: Sequence[Choice]) -> tuple[float, float]:
+    """(bits per byte of the right answers together, its standard error over samples, as of a ratio of sums)."""
+    bits = np.array([-sample.loglikelihoods[sample.right] for sample in samples]) / math.log(2)
+    sizes = np.array([_size(sample) for sample in samples])
+    ratio = bits.sum() / sizes.sum()
+    residuals = bits - ratio * sizes
+    variance = (residuals**2).sum() / max(len(samples) - 1, 1) / len(samples)
+    return float(ratio), float(math.sqrt(variance) / sizes.mean())
+
+
+def _right(sample: Choice) -> str:
+    return sample.texts[sample.right]
+
+
+def _size(sample: Choice) -> int:
+    return len(_right(sample).encode())
