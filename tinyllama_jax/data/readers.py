@@ -83,19 +83,29 @@ def find_inputs(name: str, source: SourceConfig) -> dict[str, list[Input]]:
 
 
 def _files_per_split(root: Path) -> dict[str, list[str]]:
-    found = {split: _files(root, root / split) for split in ('train', 'validation')}
-    if not (root / 'train').is_dir():
+    found = {split: _files(root, root / split) for split in ('train', 'validation') if (root / split).is_dir()}
+    if 'train' not in found:
         found['train'] = [file for file in _files(root, root) if file.split('/')[0] not in SPLITS]
     return found
 
 
 def _files(root: Path, folder: Path) -> list[str]:
-    """Names of the files below `folder`, relative to `root`, sorted."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith('.')]
+    """Names of the files below `folder`, relative to `root`, sorted. Links are followed, each folder once."""
+    names, seen = [], {os.path.realpath(folder)}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        return real not in seen and not seen.add(real)
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        shown = sorted(name for name in folders if not name.startswith('.'))
+        folders[:] = [name for name in shown if is_new(os.path.join(parent, name))]
         names += [Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith('.')]
     return sorted(names)
+
+
+def _refuse(error: OSError) -> None:
+    raise errors.UsageError(f'{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out.')
 
 
 def _format(file: str) -> str:
