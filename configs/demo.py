@@ -8,7 +8,7 @@ formats: its documentation texts and docstrings as SlimPajama, its source as
 StarCoderData, 7:3. The tokenizer is trained on them.
 
 Expect about four minutes of training at some 4,500 tokens/s, and a loss that falls
-from 8.3 to about 4 (a unigram model of the held-out text has 6 to 6.5).
+from 8.3 towards 4 (a unigram model of the held-out text has 6.3 to 6.5).
 """
 
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SourceConfig, TrainConfig

@@ -1,5 +1,6 @@
 """Small corpora in the published formats, and a tokenizer trained on them, for tests."""
 
+import filecmp
 import functools
 import json
 import pathlib
@@ -87,3 +88,18 @@ def config(root: pathlib.Path, **changes) -> DataConfig:
         'starcoder': SourceConfig(path=str(root / 'star'), weight=0.3),
     }
     return DataConfig(**{'sources': sources, 'tokenizer': str(tokenizer_path()), 'workers': 1, **changes})
+
+
+def one_source(path, **changes) -> DataConfig:
+    """A DataConfig of one source `words`, at `path`, for one worker."""
+    fields = {field: changes.pop(field) for field in ('format', 'text_field') if field in changes}
+    sources = {'words': SourceConfig(path=str(path), **fields)}
+    return DataConfig(**{'sources': sources, 'tokenizer': str(tokenizer_path()), 'workers': 1, **changes})
+
+
+def assert_same_files(left: pathlib.Path, right: pathlib.Path) -> None:
+    """Fails unless two folders hold the same files with the same bytes."""
+    names = [sorted(str(f.relative_to(root)) for f in root.rglob('*') if f.is_file()) for root in (left, right)]
+    assert names[0] == names[1]
+    assert len(names[0]) > 5
+    assert filecmp.cmpfiles(left, right, names[0], shallow=False)[0] == names[0]

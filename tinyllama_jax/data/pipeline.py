@@ -23,6 +23,7 @@ from tinyllama_jax.data.store import TokenStore
 
 _WEIGHT_UNITS = 1_000_000  # weights are rounded to this many parts
 _ROUNDS = 6
+_ORDER_VERSION = 1  # of the formulas below; another one gives other batches
 _MAX_READERS = 4
 
 
@@ -189,6 +190,7 @@ class Dataset:
             for name in self.sources
         }
         decides = {
+            'order': _ORDER_VERSION,
             'seed': self._config.seed,
             'seq_len': self._seq_len,
             'global_batch_size': self._batch_size,
