@@ -9,6 +9,7 @@ changes afterwards, which orbax does not.
 
 import logging
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -83,12 +84,14 @@ class Checkpointer:
         policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
         )
         handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
         handlers['meta'] = ocp.JsonCheckpointHandler()
+        if not read_only:
+            for killed in self.folder.glob('*.orbax-checkpoint-tmp'):
+                shutil.rmtree(killed)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:

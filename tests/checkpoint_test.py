@@ -1,0 +1,145 @@
+"""Checkpoints: whole or absent, retained as configured, resharded, and damage is noticed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tinyllama_jax import checkpoint, errors, sharding
+from tinyllama_jax import step as step_lib
+from tinyllama_jax.config import MeshConfig
+
+
+@pytest.fixture(scope='module')
+def meshes():
+    return [sharding.make_mesh(MeshConfig(fsdp=count), jax.devices()[:count]) for count in (8, 4, 1)]
+
+
+@pytest.fixture(scope='module')
+def state(meshes):
+    """A state without zeros, which orbax would compress to nothing."""
+    state = step_lib.init_state(tiny.CONFIG, meshes[0])
+    return jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(1), leaf.shape).astype(leaf.dtype), state)
+
+
+def _abstract(mesh):
+    return step_lib.abstract_state(tiny.CONFIG, mesh)
+
+
+def _save(folder, state, steps, **retention):
+    checkpointer = checkpoint.Checkpointer(folder, **retention)
+    for step in steps:
+        checkpointer.save(step, state, {'note': f'step {step}'})
+    checkpointer.wait()
+    return checkpointer
+
+
+def test_newest_are_kept_and_multiples_for_ever(tmp_path, state):
+    checkpointer = _save(tmp_path / 'c', state, range(5, 45, 5), keep=2, keep_every=20)
+    assert checkpointer.steps() == [20, 35, 40]
+
+
+def test_restored_on_any_mesh_bit_for_bit(tmp_path, state, meshes):
+    checkpointer = _save(tmp_path / 'c', state, [3])
+    for mesh in meshes:
+        restored, meta = checkpointer.restore(_abstract(mesh), lambda meta: None)
+        assert (meta['step'], meta['note']) == (3, 'step 3')
+        assert restored.params['embed'].sharding.mesh.size == mesh.size
+        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+
+
+def test_none_where_there_is_none(tmp_path, meshes):
+    assert checkpoint.Checkpointer(tmp_path / 'c').restore(_abstract(meshes[0]), lambda meta: None) is None
+
+
+def test_a_refusal_is_passed_on_and_nothing_is_moved(tmp_path, state, meshes):
+    checkpointer = _save(tmp_path / 'c', state, [3])
+
+    def refuse(meta):
+        raise errors.UsageError('another model')
+
+    with pytest.raises(errors.UsageError, match='another model'):
+        checkpointer.restore(_abstract(meshes[0]), refuse)
+    assert checkpointer.steps() == [3]
+
+
+def _damage(path):
+    """Turns the bits of eight bytes in the middle; a single one may be unused by the compressor."""
+    data = bytearray(path.read_bytes())
+    for position in range(len(data) // 2, len(data) // 2 + 8):
+        data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def _largest(folder):
+    """The file with the arrays themselves; _METADATA is longer for a tiny state."""
+    return max((p for p in folder.glob('ocdbt*/d/*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize('item', ['params', 'rest'])
+def test_changed_bytes_are_named_and_the_checkpoint_before_is_used(tmp_path, state, meshes, item, capsys):
+    _save(tmp_path / 'c', state, [3, 6], keep=2)
+    _damage(_largest(tmp_path / 'c' / '6' / item))
+    checkpointer = checkpoint.Checkpointer(tmp_path / 'c', keep=2)
+    _, meta = checkpointer.restore(_abstract(meshes[2]), lambda meta: None)
+    assert meta['step'] == 3
+    said = capsys.readouterr().err
+    assert f'damaged checkpoint: {tmp_path}/c/6' in said
+    assert 'going on from step 3' in said
+    assert (tmp_path / 'c-damaged' / '6').is_dir()
+    checkpointer.save(6, state, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [3, 6]
+
+
+@pytest.mark.parametrize('missing', ['params', 'rest', 'meta', '_CHECKPOINT_METADATA'])
+def test_half_a_checkpoint_is_not_used(tmp_path, state, meshes, missing):
+    _save(tmp_path / 'c', state, [3, 6], keep=2)
+    (tmp_path / 'c' / '6' / missing).rename(tmp_path / 'gone')
+    checkpointer = checkpoint.Checkpointer(tmp_path / 'c', keep=2)
+    restored, meta = checkpointer.restore(_abstract(meshes[2]), lambda meta: None)
+    assert int(restored.step) == int(state.step)
+    assert meta['step'] == (6 if missing.startswith('_') else 3)  # the last is orbax's own note, not needed
+
+
+def test_a_save_that_was_killed_leaves_nothing(tmp_path, state, meshes):
+    _save(tmp_path / 'c', state, [3])
+    (tmp_path / 'c' / '6.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
+    assert checkpoint.Checkpointer(tmp_path / 'c', read_only=True).steps() == [3]
+    assert checkpoint.Checkpointer(tmp_path / 'c').steps() == [3]
+    assert not (tmp_path / 'c' / '6.orbax-checkpoint-tmp').exists()
+
+
+def test_without_a_whole_checkpoint_nothing_is_moved(tmp_path, state, meshes):
+    _save(tmp_path / 'c', state, [3])
+    _damage(_largest(tmp_path / 'c' / '3' / 'params'))
+    with pytest.raises(errors.RunError, match='damaged checkpoint: .*No whole checkpoint is left'):
+        checkpoint.Checkpointer(tmp_path / 'c').restore(_abstract(meshes[2]), lambda meta: None)
+    assert (tmp_path / 'c' / '3').is_dir()
+
+
+def test_parameters_alone_by_step(tmp_path, state, meshes):
+    checkpointer = _save(tmp_path / 'c', state, [3, 6], keep=2)
+    params, meta = checkpointer.restore_params(3, _abstract(meshes[2]).params)
+    assert meta['step'] == 3
+    np.testing.assert_array_equal(params['embed'], state.params['embed'])
+    with pytest.raises(errors.UsageError, match=r'--step=4: .* it has \[3, 6\]'):
+        checkpointer.restore_params(4, _abstract(meshes[2]).params)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32'])
+def test_any_single_bit_changes_the_checksum(dtype):
+    values = np.asarray(jnp.arange(24).reshape(2, 3, 4).astype(dtype))
+    expected = int(checkpoint._checksum(jnp.asarray(values)))
+    for byte in range(values.nbytes):
+        changed = bytearray(values.tobytes())
+        changed[byte] ^= 1 << byte % 8
+        array = np.frombuffer(changed, values.dtype).reshape(values.shape)
+        assert int(checkpoint._checksum(jnp.asarray(array))) != expected
+
+
+def test_the_checksum_does_not_depend_on_sharding(state, meshes):
+    moved = jax.device_put(state.params, jax.tree.map(lambda leaf: leaf.sharding, _abstract(meshes[2]).params))
+    assert checkpoint._named_checksums(moved) == checkpoint._named_checksums(state.params)
