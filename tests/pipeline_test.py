@@ -8,8 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests import corpora
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors
+from tinyllama_jax import errors, experiment
 from tinyllama_jax.config import Config, ModelConfig, SourceConfig, TrainConfig
 from tinyllama_jax.data import pipeline, prepare, store
 
@@ -33,7 +32,7 @@ def config(**changes) -> Config:
         train=TrainConfig(global_batch_size=24, eval_rows=20),
     )
     for path, value in changes.items():
-        base = config_lib.override(base, path.replace('__', '.'), str(value))
+        base = experiment.override(base, path.replace('__', '.'), str(value))
     return base
 
 
