@@ -1,0 +1,176 @@
+"""The rules of docs/design.md, held against the imports and names in the code itself."""
+
+import ast
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ('configs', 'demo', 'eval_bridge', 'kernels', 'tinyllama_jax')
+TOP_LEVEL = {'.ci', 'bench', 'configs', 'demo', 'docs', 'eval_bridge', 'kernels', 'tests', 'tinyllama_jax'}
+HF_NAMES = re.compile(
+    r'self_attn|[qkvo]_proj|(gate|up|down)_proj|embed_tokens|(input|post_attention)_layernorm'
+    r'|num_key_value_heads|rms_norm_eps|rope_theta|max_position_embeddings'
+)
+
+
+def _sources() -> dict[str, ast.Module]:
+    """Path -> syntax tree of every source file outside tests and benchmarks."""
+    paths = [ROOT / 'main.py', *(path for package in PACKAGES for path in sorted((ROOT / package).rglob('*.py')))]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths if path.name != '__init__.py'}
+
+
+SOURCES = _sources()
+
+
+def _layers() -> dict[str, int]:
+    rows = re.findall(r'^\| (\d+) \| `([^`]+)` \|', (ROOT / 'docs/design.md').read_text(), re.MULTILINE)
+    return {path: int(layer) for layer, path in rows}
+
+
+@functools.cache
+def _imports(tree: ast.Module) -> set[str]:
+    """Dotted names that are imported anywhere in a file: modules, and members as module.member."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f'{node.module}.{alias.name}' for alias in node.names}
+    return found
+
+
+def _local_files(tree: ast.Module) -> set[str]:
+    """Files of this repository that a file imports."""
+    candidates = {path for name in _imports(tree) for path in (name, name.rpartition('.')[0])}
+    return {path for path in (f'{name.replace(".", "/")}.py' for name in candidates) if path in SOURCES}
+
+
+@functools.cache
+def _names(tree: ast.Module) -> set[str]:
+    """Every identifier and attribute that a file mentions."""
+    imported = {part for name in _imports(tree) for part in name.split('.')}
+    nodes = list(ast.walk(tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return imported | used | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+@functools.cache
+def _strings(tree: ast.Module) -> set[str]:
+    """Every string in a file that isn't a docstring."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def _files_where(predicate) -> set[str]:
+    return {path for path, tree in SOURCES.items() if predicate(tree)}
+
+
+def test_every_file_has_its_row_in_the_table():
+    assert _layers().keys() == SOURCES.keys()
+
+
+@pytest.mark.parametrize('path', SOURCES)
+def test_imports_only_lower_layers(path):
+    layers = _layers()
+    too_high = {other for other in _local_files(SOURCES[path]) if layers[other] >= layers[path]}
+    assert not too_high, f'{path} is in layer {layers[path]}'
+
+
+def test_the_reader_of_imports_sees_them():
+    assert _local_files(SOURCES['tinyllama_jax/train.py']) >= {'tinyllama_jax/step.py', 'tinyllama_jax/data/store.py'}
+
+
+def test_only_the_model_imports_flax():
+    assert _files_where(lambda tree: any(n.split('.')[0] == 'flax' for n in _imports(tree))) == {
+        'tinyllama_jax/model.py'
+    }
+
+
+def test_only_ops_calls_shard_map():
+    assert _files_where(lambda tree: 'shard_map' in _names(tree)) <= {'tinyllama_jax/ops.py'}
+
+
+def test_only_sharding_names_mesh_axes():
+    # The axis `data` is a common word; whoever names axes names one of the others too.
+    assert _files_where(lambda tree: _strings(tree) & {'fsdp', 'tensor'}) == {'tinyllama_jax/sharding.py'}
+
+
+def test_only_convert_knows_hugging_face_names():
+    assert _files_where(lambda tree: any(HF_NAMES.search(s) for s in _strings(tree))) == {'eval_bridge/convert.py'}
+
+
+def test_only_main_reads_flags():
+    readers = {'absl.flags', 'absl.app', 'argparse', 'argparse.ArgumentParser'}
+    assert _files_where(lambda tree: _imports(tree) & readers) == {'main.py'}
+    assert _files_where(lambda tree: 'argv' in _names(tree)) <= {'main.py', 'demo/run.py'}
+
+
+def test_the_step_does_no_io_and_the_loop_no_maths():
+    step, loop = SOURCES['tinyllama_jax/step.py'], SOURCES['tinyllama_jax/train.py']
+    assert not _names(step) & {'open', 'print', 'os', 'pathlib', 'json', 'sys', 'tinyllama_jax.metrics'}
+    assert not {name for name in _imports(loop) if name.startswith(('jax.numpy', 'jax.lax', 'optax'))}
+    assert not _names(loop) & {'jnp', 'lax', 'grad', 'value_and_grad'}
+
+
+def test_kernels_can_be_lifted_out():
+    forbidden = ('tinyllama_jax', 'flax', 'eval_bridge')
+    files = [path for path in SOURCES if path.startswith('kernels/')]
+    assert files
+    for path in files:
+        assert not [name for name in _imports(SOURCES[path]) if name.split('.')[0] in forbidden], path
+
+
+def _modules_after(code: str) -> set[str]:
+    """Top-level modules loaded in a fresh interpreter after `code`, in which Triton cannot be imported."""
+    program = f"import sys\nsys.modules['triton'] = None\n{code}\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.split('.')[0] for name in run.stdout.split()}
+
+
+def test_kernels_import_without_triton_and_without_the_rest():
+    modules = [path.removesuffix('.py').replace('/', '.') for path in SOURCES if path.startswith('kernels/')]
+    loaded = _modules_after('import ' + ', '.join(modules))
+    assert not loaded & {'flax', 'tinyllama_jax'}
+    assert 'jax' in loaded
+
+
+def test_importing_the_package_kernels_costs_nothing():
+    # transformers looks for a package of this name and may import it.
+    assert not _modules_after('import kernels') & {'jax', 'numpy'}
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own():
+    utils = pytest.importorskip('transformers.utils', reason='transformers runs on Python 3.11 only')
+    assert not utils.is_kernels_available()
+
+
+def test_settings_are_read_without_jax():
+    loaded = _modules_after('import tinyllama_jax.config, tinyllama_jax.experiment')
+    assert 'jax' not in loaded
+    assert 'tinyllama_jax' in loaded
+
+
+def test_the_top_level_is_the_designs():
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip('not a git checkout: what belongs to the repository is unknown')
+    folders = {path.split('/')[0] for path in tracked.stdout.splitlines() if '/' in path}
+    assert folders == TOP_LEVEL
+
+
+def test_the_first_files_to_read_stay_short():
+    names = ('config', 'model', 'optimizer', 'sharding', 'step', 'train', 'checkpoint')
+    lines = sum(len((ROOT / f'tinyllama_jax/{name}.py').read_text().splitlines()) for name in names)
+    assert lines < 1_300
+
+
+@pytest.mark.parametrize('path', [*SOURCES, *(f'bench/{p.name}' for p in sorted((ROOT / 'bench').glob('*.py')))])
+def test_the_readme_names_every_file(path):
+    assert re.search(rf'\b{re.escape(pathlib.Path(path).name)}\b', (ROOT / 'README.md').read_text())
