@@ -41,8 +41,9 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
 
         prepare.prepare(config.data, config.data.store_path(workdir))
     elif command == 'train':
-        from tinyllama_jax import train
+        from tinyllama_jax import runtime, train
 
+        runtime.tune_for_cpu()
         train.train(config, workdir, command=command_line)
     elif command == 'evaluate':
         from eval_bridge import evaluate

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import sharding, step
+from tinyllama_jax import runtime, sharding, step
 
 TOLERANCE = 1e-3  # of a loss, in nats
 CHECKED_STEPS = 5
@@ -242,6 +242,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # XLA takes a thread per core it may use
     torch.set_num_threads(flags.threads)
 
+    runtime.tune_for_cpu()
     config = bench_config(flags.batch, flags.seq_len)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = step.init_state(config, mesh)

@@ -79,7 +79,7 @@ def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
         scores_BKRS = _scores(_block_rows(q_BKGTH, block), kt_BKHS, block, segment_ids_BT)
         max_BKR1 = jax.lax.optimization_barrier(_row_max(scores_BKRS))
         weights_BKRS = jnp.exp(scores_BKRS - max_BKR1)
-        sum_BKR1 = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
+        sum_BKR1 = _row_sum(weights_BKRS)
         out_BKRH = _matmul(weights_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, : block.stop]) / sum_BKR1
         outs.append(_unrows(out_BKRH, block))
         stats.append(max_BKR1 + jnp.log(sum_BKR1))
@@ -171,10 +171,18 @@ def _scores(q_BKRH, kt_BKHS, block: slice, segment_ids_BT):
 
 
 def _row_max(x):
-    """Maximum over the last axis, kept as 1; halving first is what XLA can vectorise."""
+    return jnp.max(_halved(x, jnp.maximum), axis=-1, keepdims=True)
+
+
+def _row_sum(x):
+    return jnp.sum(_halved(x, jnp.add), axis=-1, keepdims=True)
+
+
+def _halved(x, combine):
+    """The last axis folded onto itself by `combine` while it is long: work that XLA vectorises."""
     while x.shape[-1] > 16 and x.shape[-1] % 2 == 0:
-        x = jnp.maximum(*jnp.split(x, 2, axis=-1))
-    return jnp.max(x, axis=-1, keepdims=True)
+        x = combine(*jnp.split(x, 2, axis=-1))
+    return jax.lax.optimization_barrier(x)
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
@@ -204,7 +212,7 @@ def _block_loss(x_CD, targets_C, shares_C, head_DV):
     logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
     max_C1 = jax.lax.optimization_barrier(_row_max(logits_CV))
     exp_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - max_C1))
-    sum_C1 = jnp.sum(exp_CV, axis=-1, keepdims=True)
+    sum_C1 = _row_sum(exp_CV)
     picked_C1 = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
     loss_C1 = max_C1 + jnp.log(sum_C1) - picked_C1
     return jnp.sum(loss_C1[:, 0] * shares_C), exp_CV, sum_C1

@@ -1,12 +1,32 @@
-"""The process a command runs in: stop signals, versions, the commit."""
+"""The process a command runs in: XLA's and malloc's settings, stop signals, versions, the commit."""
 
+import ctypes
 import importlib.metadata
+import os
 import pathlib
 import platform
 import signal
 import subprocess
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy', 'sentencepiece')
+
+
+# XLA's older matrix products for CPUs (Eigen) beat the newer ones (YNNPACK) at training's shapes.
+_XLA_FLAGS = '--xla_cpu_experimental_ynn_fusion_type='
+# glibc's mallopt: never take memory by mmap, never give it back, one arena for all threads.
+_MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
+
+
+def tune_for_cpu() -> None:
+    """Settings that make training on CPUs faster; to be called before JAX computes anything.
+
+    A flag already in XLA_FLAGS wins. Each step allocates hundreds of megabytes anew;
+    kept by malloc, they cost no page faults (a tenth of the demo's time).
+    """
+    os.environ['XLA_FLAGS'] = f'{_XLA_FLAGS} {os.environ.get("XLA_FLAGS", "")}'.strip()
+    if platform.libc_ver()[0] == 'glibc':
+        for option, value in _MALLOC_OPTIONS:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def versions() -> dict[str, str]:
