@@ -27,26 +27,18 @@ def _config(*, heads, kv_heads, embed, rope_scaling=1.0, **fields):
 _forward = jax.jit(model.forward, static_argnames='config')
 _hidden = jax.jit(model.hidden, static_argnames='config')
 
-SHAPES = [  # (configuration, B, T): groups of 1, 2 and 8 queries, odd lengths, scaled rotation
-    (_config(heads=4, kv_heads=4, embed=32), 1, 5),
+SHAPES = [  # (configuration, B, T): groups of 1, 2 and 8 queries, odd lengths, scaled rotation, layers unrolled
+    (_config(heads=4, kv_heads=4, embed=32, rope_base=500.0, scan_layers=False), 1, 5),
     (_config(heads=4, kv_heads=2, embed=48, norm_eps=1e-3), 3, 17),
     (_config(heads=8, kv_heads=1, embed=64, rope_scaling=4.0), 2, 63),
-    (_config(heads=8, kv_heads=4, embed=64, rope_base=500.0, scan_layers=False), 1, 31),
 ]
-
-
-def _transformers_llama(params, config, folder):
-    transformers = pytest.importorskip('transformers')
-    tokenizer_path = tiny_export.write_tokenizer(folder / 'tokenizer.model')
-    convert.export(params, config, tokenizer_path, folder / 'export')
-    return transformers.AutoModelForCausalLM.from_pretrained(folder / 'export', attn_implementation='eager').eval()
 
 
 @pytest.mark.parametrize(('config', 'B', 'T'), SHAPES)
 def test_logits_and_gradients_equal_transformers(tmp_path, config, B, T):
-    torch = pytest.importorskip('torch')
+    torch = tiny_export.require_torch()
     params = tiny_export.random_params(config, seed=T)
-    theirs = _transformers_llama(params, config, tmp_path)
+    theirs = tiny_export.transformers_llama(params, config, tmp_path).eval()
     rows_BR = np.random.default_rng(T).integers(config.vocab_size, size=(B, T + 1))
     tokens_BT, targets_BT = rows_BR[:, :-1], rows_BR[:, 1:]
 
@@ -81,16 +73,6 @@ def _gradients_as_ours(theirs, folder):
         parameter.data = parameter.grad
     theirs.save_pretrained(folder)
     return convert.import_weights(folder)[0]
-
-
-def test_scanned_and_unrolled_layers_compute_the_same():
-    config = SHAPES[1][0]
-    params = tiny_export.random_params(config)
-    tokens_BT = np.arange(34).reshape(2, 17)
-    scanned, unrolled = (
-        _forward(params, tokens_BT, dataclasses.replace(config, scan_layers=scan)) for scan in (True, False)
-    )
-    np.testing.assert_allclose(scanned, unrolled, atol=1e-5, rtol=0)
 
 
 def test_the_cache_gives_the_logits_of_the_whole_sequence():
@@ -157,7 +139,8 @@ def test_initial_standard_deviations_are_within_one_percent(init):
     config = ModelConfig(
         vocab_size=256, num_layers=L, embed_dim=D, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=256, init=init
     )
-    params = jax.jit(model.init_params, static_argnames='config')(config, jax.random.key(3))
+    key = jax.random.key(3, impl='unsafe_rbg')  # compiles in a third of the time
+    params = jax.jit(model.init_params, static_argnames='config')(config, key)
     other, residual = {
         'normal': (0.02, 0.02 / math.sqrt(2 * L)),
         'original': (math.sqrt(0.4 / D), 1 / math.sqrt(D) / L),

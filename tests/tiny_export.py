@@ -7,6 +7,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 
 from eval_bridge import convert
 from tests import tiny
@@ -61,3 +62,17 @@ def write_export(folder: pathlib.Path, config=MODEL, **options) -> pathlib.Path:
     output = folder / 'export'
     convert.export(params(), config, write_tokenizer(folder / 'tokenizer.model'), output, **options)
     return output
+
+
+def require_torch():
+    """The torch module, on one thread: for models this small its threads only wait for each other. Skips without it."""
+    torch = pytest.importorskip('torch')
+    torch.set_num_threads(1)
+    return torch
+
+
+def transformers_llama(params, config, folder: pathlib.Path):
+    """transformers' model with our weights, through an export inside `folder`."""
+    transformers = pytest.importorskip('transformers')
+    convert.export(params, config, write_tokenizer(folder / 'tokenizer.model'), folder / 'export')
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / 'export', attn_implementation='eager')

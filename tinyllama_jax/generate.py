@@ -17,6 +17,7 @@ from tinyllama_jax import errors, model, tokenizer, workdir
 from tinyllama_jax.config import Config, ModelConfig
 
 _SMALLEST = 32  # slots; sizes are this times a power of two
+_ALL = 2.0  # as top_p: above any sum of probabilities, however rounded
 
 
 def generate_run(
@@ -69,10 +70,9 @@ def stream(
     Raises UsageError for arguments that cannot work.
     """
     _check(prompt_ids, config, max_new_tokens, temperature, top_k, top_p)
-    sampling = {'top_k': top_k, 'top_p': top_p} if temperature else {'greedy': True}
-    advance = functools.partial(_advance, config=config, **sampling)
     room = min(max_new_tokens, config.seq_len - len(prompt_ids) + 1)
-    return _tokens(advance, params, config, prompt_ids, room, temperature, seed, eos_id)
+    sampling = (temperature, top_k or config.vocab_size, top_p or _ALL) if temperature else None
+    return _tokens(params, config, prompt_ids, room, sampling, seed, eos_id)
 
 
 def _check(prompt_ids, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
@@ -93,7 +93,7 @@ def _check(prompt_ids, config: ModelConfig, max_new_tokens, temperature, top_k, 
         refuse('top_p', top_p, 'above 0 and at most 1')
 
 
-def _tokens(advance, params, config, prompt_ids, room, temperature, seed, eos_id) -> Iterator[int]:
+def _tokens(params, config: ModelConfig, prompt_ids, room: int, sampling, seed: int, eos_id) -> Iterator[int]:
     length = len(prompt_ids)
     params = jax.device_put(params)
     cache = make_cache(config, _rounded(length + room))
@@ -101,7 +101,7 @@ def _tokens(advance, params, config, prompt_ids, room, temperature, seed, eos_id
     tokens_BT[0, :length] = prompt_ids
     start, last = 0, length - 1  # what the padding writes is overwritten before it is read
     for number, key in enumerate(jax.random.split(jax.random.key(seed), room)):
-        token, cache = advance(params, tokens_BT, start, last, cache, key, temperature)
+        token, cache = _advance(params, tokens_BT, start, last, cache, key, sampling, config=config)
         yield int(token)
         if token == eos_id:
             return
@@ -118,26 +118,27 @@ def make_cache(config: ModelConfig, slots: int) -> dict:
     return {name: jnp.zeros(shape, model.compute_dtype(config)) for name in ('k', 'v')}
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'greedy', 'top_k', 'top_p'), donate_argnames='cache')
-def _advance(params, tokens_BT, start, last, cache, key, temperature, *, config, greedy=False, top_k=None, top_p=None):
-    """Reads tokens from position `start` on; returns the token that follows number `last` of them, and the cache."""
+@functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
+def _advance(params, tokens_BT, start, last, cache, key, sampling, *, config: ModelConfig):
+    """Reads tokens from position `start` on; returns the token that follows number `last` of them, and the cache.
+
+    `sampling` is (temperature, top_k, top_p), or None for the likeliest token.
+    """
     positions_BT = start + jnp.arange(tokens_BT.shape[1])[None]
     x_BTD, cache = model.hidden(params, tokens_BT, config, positions_BT=positions_BT, cache=cache)
     x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
     logits_V = model.logits(params, x_BTD)[0, 0]
-    if greedy:
+    if sampling is None:
         return jnp.argmax(logits_V), cache
-    return jax.random.categorical(key, restrict(logits_V / temperature, top_k=top_k, top_p=top_p)), cache
+    temperature, top_k, top_p = sampling
+    return jax.random.categorical(key, restrict(logits_V / temperature, top_k, top_p)), cache
 
 
-def restrict(logits_V, *, top_k: int | None = None, top_p: float | None = None):
-    """Logits with -inf for all but the `top_k` likeliest, then all but the likeliest that reach `top_p`."""
-    if top_k is not None and top_k < logits_V.shape[0]:
-        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, top_k)[0][-1], -jnp.inf, logits_V)
-    if top_p is not None:
-        sorted_V = jnp.sort(logits_V)[::-1]
-        probabilities_V = jax.nn.softmax(sorted_V)
-        before_V = jnp.cumsum(probabilities_V) - probabilities_V  # what the likelier ones have together
-        least = jnp.min(jnp.where(before_V < top_p, sorted_V, jnp.inf))
-        logits_V = jnp.where(logits_V < least, -jnp.inf, logits_V)
-    return logits_V
+def restrict(logits_V, top_k: int, top_p: float):
+    """Logits with -inf for all but the `top_k` likeliest, and of these all but the likeliest that reach `top_p`."""
+    sorted_V = jnp.sort(logits_V)[::-1]
+    first_V = jnp.arange(sorted_V.shape[0]) < top_k
+    probabilities_V = jax.nn.softmax(jnp.where(first_V, sorted_V, -jnp.inf))
+    before_V = jnp.cumsum(probabilities_V) - probabilities_V  # what the likelier ones have together
+    least = jnp.min(jnp.where(first_V & (before_V < top_p), sorted_V, jnp.inf))
+    return jnp.where(logits_V < least, -jnp.inf, logits_V)
