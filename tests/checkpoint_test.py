@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, retained as configured, resharded, and damage is noticed."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,26 +67,29 @@ def test_a_refusal_is_passed_on_and_nothing_is_moved(tmp_path, state, meshes):
     assert checkpointer.steps() == [3]
 
 
-def _damage(item):
-    """Turns the bits of eight bytes in the middle of every file of arrays; orbax leaves some files unread."""
-    for path in item.glob('ocdbt*/d/*'):
+def _damaged_copy(folder, item):
+    """A copy (tensorstore keeps what it wrote in memory) in which eight bytes of each file of arrays are turned."""
+    copy = folder.with_name('copy')
+    shutil.copytree(folder, copy)
+    for path in (copy / item).glob('ocdbt*/d/*'):
         data = bytearray(path.read_bytes())
         for position in range(len(data) // 2, len(data) // 2 + 8):
             data[position] ^= 0xFF
         path.write_bytes(data)
+    return copy
 
 
 @pytest.mark.parametrize('item', ['params', 'rest'])
 def test_changed_bytes_are_named_and_the_checkpoint_before_is_used(tmp_path, state, meshes, item, capsys):
     _save(tmp_path / 'c', state, [3, 6], keep=2)
-    _damage(tmp_path / 'c' / '6' / item)
-    checkpointer = checkpoint.Checkpointer(tmp_path / 'c', keep=2)
+    copy = _damaged_copy(tmp_path / 'c', f'6/{item}')
+    checkpointer = checkpoint.Checkpointer(copy, keep=2)
     _, meta = checkpointer.restore(_abstract(meshes[2]), lambda meta: None)
     assert meta['step'] == 3
     said = capsys.readouterr().err
-    assert f'damaged checkpoint: {tmp_path}/c/6' in said
+    assert f'damaged checkpoint: {copy}/6' in said
     assert 'going on from step 3' in said
-    assert (tmp_path / 'c-damaged' / '6').is_dir()
+    assert (tmp_path / 'copy-damaged' / '6').is_dir()
     checkpointer.save(6, state, {})
     checkpointer.wait()
     assert checkpointer.steps() == [3, 6]
@@ -110,10 +115,10 @@ def test_a_save_that_was_killed_leaves_nothing(tmp_path, state, meshes):
 
 def test_without_a_whole_checkpoint_nothing_is_moved(tmp_path, state, meshes):
     _save(tmp_path / 'c', state, [3])
-    _damage(tmp_path / 'c' / '3' / 'params')
+    copy = _damaged_copy(tmp_path / 'c', '3/params')
     with pytest.raises(errors.RunError, match='damaged checkpoint: .*No whole checkpoint is left'):
-        checkpoint.Checkpointer(tmp_path / 'c').restore(_abstract(meshes[2]), lambda meta: None)
-    assert (tmp_path / 'c' / '3').is_dir()
+        checkpoint.Checkpointer(copy).restore(_abstract(meshes[2]), lambda meta: None)
+    assert (copy / '3').is_dir()
 
 
 def test_parameters_alone_by_step(tmp_path, state, meshes):
