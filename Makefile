@@ -27,7 +27,7 @@ test: $(DEV_STAMP)
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -89,12 +89,13 @@ def _read(folder: pathlib.Path) -> _Run:
 
 
 def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What `evaluate` wrote about checkpoints of this run, by step."""
     found = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
-    return sorted((result for result in found if _step_of(result) is not None), key=_step_of)
+    return sorted((result for result in found if 'step' in result.get('protocol', {})), key=_step_of)
 
 
-def _step_of(evaluation: Mapping[str, Any]) -> int | None:
-    return evaluation.get('protocol', {}).get('step')
+def _step_of(evaluation: Mapping[str, Any]) -> int:
+    return evaluation['protocol']['step']
 
 
 def _summary(run: _Run) -> dict[str, Any]:
@@ -279,7 +280,7 @@ def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _loss_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = [('source', 'model', 'unigram baseline')]
+    rows: list[tuple[str, ...]] = [('source', 'model', 'unigram baseline')]
     for source, loss in summary['heldout_loss'].items():
         baseline = summary['unigram_loss'].get(source)
         rows.append((source, f'{loss:.4f}', 'left out' if baseline is None else f'{baseline:.4f}'))
@@ -287,7 +288,7 @@ def _loss_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
-    rows = [('task', 'step', 'metric', 'value', 'chance or unigram')]
+    rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram')]
     beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'bits_per_byte': 'unigram_bits_per_byte'}
     for task, figures in tasks.items():
         for name, value in figures.items():
