@@ -92,7 +92,8 @@ def evaluate(
     _quieten()
     stamp = {**PAPER, **(protocol or {}), 'harness_version': importlib.metadata.version('lm_eval')}
     folder = None if include_path is None else pathlib.Path(include_path)
-    with _loading_from(folder):
+    # add_env_info takes seconds to write a page about the machine.
+    with _loading_from(folder), _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None):
         result = lm_eval.evaluator.simple_evaluate(
             model=model,
             tasks=list(tasks),
@@ -101,7 +102,6 @@ def evaluate(
             log_samples=log_samples,
             task_manager=task_manager(tuple(dict.fromkeys(tasks)), folder),
         )
-    result.pop('pretty_env_info', None)  # a page about the machine
     result['protocol'] = {**stamp, 'limit': limit}
     if output is not None:
         _write(pathlib.Path(output), result)
@@ -123,7 +123,17 @@ def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _loading_from(include_path: pathlib.Path | None) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives `owner` another attribute for a while; lm-eval has no arguments for what is replaced here."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _loading_from(include_path: pathlib.Path | None) -> contextlib.AbstractContextManager[None]:
     """Lets tasks find relative data files from wherever the command runs, and name data that is missing."""
     original = ConfigurableTask.download
     roots = [pathlib.Path.cwd(), *([include_path.resolve().parent] if include_path else [])]
@@ -137,11 +147,7 @@ def _loading_from(include_path: pathlib.Path | None) -> Iterator[None]:
                 'a task file that names local data, or set HF_HUB_OFFLINE=0 to download it.'
             ) from None
 
-    ConfigurableTask.download = download
-    try:
-        yield
-    finally:
-        ConfigurableTask.download = original
+    return _replaced(ConfigurableTask, 'download', download)
 
 
 def _located(dataset_kwargs: dict[str, Any] | None, roots: list[pathlib.Path]) -> dict[str, Any] | None:
