@@ -70,6 +70,7 @@ class TorchAttention(torch.nn.Module):
         self.o = torch.nn.Linear(N * H, D, bias=False)
 
     def forward(self, x_BTD, cos_TH, sin_TH):
+        """[B, T, D] to [B, T, D]."""
         B, T, _ = x_BTD.shape
         q_BNTH, k_BKTH, v_BKTH = (
             project(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.q, self.k, self.v)
@@ -99,6 +100,7 @@ class TorchLayer(torch.nn.Module):
         self.down = torch.nn.Linear(F_, D, bias=False)
 
     def forward(self, x_BTD, cos_TH, sin_TH):
+        """[B, T, D] to [B, T, D]."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
         y_BTD = self.mlp_norm(x_BTD)
         return x_BTD + self.down(F.silu(self.gate(y_BTD)) * self.up(y_BTD))
@@ -120,6 +122,7 @@ class TorchLlama(torch.nn.Module):
         self.register_buffer('sin_TH', angle_TH.sin(), persistent=False)
 
     def forward(self, tokens_BT, targets_BT):
+        """Mean loss in nats."""
         x_BTD = self.embed(tokens_BT)
         T = tokens_BT.shape[1]
         for layer in self.layers:
@@ -215,7 +218,7 @@ def measure(trainers: dict, batches: list, *, repeats: int, steps: int) -> dict:
     for repeat in range(repeats):
         names = list(trainers)[:: 1 if repeat % 2 else -1]
         for name in names:
-            trainers[name](batches[0])  # warms caches and settles the others' threads
+            float(trainers[name](batches[0]))  # warms caches and settles the others' threads
             seconds[name].append(seconds_of(trainers[name], batches[:steps]))
     return seconds
 
