@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import zstandard
 
 TASK = 'cloze'
-_ITEMS = 240
+_ITEMS = 300
 _CHOICES = 4
 _PASSAGE = 320  # characters of context; the demo's model reads some 900
-_CONTINUATION = 80  # characters of a continuation, at most
+_CONTINUATION = 40  # characters of a continuation, at most: whether it fits shows at its beginning
 _GAP = re.compile(r'(?<=\S) (?=\S)')  # a single space: lm-eval puts one between context and choice
 
 _YAML = f"""\

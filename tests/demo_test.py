@@ -64,7 +64,7 @@ def test_an_item_is_a_passage_of_a_held_out_document_and_three_of_others(task):
         assert len(owners) == 1
         assert len(set(item['choices'])) == 4
         for choice in item['choices']:
-            assert 40 <= len(choice) <= 80
+            assert 20 <= len(choice) <= 40
             assert choice == right or not any(choice in text for text in owners)
             assert any(choice in text for text in texts)
     assert {item['gold'] for item in items} == {0, 1, 2, 3}
