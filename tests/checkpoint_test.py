@@ -71,7 +71,7 @@ def _damaged_copy(folder, item):
     """A copy (tensorstore keeps what it wrote in memory) in which eight bytes of each file of arrays are turned."""
     copy = folder.with_name('copy')
     shutil.copytree(folder, copy)
-    for path in (copy / item).glob('ocdbt*/d/*'):
+    for path in (copy / item).rglob('d/*'):
         data = bytearray(path.read_bytes())
         for position in range(len(data) // 2, len(data) // 2 + 8):
             data[position] ^= 0xFF

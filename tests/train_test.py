@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(store, tmp_pat
     config = _config(store, num_steps=8)
     train.train(config, tmp_path / 'run')
     copy = shutil.copytree(tmp_path / 'run', tmp_path / 'copy')  # tensorstore keeps what it wrote in memory
-    for path in (copy / 'checkpoints' / '8').glob('params/ocdbt*/d/*'):
+    for path in (copy / 'checkpoints' / '8').rglob('params/**/d/*'):
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
     train.train(config, copy)

@@ -7,6 +7,7 @@ by renaming it, so a killed save leaves nothing behind; the checksums catch what
 changes afterwards, which orbax does not.
 """
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -156,6 +157,7 @@ class Checkpointer:
 
     def _newest(self, steps: list[int], read: Callable[[int], Any]):
         """What `read` makes of the newest checkpoint it does not fail on, and {step: failure} of the newer ones."""
+        _ignore_late_reads()
         damaged = {}
         for step in reversed(steps):
             try:
@@ -211,6 +213,18 @@ class _Guard:
                 f'{self._folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
                 'that were complete before are untouched; make room or mend the storage and run the same command again.'
             ) from error
+
+
+@functools.cache
+def _ignore_late_reads() -> None:
+    """When a read fails orbax closes its event loop, to which other reads still report: not worth a traceback."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _quiet_libraries() -> None:
