@@ -32,6 +32,7 @@ from tinyllama_jax import errors, metrics, tokenizer, workdir
 from tinyllama_jax.config import Config
 
 PAPER = {'name': 'paper', 'num_fewshot': 0, 'dtype': 'float32', 'add_bos': False}
+_LOCAL = ('arrow', 'csv', 'json', 'parquet', 'text')  # dataset_path of tasks whose data_files are files here
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
 _TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
 
@@ -43,6 +44,7 @@ def evaluate_run(
     model: str | None,
     step: int | None,
     tasks: Sequence[str],
+    include_path: str | None,
     output: str | None,
     **options,
 ) -> None:
@@ -50,8 +52,7 @@ def evaluate_run(
 
     The result goes to `output`, by default WORKDIR/eval/step-STEP.json; see `evaluate`.
     """
-    if not tasks:
-        raise errors.UsageError('--tasks=NAME,NAME is missing.')
+    manager = task_manager(tasks, include_path)  # before the weights, so that a mistyped name costs no time
     if model:
         params, shape = convert.import_weights(pathlib.Path(model))
         pieces, protocol = convert.load_tokenizer(pathlib.Path(model)), {'model': model}
@@ -61,7 +62,9 @@ def evaluate_run(
         protocol = {'step': loaded.step}
         output = output or folder / 'eval' / f'step-{loaded.step}.json'
     protocol['tokenizer_sha256'] = pieces.sha256
-    result = evaluate(lm.JaxLM(params, shape, pieces), tasks, protocol=protocol, output=output, **options)
+    jax_lm = lm.JaxLM(params, shape, pieces)
+    options |= {'include_path': include_path, 'manager': manager, 'protocol': protocol, 'output': output}
+    result = evaluate(jax_lm, tasks, **options)
     print(make_table(result))
 
 
@@ -74,6 +77,7 @@ def evaluate(
     log_samples: bool = False,
     protocol: dict[str, Any] | None = None,
     output: pathlib.Path | str | None = None,
+    manager: lm_eval.tasks.TaskManager | None = None,
 ) -> dict[str, Any]:
     """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with `protocol`.
 
@@ -86,21 +90,21 @@ def evaluate(
       log_samples: keep every example with its log-likelihoods under `samples`.
       protocol: what to stamp beside and instead of `PAPER`; its `num_fewshot` is used.
       output: a JSON file to write; it appears only when it is complete.
+      manager: what `task_manager` made of `tasks` and `include_path`, where it was asked before.
 
     Raises UsageError for an unknown task or data that cannot be loaded.
     """
     _quieten()
     stamp = {**PAPER, **(protocol or {}), 'harness_version': importlib.metadata.version('lm_eval')}
-    folder = None if include_path is None else pathlib.Path(include_path)
     # add_env_info takes seconds to write a page about the machine.
-    with _loading_from(folder), _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None):
+    with _loading_from(include_path), _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None):
         result = lm_eval.evaluator.simple_evaluate(
             model=model,
-            tasks=list(tasks),
+            tasks=list(dict.fromkeys(tasks)),
             num_fewshot=stamp['num_fewshot'],
             limit=limit,
             log_samples=log_samples,
-            task_manager=task_manager(tuple(dict.fromkeys(tasks)), folder),
+            task_manager=manager or task_manager(tasks, include_path),
         )
     result['protocol'] = {**stamp, 'limit': limit}
     if output is not None:
@@ -133,14 +137,16 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _loading_from(include_path: pathlib.Path | None) -> contextlib.AbstractContextManager[None]:
+def _loading_from(include_path: pathlib.Path | str | None) -> contextlib.AbstractContextManager[None]:
     """Lets tasks find relative data files from wherever the command runs, and name data that is missing."""
     original = ConfigurableTask.download
-    roots = [pathlib.Path.cwd(), *([include_path.resolve().parent] if include_path else [])]
+    roots = [pathlib.Path.cwd(), *([pathlib.Path(include_path).resolve().parent] if include_path else [])]
 
     def download(self, dataset_kwargs=None, **kwargs):
+        if self.DATASET_PATH in _LOCAL:
+            dataset_kwargs = _located(dataset_kwargs, roots)
         try:
-            return original(self, _located(dataset_kwargs, roots), **kwargs)
+            return original(self, dataset_kwargs, **kwargs)
         except (OSError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
             raise errors.UsageError(
                 f'the data of the task {self.config.task} cannot be loaded ({error}); give --include_path=DIR with '
@@ -166,7 +172,7 @@ def _located(dataset_kwargs: dict[str, Any] | None, roots: list[pathlib.Path]) -
     return {**dataset_kwargs, 'data_files': locate(dataset_kwargs['data_files'])}
 
 
-def task_manager(names: tuple[str, ...], include_path: pathlib.Path | None) -> lm_eval.tasks.TaskManager:
+def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) -> lm_eval.tasks.TaskManager:
     """An lm-eval TaskManager that knows `names` and all they refer to.
 
     lm-eval's own reads its 13,000 files, half a minute on a slow machine; here only the
@@ -174,17 +180,17 @@ def task_manager(names: tuple[str, ...], include_path: pathlib.Path | None) -> l
     Raises UsageError naming the nearest task for a name that is nowhere.
     """
     if not names:
-        raise errors.UsageError('--tasks is empty; name tasks separated by commas.')
-    if include_path is not None and not include_path.is_dir():
+        raise errors.UsageError('--tasks=NAME,NAME is missing.')
+    own = [] if include_path is None else [pathlib.Path(include_path)]
+    if own and not own[0].is_dir():
         raise errors.UsageError(f'--include_path={include_path} is not a folder.')
-    own = [include_path] if include_path is not None else []
-    defined, tags = _official()
     folders: list[pathlib.Path] = []
     while True:
         manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
         missing = _missing(names, manager)
         if not missing:
             return manager
+        defined, tags = _official()
         if not missing <= defined.keys():
             break
         folders = sorted({*folders, *(defined[name] for name in missing)})

@@ -144,7 +144,7 @@ def test_our_files_are_enough_and_official_folders_are_found(tasks):
         (['hellaswagg'], "no task 'hellaswagg'; the nearest is 'hellaswag'"),
         (['piqa'], r'data of the task piqa cannot be loaded .*HF_HUB_OFFLINE=0'),
         (['tiny_lost'], 'data of the task tiny_lost cannot be loaded'),
-        ([], '--tasks is empty'),
+        ([], '--tasks=NAME,NAME is missing'),
     ],
 )
 def test_tasks_that_cannot_run_are_named(tasks, jax_lm, tmp_path, names, message):
