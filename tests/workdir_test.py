@@ -52,3 +52,13 @@ def test_without_a_run_or_a_checkpoint_the_train_command_is_named(tmp_path):
     workdir.write_record(tmp_path, tiny.CONFIG, '')
     with pytest.raises(errors.UsageError, match='no checkpoint yet; run main.py train'):
         workdir.load(tmp_path)
+
+
+def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
+    (tmp_path / 'a.model').write_bytes(b'a')
+    (tmp_path / 'b.model').write_bytes(b'b')
+    for _ in range(2):
+        workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'a.model')
+    with pytest.raises(errors.UsageError, match='wrong tokenizer: .*/run was begun with its own'):
+        workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'b.model')
+    assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'a'

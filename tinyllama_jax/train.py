@@ -52,7 +52,9 @@ class _Run:
 
     def __init__(self, config: Config, folder: pathlib.Path, command: str, hooks: tuple[Hook, ...]):
         self.config, self.folder, self.hooks = config, folder, hooks
-        tokens = store.TokenStore(config.data.store_path(folder))
+        self.command = command or f'main.py train --config=FILE --workdir={folder}'
+        prepare_command = 'python ' + self.command.replace(' train ', ' prepare ', 1)
+        tokens = store.TokenStore(config.data.store_path(folder), prepare_command)
         self.data = pipeline.make_dataset(config, tokens)
         self.mesh = sharding.make_mesh(config.mesh)
         self.eval_step = step_lib.jit_eval_step(config, self.mesh)
@@ -60,11 +62,11 @@ class _Run:
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
         )
+        workdir.keep_tokenizer(folder, tokens.tokenizer_path)
         self.state, self.start = self._restore_or_init()
         before = workdir.read_record(folder)
         cut = [metrics.cut_records(folder / name, self.start) for name in ('metrics.jsonl', 'validation.jsonl')]
         record = workdir.write_record(folder, config, command)
-        workdir.keep_tokenizer(folder, tokens.tokenizer_path)
         self.recomputed = metrics.Recomputed(cut[0] if _same_losses(before, record) else [])
         self.writer = metrics.Writer(folder / 'metrics.jsonl', start_step=self.start)
         self.validation = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
@@ -91,7 +93,7 @@ class _Run:
         for field, (old, new) in found.items():
             raise errors.UsageError(
                 f'{field} is {new}, but {self.folder} was trained with {old} up to step {meta["step"]}. Set it back, '
-                f'or start a new run: main.py train --config=... --workdir={self.folder}-2'
+                f'or start a new run: python {self.command.replace(str(self.folder), f"{self.folder}-2")}'
             )
 
     def loop(self, signals: runtime.StopSignals) -> None:

@@ -90,10 +90,20 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
 
 
 def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
-    """Copies the run's tokenizer into the workdir, so that it needs no store to be used."""
+    """Copies the run's tokenizer into the workdir, so that it needs no store to be used.
+
+    Raises UsageError where the run already has another one.
+    """
+    kept = workdir / 'tokenizer.model'
+    if kept.exists() and kept.read_bytes() != source.read_bytes():
+        raise errors.UsageError(
+            f'wrong tokenizer: {workdir} was begun with its own tokenizer.model, but the data was prepared with '
+            f'another, {source}; prepare the data with --config.data.tokenizer={kept}, or use a new --workdir.'
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / 'tokenizer.model.tmp'
     shutil.copyfile(source, temporary)
-    temporary.rename(workdir / 'tokenizer.model')
+    temporary.rename(kept)
 
 
 def create(workdir: pathlib.Path, config: Config, state, tokenizer_path: pathlib.Path | None, command: str) -> None:
