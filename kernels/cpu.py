@@ -31,7 +31,7 @@ swiglu = reference.swiglu
 
 _MASKED = -1e30
 _QUERY_BLOCK = 64
-_LOSS_BLOCK = 1_024  # tokens
+_LOSS_BLOCK = 2_048  # tokens
 _MOST_BLOCKS = 16  # bounds compile time
 
 
@@ -75,7 +75,7 @@ def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     q_BKGTH, kt_BKHS = _by_group(q_BTNH, k_BSKH), _transposed_heads(k_BSKH)
     v_BKSH = v_BSKH.swapaxes(1, 2)
     outs, stats = [], []
-    for block in _blocks(q_BTNH.shape[1], _QUERY_BLOCK):
+    for block in _blocks(q_BTNH.shape[1]):
         scores_BKRS = _scores(_block_rows(q_BKGTH, block), kt_BKHS, block, segment_ids_BT)
         max_BKR1 = jax.lax.optimization_barrier(_row_max(scores_BKRS))
         weights_BKRS = jnp.exp(scores_BKRS - max_BKR1)
@@ -97,7 +97,7 @@ def _attention_bwd(residuals, dout_BTNH):
     k_BKSH = k_BSKH.swapaxes(1, 2)
     kt_BKHS, vt_BKHS = _transposed_heads(k_BSKH), _transposed_heads(v_BSKH)
     dqs, dkt_BKHS, dvt_BKHS = [], 0.0, 0.0
-    for block, stat_BKR1 in zip(_blocks(T, _QUERY_BLOCK), stats, strict=True):
+    for block, stat_BKR1 in zip(_blocks(T), stats, strict=True):
         q_BKRH, dout_BKRH = (_block_rows(x, block) for x in (q_BKGTH, dout_BKGTH))
         weights_BKRS = jnp.exp(_scores(q_BKRH, kt_BKHS, block, segment_ids_BT) - stat_BKR1)
         dweights_BKRS = _matmul(dout_BKRH, vt_BKHS[..., : block.stop])
@@ -115,9 +115,9 @@ def _attention_bwd(residuals, dout_BTNH):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _blocks(length: int, size: int) -> list[slice]:
-    """Slices that cover `length`, of `size` or as large as `_MOST_BLOCKS` of them need."""
-    size = max(size, -(-length // _MOST_BLOCKS))
+def _blocks(length: int) -> list[slice]:
+    """Slices that cover `length`, of `_QUERY_BLOCK` or as large as `_MOST_BLOCKS` of them need."""
+    size = max(_QUERY_BLOCK, -(-length // _MOST_BLOCKS))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -195,16 +195,28 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
 
 @jax.custom_vjp
 def _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT):
-    return sum(_block_loss(*block, head_DV)[0] for block in _token_blocks(x_BTD, targets_BT, shares_BT))
+    def add(loss, block):
+        return loss + _block_loss(*map(_flat, block), head_DV)[0], None
+
+    return jax.lax.scan(add, jnp.zeros(()), _token_blocks(x_BTD, targets_BT, shares_BT))[0]
 
 
-def _token_blocks(x_BTD, targets_BT, shares_BT):
-    """(x, targets, shares) of each block of tokens; cut along T, so that a sharded batch stays where it is."""
-    B, T, _ = x_BTD.shape
-    return [
-        (_rows(x_BTD[:, block]), targets_BT[:, block].reshape(-1), shares_BT[:, block].reshape(-1))
-        for block in _blocks(T, max(1, _LOSS_BLOCK // B))
-    ]
+def _token_blocks(*arrays):
+    """Each [B, T, ...] as [blocks, B, t, ...], the end padded with zeros; a batch sharded along B stays where it is."""
+    B, T = arrays[0].shape[:2]
+    count = min(T, -(-B * T // _LOSS_BLOCK))
+    size = -(-T // count)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(cut(x) for x in arrays)
+
+
+def _flat(x):
+    """[B, T, ...] as [B x T, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _block_loss(x_CD, targets_C, shares_C, head_DV):
@@ -219,18 +231,22 @@ def _block_loss(x_CD, targets_C, shares_C, head_DV):
 
 
 def _cross_entropy_fwd(x_BTD, head_DV, targets_BT, shares_BT):
-    B, _, D = x_BTD.shape
-    loss, dhead_DV, dxs = 0.0, 0.0, []
-    for x_CD, targets_C, shares_C in _token_blocks(x_BTD, targets_BT, shares_BT):
+    def add(total, block):
+        loss, dhead_DV = total
+        x_CD, targets_C, shares_C = map(_flat, block)
         block_loss, exp_CV, sum_C1 = _block_loss(x_CD, targets_C, shares_C, head_DV)
         hit_CV = targets_C[:, None] == jnp.arange(head_DV.shape[1])[None, :]
         share_C1 = shares_C[:, None]
-        dlogits_CV = jnp.where(hit_CV, -share_C1, 0.0) + exp_CV * (share_C1 / sum_C1)
-        dlogits_CV = jax.lax.optimization_barrier(dlogits_CV.astype(x_BTD.dtype))
-        loss += block_loss
+        dlogits_CV = exp_CV * (share_C1 / sum_C1) - jnp.where(hit_CV, share_C1, 0.0)
+        dlogits_CV = jax.lax.optimization_barrier(dlogits_CV.astype(x_CD.dtype))
         dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
-        dxs.append((dlogits_CV @ head_DV.T).reshape(B, -1, D))
-    return loss, (jnp.concatenate(dxs, axis=1), dhead_DV.astype(head_DV.dtype))
+        return (loss + block_loss, dhead_DV), (dlogits_CV @ head_DV.T).reshape(block[0].shape)
+
+    B, T, D = x_BTD.shape
+    zeros = (jnp.zeros(()), jnp.zeros(head_DV.shape))
+    (loss, dhead_DV), dx_nBtD = jax.lax.scan(add, zeros, _token_blocks(x_BTD, targets_BT, shares_BT))
+    dx_BTD = dx_nBtD.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+    return loss, (dx_BTD, dhead_DV.astype(head_DV.dtype))
 
 
 def _cross_entropy_bwd(residuals, dloss):

@@ -1,0 +1,86 @@
+"""The plain ops against float64 numpy on small arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import reference
+
+
+def _normal(seed: int, *shape: int):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize('length', [1, 17])
+def test_attention_of_one_head_is_the_textbook_formula(length):
+    q, k, v = (_normal(seed, 1, length, 1, 8).astype(np.float64) for seed in range(3))
+    scores = q[0, :, 0] @ k[0, :, 0].T / np.sqrt(8)
+    scores[np.triu_indices(length, 1)] = -np.inf
+    got = reference.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(got[0, :, 0], _softmax(scores) @ v[0, :, 0], atol=1e-6)
+
+
+def test_query_heads_of_a_group_read_the_same_key_value_head():
+    q, k, v = _normal(0, 2, 9, 6, 4), _normal(1, 2, 9, 2, 4), _normal(2, 2, 9, 2, 4)
+    got = reference.attention(q, k, v)
+    want = reference.attention(q, k.repeat(3, axis=2), v.repeat(3, axis=2))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_cached_attention_equals_attention_over_the_prefix():
+    q, k, v = (_normal(seed, 2, 12, 2, 4) for seed in range(3))
+    positions = np.full((2, 1), 7)
+    got = reference.cached_attention(q[:, 7:8], k, v, positions)
+    np.testing.assert_allclose(got, reference.attention(q, k, v)[:, 7:8], atol=1e-6)
+
+
+def test_rms_norm_makes_unit_mean_square():
+    x = _normal(0, 2, 3, 64)
+    got = np.asarray(reference.rms_norm(x, 2 * np.ones(64, np.float32), eps=0.0))
+    np.testing.assert_allclose(np.mean(got**2, axis=-1), 4.0, rtol=1e-5)
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_only():
+    q, k = _normal(0, 1, 1, 1, 16), _normal(1, 1, 1, 1, 16)
+
+    def product(position_q, position_k):
+        turn = lambda x, p: reference.rope(jnp.asarray(x), jnp.array([[p]]), base=10_000.0)  # noqa: E731
+        return float(jnp.sum(turn(q, position_q) * turn(k, position_k)))
+
+    assert product(5, 2) == pytest.approx(product(105, 102), abs=1e-4)
+    assert product(5, 2) != pytest.approx(product(5, 4), abs=1e-3)
+
+
+def test_rope_scaling_divides_positions():
+    x = _normal(0, 1, 4, 2, 8)
+    positions = jnp.arange(4)[None]
+    got = reference.rope(x, 4 * positions, base=10_000.0, scaling=4.0)
+    np.testing.assert_allclose(got, reference.rope(x, positions, base=10_000.0), atol=1e-6)
+
+
+def test_swiglu_is_silu_of_gate_times_up():
+    gate, up = _normal(0, 1, 2, 8), _normal(1, 1, 2, 8)
+    np.testing.assert_allclose(reference.swiglu(gate, up), gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_is_the_mean_of_minus_log_softmax():
+    x, head = _normal(0, 2, 5, 8).astype(np.float64), _normal(1, 8, 11).astype(np.float64)
+    targets = np.random.default_rng(2).integers(0, 11, (2, 5))
+    weights = np.array([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]])
+    picked = np.take_along_axis(np.log(_softmax(x @ head)), targets[..., None], axis=-1)[..., 0]
+    x32, head32 = jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32)
+    assert float(reference.cross_entropy(x32, head32, targets)) == pytest.approx(-picked.mean(), abs=1e-5)
+    weighted = reference.cross_entropy(x32, head32, targets, weights_BT=jnp.asarray(weights))
+    assert float(weighted) == pytest.approx(-(picked * weights).sum() / weights.sum(), abs=1e-5)
+
+
+def test_loss_is_float32_from_bfloat16_inputs():
+    x, head = jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 8), jnp.bfloat16)
+    loss = jax.jit(reference.cross_entropy)(x, head, jnp.zeros((1, 2), jnp.int32))
+    assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(np.log(8), abs=1e-6)
