@@ -7,6 +7,7 @@ after an interruption. Ends with the exit status of the first step that fails.
 """
 
 import json
+import os
 import pathlib
 import shlex
 import shutil
@@ -33,6 +34,7 @@ class StepFailed(Exception):
 
 def main(workdir: str = 'runs/demo', *overrides: str) -> int:
     """Runs every step in `workdir`, with `overrides` (--config.x=y) of the configuration, and prints the results."""
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the demo is made for it; the tests add a CUDA plugin
     begin = time.monotonic()
     try:
         texts = _steps(pathlib.Path(workdir), overrides)
