@@ -171,6 +171,9 @@ def test_the_first_files_to_read_stay_short():
     assert lines < 1_300
 
 
-@pytest.mark.parametrize('path', [*SOURCES, *(f'bench/{p.name}' for p in sorted((ROOT / 'bench').glob('*.py')))])
+OTHERS = [str(path.relative_to(ROOT)) for glob in ('bench/*.py', 'docs/*.md') for path in sorted(ROOT.glob(glob))]
+
+
+@pytest.mark.parametrize('path', [*SOURCES, *OTHERS])
 def test_the_readme_names_every_file(path):
     assert re.search(rf'\b{re.escape(pathlib.Path(path).name)}\b', (ROOT / 'README.md').read_text())
