@@ -1,4 +1,4 @@
-"""The fast forms of the ops against the plain ones: values, gradients, odd lengths, both dtypes, a mesh, remat, scan."""
+"""The fast ops against the plain ones: values, gradients, odd lengths, both dtypes, a mesh, remat, scan."""
 
 import functools
 
