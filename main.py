@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from tinyllama_jax import errors, experiment
+from tinyllama_jax import errors, experiment, runtime
 
 COMMANDS = ('prepare', 'train', 'evaluate', 'export', 'import', 'generate', 'report')
 FLAGS = flags.FLAGS
@@ -41,9 +41,8 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
 
         prepare.prepare(config.data, config.data.store_path(workdir))
     elif command == 'train':
-        from tinyllama_jax import runtime, train
+        from tinyllama_jax import train
 
-        runtime.tune_for_cpu()
         train.train(config, workdir, command=command_line)
     elif command == 'evaluate':
         from eval_bridge import evaluate
@@ -69,7 +68,7 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
         print(report.report(workdir))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int | None:
     """Parses, dispatches, and turns a foreseen failure into one line and its exit status."""
     try:
         arguments, overrides = experiment.split_overrides(argv[1:])
@@ -80,8 +79,8 @@ def main(argv: list[str]) -> int:
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
         config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
+        runtime.set_up_jax()
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
-        return 0
     except (flags.Error, errors.Failure) as error:
         print(f'main.py: {error}', file=sys.stderr)
         return getattr(error, 'exit_code', errors.UsageError.exit_code)

@@ -245,7 +245,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # XLA takes a thread per core it may use
     torch.set_num_threads(flags.threads)
 
-    runtime.tune_for_cpu()
+    runtime.set_up_jax()
     config = bench_config(flags.batch, flags.seq_len)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = step.init_state(config, mesh)

@@ -23,8 +23,10 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8'.strip
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # a [D] added to a [B, T, D] by mistake is an error
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_DATASETS_OFFLINE'] = '1'
-CACHES = tempfile.mkdtemp(prefix='tinyllama-tests-')
-atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+if 'TEST_CACHES' not in os.environ:  # the first process of a run makes it, pytest-xdist's workers share it
+    os.environ['TEST_CACHES'] = tempfile.mkdtemp(prefix='tinyllama-tests-')
+    atexit.register(shutil.rmtree, os.environ['TEST_CACHES'], ignore_errors=True)
+CACHES = os.environ['TEST_CACHES']
 os.environ['HF_HOME'] = f'{CACHES}/huggingface'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{CACHES}/jax'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'

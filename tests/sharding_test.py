@@ -39,8 +39,8 @@ def test_a_mesh_that_does_not_fit_names_the_field():
 
 @pytest.mark.parametrize(
     'mesh_config',
-    [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)],
-    ids=['data', 'fsdp', 'data-fsdp-tensor'],
+    [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=['fsdp', 'data-fsdp-tensor'],
 )
 def test_losses_equal_those_of_one_device(mesh_config):
     one = _losses(sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))

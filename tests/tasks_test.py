@@ -1,6 +1,5 @@
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -86,12 +85,9 @@ def test_workers_end_with_prepare(tmp_path, end):
 def test_a_full_disk_ends_prepare_and_the_rest_is_done_later(tmp_path):
     root = corpora.write_zst(tmp_path / 'words' / 'a.jsonl.zst', [corpora.record(t) for t in corpora.texts(400)]).parent
     corpora.write_zst(root / 'b.jsonl.zst', [corpora.record('small')])
-    size = 64 << 10  # bytes; the stand-in for a full disk is a limit on the size of a file
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    process = start(command(corpora.one_source(root), tmp_path / 'store', 2), preexec_fn=limit)
+    # The stand-in for a full disk is a limit on the size of a file.
+    full = ['prlimit', f'--fsize={64 << 10}', *command(corpora.one_source(root), tmp_path / 'store', 2)]
+    process = start(full)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
     assert f'The store {tmp_path / "store"} cannot be written' in stderr

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -61,13 +60,13 @@ def uninterrupted(store, tmp_path_factory):
     return folder
 
 
-def _main(store, folder, **kwargs):
+def _main(store, folder, *prefix):
     """Starts `main.py train`; what it says on stderr is in FOLDER/stderr.txt."""
     command = [sys.executable, 'main.py', 'train', f'--config=tests/tiny_experiment.py:{STEPS}', f'--workdir={folder}']
     environment = {**os.environ, 'XLA_FLAGS': ''}
     with open(folder / 'stderr.txt', 'w') as stderr:
         return subprocess.Popen(
-            [*command, f'--config.data.store={store}'], cwd=ROOT, env=environment, stderr=stderr, **kwargs
+            [*prefix, *command, f'--config.data.store={store}'], cwd=ROOT, env=environment, stderr=stderr
         )
 
 
@@ -122,10 +121,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(store, uninterrupted, tmp_pat
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints_before(store, tmp_path):
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    process = _main(store, tmp_path, preexec_fn=small_files)
+    process = _main(store, tmp_path, 'prlimit', '--fsize=100000')  # the stand-in for a full disk
     assert process.wait() == 1
     assert 'a checkpoint could not be written' in _said(tmp_path)
     again = _main(store, tmp_path)
