@@ -41,7 +41,7 @@ def get_config(arg: str = '') -> Config:
         ),
         optimizer=OptimizerConfig(peak_learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=50),
         train=TrainConfig(
-            num_steps=500,
+            num_steps=400,
             global_batch_size=8,
             micro_batch_size=8,
             remat='none',

@@ -196,7 +196,8 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
 @jax.custom_vjp
 def _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT):
     def add(loss, block):
-        return loss + _block_loss(*map(_flat, block), head_DV)[0], None
+        x_CD, targets_C, shares_C = map(_flat, block)
+        return loss + _block_loss(x_CD, targets_C, shares_C, head_DV)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _token_blocks(x_BTD, targets_BT, shares_BT))[0]
 
