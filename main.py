@@ -65,7 +65,7 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
     elif command == 'report':
         from tinyllama_jax import report
 
-        print(report.report(workdir))
+        print(report.report(workdir, config))
 
 
 def main(argv: list[str]) -> int | None:

@@ -50,7 +50,7 @@ def _steps(folder: pathlib.Path, overrides: tuple[str, ...]) -> str:
     experiment, workdir = (f'--config={CONFIG}', *overrides), f'--workdir={folder}'
     command('prepare', *experiment, workdir)
     command('train', *experiment, workdir)
-    step = json.loads((folder / 'config.json').read_text())['config']['train']['num_steps']
+    step = max(int(path.name) for path in (folder / 'checkpoints').iterdir() if path.name.isdigit())
     checkpoint = folder / 'checkpoints' / str(step)
     if not _newer(folder / 'export', checkpoint):
         shutil.rmtree(folder / 'export', ignore_errors=True)

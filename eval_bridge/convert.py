@@ -363,13 +363,9 @@ def import_run(source: str | None, folder: pathlib.Path, config: Config | None, 
     params, found = import_weights(pathlib.Path(source))
     if config is None:
         config = Config(model=found)
-    for field in ('vocab_size', 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_dim', 'hidden_dim',
-                  'norm_eps', 'rope_base', 'rope_scaling'):  # fmt: skip
-        if getattr(config.model, field) != getattr(found, field):
-            raise errors.UsageError(
-                f'config.model.{field} is {getattr(config.model, field)}, but {source} has {getattr(found, field)}; '
-                f'set --config.model.{field}={getattr(found, field)}.'
-            )
+    settings = [workdir.weights_settings(config_lib.to_dict(shape)) for shape in (config.model, found)]
+    for field, (wanted, there) in config_lib.differences(*settings, 'config.model').items():
+        raise errors.UsageError(f'{field} is {wanted}, but {source} has {there}; set --{field}={there}.')
     pieces = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(
         folder,

@@ -105,12 +105,13 @@ def test_half_a_checkpoint_is_not_used(tmp_path, state, meshes, missing):
     assert meta['step'] == (6 if missing.startswith('_') else 3)  # the last is orbax's own note, not needed
 
 
-def test_a_save_that_was_killed_leaves_nothing(tmp_path, state, meshes):
+def test_a_save_that_was_killed_is_removed_and_said(tmp_path, state, capsys):
     _save(tmp_path / 'c', state, [3])
     (tmp_path / 'c' / '6.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
     assert checkpoint.Checkpointer(tmp_path / 'c', read_only=True).steps() == [3]
     assert checkpoint.Checkpointer(tmp_path / 'c').steps() == [3]
     assert not (tmp_path / 'c' / '6.orbax-checkpoint-tmp').exists()
+    assert '6.orbax-checkpoint-tmp: removed half a checkpoint' in capsys.readouterr().err
 
 
 def test_without_a_whole_checkpoint_nothing_is_moved(tmp_path, state, meshes):

@@ -1,4 +1,4 @@
-"""The paper's model in the three conventions (docs/fidelity.md names them)."""
+"""The paper's model in the three conventions that flops.py states."""
 
 import pytest
 

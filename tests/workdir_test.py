@@ -37,7 +37,7 @@ def test_the_record_says_what_ran(run):
 
 def test_a_config_of_another_model_is_refused(run):
     other = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.MODEL, num_layers=3))
-    with pytest.raises(errors.UsageError, match='config.model.num_layers is 2 in .* but 3 in --config'):
+    with pytest.raises(errors.UsageError, match='config.model.num_layers is 2 in .* but 3 was given'):
         workdir.load(run[0], other)
 
 

@@ -61,6 +61,7 @@ def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Pa
     losses = {
         name: float(-_logprobs(counts_V)[data.validation(name)[:, 1:]].mean())
         for name, counts_V in zip(data.sources, counts_NV, strict=True)
+        if len(data.validation(name))
     }
     return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer.Tokenizer(tokenizer_path))
 

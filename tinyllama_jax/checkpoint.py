@@ -91,8 +91,9 @@ class Checkpointer:
         handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
         handlers['meta'] = ocp.JsonCheckpointHandler()
         if not read_only:
-            for killed in self.folder.glob('*.orbax-checkpoint-tmp'):
-                shutil.rmtree(killed)
+            for half in self.folder.glob('*.orbax-checkpoint-tmp'):
+                shutil.rmtree(half)
+                print(f'{half}: removed half a checkpoint, of a save that was broken off.', file=sys.stderr)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -185,6 +186,7 @@ class Checkpointer:
         aside = self.folder.with_name(self.folder.name + '-damaged')
         aside.mkdir(exist_ok=True)
         for step in damaged:
+            shutil.rmtree(aside / str(step), ignore_errors=True)
             (self.folder / str(step)).rename(aside / str(step))
         self._manager.reload()
         print(f'{_damage(self.folder, damaged)} Moved to {aside}; going on from step {used}.', file=sys.stderr)

@@ -178,7 +178,7 @@ _MAY_BE_ZERO = {
     'data.eos_per_document', 'data.holdout_share', 'data.holdout_min_rows', 'data.max_bad_share',
     'optimizer.final_learning_rate', 'optimizer.warmup_steps', 'optimizer.decay_steps',
     'optimizer.stuck_until_step', 'optimizer.beta1', 'optimizer.beta2', 'optimizer.weight_decay',
-    'train.eval_every_steps', 'train.profile_step', 'seed',
+    'train.eval_every_steps', 'seed',
 }  # fmt: skip
 
 

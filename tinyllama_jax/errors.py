@@ -22,12 +22,6 @@ class UsageError(Failure, ValueError):
     exit_code = 2
 
 
-class OutsideError(Failure):
-    """A cause outside the run, worth a restart: storage away, a lost host."""
-
-    exit_code = 75
-
-
 class Stopped(Failure):
     """The run was told to stop and has saved; `signal_number` decides the status."""
 

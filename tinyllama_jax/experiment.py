@@ -37,7 +37,7 @@ def load_experiment(spec: str) -> Config:
     module_spec.loader.exec_module(module)
     try:
         return module.get_config(arg)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # an unknown variant, an unknown field
         raise errors.UsageError(f'--config={spec}: {error}') from error
 
 

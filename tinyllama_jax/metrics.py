@@ -44,10 +44,25 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 class Recomputed:
-    """Losses that were logged before an interruption; computed again they must be the same digits."""
+    """Losses that were logged before an interruption; computed again they must be the same digits.
 
-    def __init__(self, cut: list[dict]):
-        self._losses = {record['step']: record['loss'] for record in cut}
+    Cuts `path` to `step`. What was cut off is kept in a file beside it until it has been
+    computed again, so that it outlives further interruptions.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int):
+        self._kept = path.with_name('recompute.jsonl')
+        later = [record for record in read_records(path) if record['step'] > step]
+        records = {record['step']: record for record in [*read_records(self._kept), *later] if record['step'] > step}
+        if later:
+            write_atomically(self._kept, ''.join(json.dumps(record) + '\n' for record in records.values()))
+        cut_records(path, step)
+        self._losses = {step: record['loss'] for step, record in records.items()}
+
+    def forget(self) -> None:
+        """To be called where the losses may differ: other settings, versions or devices."""
+        self._losses = {}
+        self._kept.unlink(missing_ok=True)
 
     def check(self, step: int, loss: float) -> None:
         """Raises RunError if `loss` is not the one that was logged for `step` before."""
@@ -56,8 +71,10 @@ class Recomputed:
             raise errors.RunError(
                 f'step {step}: the loss computed again after resuming is {loss!r}, but {before!r} was logged before '
                 'the interruption with the same settings, versions and devices; the run is not reproducible here '
-                '(failing hardware, or changed data or code). Nothing was written.'
+                f'(failing hardware, or changed data or code). To go on all the same, remove {self._kept}.'
             )
+        if not self._losses:
+            self._kept.unlink(missing_ok=True)
 
 
 class Writer:
@@ -69,11 +86,18 @@ class Writer:
 
     def write(self, record: dict) -> None:
         """Appends `record` (with its `step`); nested dictionaries become TensorBoard paths."""
-        self._file.write(json.dumps(record) + '\n')
-        self._file.flush()
-        for name, value in _flat(record):
-            if name != 'step' and value is not None:
-                self._board.add_scalar(name, value, record['step'])
+        try:
+            self._file.write(json.dumps(record) + '\n')
+            self._file.flush()
+            for name, value in _flat(record):
+                if name != 'step' and value is not None:
+                    self._board.add_scalar(name, value, record['step'])
+        except OSError as error:
+            raise errors.RunError(f'{self._file.name} cannot be written ({error.strerror}); make room.') from None
+
+    def sync(self) -> None:
+        """Returns when all records are on disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes both."""

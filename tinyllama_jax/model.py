@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import cpu as ops
+from kernels import cpu as ops  # plain JAX, right on any device; written for what XLA's CPU compiler does well
 from tinyllama_jax.config import ModelConfig
 
 

@@ -49,8 +49,13 @@ class _Run:
         return self.config.train.global_batch_size * self.config.model.seq_len
 
 
-def report(folder: pathlib.Path | str) -> pathlib.Path:
-    """Writes FOLDER/report/ and returns the path of its index.html. Raises UsageError where there is no run."""
+def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.Path:
+    """Writes FOLDER/report/ and returns the path of its index.html.
+
+    Raises UsageError where there is no run, or a `config` given is not the run's.
+    """
+    if config is not None:
+        workdir.refuse_contradiction(pathlib.Path(folder), config)
     run = _read(pathlib.Path(folder))
     output = run.folder / 'report'
     output.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinyllama_jax import checkpoint, errors, flops, metrics, runtime, sharding, workdir
+from tinyllama_jax import checkpoint, errors, flops, metrics, runtime, sharding, validation, workdir
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -51,7 +51,7 @@ class _Run:
     """One start of a run: its mesh, state, data and writers."""
 
     def __init__(self, config: Config, folder: pathlib.Path, command: str, hooks: tuple[Hook, ...]):
-        self.config, self.folder, self.hooks = config, folder, hooks
+        self.config, self.folder, self.hooks, self.profiling = config, folder, hooks, False
         self.command = command or f'main.py train --config=FILE --workdir={folder}'
         prepare_command = 'python ' + self.command.replace(' train ', ' prepare ', 1)
         tokens = store.TokenStore(config.data.store_path(folder), prepare_command)
@@ -65,13 +65,18 @@ class _Run:
         workdir.keep_tokenizer(folder, tokens.tokenizer_path)
         self.state, self.start = self._restore_or_init()
         before = workdir.read_record(folder)
-        cut = [metrics.cut_records(folder / name, self.start) for name in ('metrics.jsonl', 'validation.jsonl')]
+        self.recomputed = metrics.Recomputed(folder / 'metrics.jsonl', self.start)
+        metrics.cut_records(folder / 'validation.jsonl', self.start)
         record = workdir.write_record(folder, config, command)
-        self.recomputed = metrics.Recomputed(cut[0] if _same_losses(before, record) else [])
+        if not _same_losses(before, record):
+            self.recomputed.forget()
         self.writer = metrics.Writer(folder / 'metrics.jsonl', start_step=self.start)
-        self.validation = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
+        self.validations = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_len
         self.progress = metrics.Progress(self.start, config.train.num_steps, tokens_per_step=self.tokens_per_step)
+        changed = config_lib.differences(before['config'], record['config'], 'config') if before else {}
+        for field, (old, new) in changed.items():
+            self.progress.say(f'changed since the last start: {field} was {old}, is {new}')
 
     def _restore_or_init(self):
         restored = self.checkpointer.restore(step_lib.abstract_state(self.config, self.mesh), self._check_resumable)
@@ -81,10 +86,10 @@ class _Run:
         return state, meta['step']
 
     def _check_resumable(self, meta: dict) -> None:
-        saved = config_lib.from_dict(meta['config'])
-        found = config_lib.differences(
-            checkpoint.fixed_settings(saved), checkpoint.fixed_settings(self.config), 'config'
-        )
+        fixed = [checkpoint.fixed_settings(c) for c in (config_lib.from_dict(meta['config']), self.config)]
+        if meta['data'] is None:  # imported, not trained yet: only the weights' shapes and meaning bind
+            fixed = [{'model': workdir.weights_settings(settings['model'])} for settings in fixed]
+        found = config_lib.differences(*fixed, 'config')
         if not found and meta['data'] not in (None, self.data.fingerprint):
             changed = config_lib.differences(
                 meta['config']['data'], config_lib.to_dict(self.config.data), 'config.data'
@@ -148,10 +153,11 @@ class _Run:
             return
         step, scalars = pending
         record = {'step': step} | {name: float(value) for name, value in jax.device_get(scalars).items()}
-        if not math.isfinite(record['loss']):
+        if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
             raise errors.RunError(
-                f'step {step}: the loss is {record["loss"]}. Nothing after it was saved; the newest checkpoint in '
-                f"{self.folder / 'checkpoints'} is from before. Lower the learning rate, or inspect this step's data."
+                f'step {step}: the loss is {record["loss"]}, the norm of its gradient {record["grad_norm"]}. Nothing '
+                f'after it was saved; the newest checkpoint in {self.folder / "checkpoints"} is from before. Lower the '
+                'learning rate, or inspect the data of this step.'
             )
         if step % self.config.train.log_every_steps and step != self.config.train.num_steps:
             return
@@ -168,8 +174,8 @@ class _Run:
     def _validate(self, step: int) -> None:
         """Validation loss of each source; then the hooks."""
         with self.throughput.timed('paused'):
-            loss = validation_losses(self.eval_step, self.state.params, self.data, self._eval_batch())
-            self.validation.write({'step': step, 'loss': loss})
+            loss = validation.losses(self.eval_step, self.state.params, self.data, self._eval_batch())
+            self.validations.write({'step': step, 'loss': loss})
             self.progress.say(
                 f'step {step}: validation loss ' + ', '.join(f'{name} {value:.4f}' for name, value in loss.items())
             )
@@ -181,6 +187,7 @@ class _Run:
 
     def _save(self, step: int) -> int:
         with self.throughput.timed('checkpoint'):
+            self.writer.sync()
             meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step))
             self.checkpointer.save(step, self.state, meta)
         return step
@@ -196,34 +203,22 @@ class _Run:
         first = self.config.train.profile_step
         if first is not None and step == first:
             jax.profiler.start_trace(str(self.folder / 'profile'))
-        if first is not None and step == first + self.config.train.profile_steps:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.progress.say(f'profile of {self.config.train.profile_steps} steps: {self.folder / "profile"}')
+            self.profiling = True
+        if self.profiling and step == first + self.config.train.profile_steps:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        jax.block_until_ready(self.state)
+        jax.profiler.stop_trace()
+        self.profiling = False
+        self.progress.say(f'profile, for TensorBoard: {self.folder / "profile"}')
 
     def close(self) -> None:
+        if self.profiling:
+            self._end_profile()
         self.progress.close()
         self.writer.close()
-        self.validation.close()
-
-
-def validation_losses(eval_step, params, data: pipeline.Dataset, batch: int) -> dict[str, float]:
-    """Mean next-token loss, in nats, over each source's validation rows, `batch` rows at a time."""
-    losses = {}
-    for name in data.sources:
-        rows_NR = data.validation(name)
-        total = 0.0
-        for start in range(0, len(rows_NR), batch):
-            rows_BR, weights_B = _padded(rows_NR[start : start + batch], batch)
-            total += float(eval_step(params, rows_BR, weights_B)) * weights_B.sum()
-        losses[name] = float(total / len(rows_NR))
-    return losses
-
-
-def _padded(rows_BR: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    missing = batch - len(rows_BR)
-    weights_B = np.concatenate([np.ones(len(rows_BR), np.float32), np.zeros(missing, np.float32)])
-    return np.pad(rows_BR, ((0, missing), (0, 0))), weights_B
+        self.validations.close()
 
 
 def _same_losses(before: dict | None, now: dict) -> bool:

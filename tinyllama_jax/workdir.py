@@ -18,6 +18,8 @@ from tinyllama_jax import checkpoint, errors, metrics, model, runtime
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 
+_NOT_OF_WEIGHTS = ('seq_len', 'init', 'compute_dtype', 'scan_layers')
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -57,13 +59,16 @@ def read_config(workdir: pathlib.Path) -> Config:
     return config_lib.from_dict(record['config'])
 
 
+def weights_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's settings that given weights decide: shapes, and what the numbers mean."""
+    return {name: value for name, value in model.items() if name not in _NOT_OF_WEIGHTS}
+
+
 def refuse_contradiction(workdir: pathlib.Path, config: Config) -> None:
-    """Raises UsageError if a --config given beside a workdir describes another model."""
-    found = config_lib.differences(
-        config_lib.to_dict(read_config(workdir).model), config_lib.to_dict(config.model), 'config.model'
-    )
+    """Raises UsageError if a configuration given beside a workdir is not the workdir's own."""
+    found = config_lib.differences(config_lib.to_dict(read_config(workdir)), config_lib.to_dict(config), 'config')
     for field, (old, new) in found.items():
-        raise errors.UsageError(f'{field} is {old} in {workdir}/config.json but {new} in --config; leave --config out.')
+        raise errors.UsageError(f'{field} is {old} in {workdir}/config.json but {new} was given; leave it out.')
 
 
 def abstract_params(config: Config):

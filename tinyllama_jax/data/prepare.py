@@ -122,9 +122,13 @@ def _plan(config: DataConfig, inputs: Inputs) -> tasks.Plan:
     return tasks.Plan(tuple(listed), config.bos, config.eos_per_document)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def _begin(path: Path, config: DataConfig, plan: tasks.Plan, settings: dict[str, Any]) -> tasks.Executor:
     """Lays the store out, or takes up what an interrupted run with the same settings left."""
-    progress, workers = path / tasks.PROGRESS, config.workers or len(os.sched_getaffinity(0))
+    progress, workers = path / tasks.PROGRESS, config.workers or _cores()
     executor = tasks.Executor(path, num_tasks=len(plan.tasks), workers=workers)
     try:
         if not _can_continue(path, plan, settings, executor, trained=config.tokenizer is None):
