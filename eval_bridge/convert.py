@@ -363,8 +363,8 @@ def import_run(source: str | None, folder: pathlib.Path, config: Config | None, 
     params, found = import_weights(pathlib.Path(source))
     if config is None:
         config = Config(model=found)
-    settings = [workdir.weights_settings(config_lib.to_dict(shape)) for shape in (config.model, found)]
-    for field, (wanted, there) in config_lib.differences(*settings, 'config.model').items():
+    ours, theirs = (workdir.weights_settings(config_lib.to_dict(shape)) for shape in (config.model, found))
+    for field, (wanted, there) in config_lib.differences(ours, theirs, 'config.model').items():
         raise errors.UsageError(f'{field} is {wanted}, but {source} has {there}; set --{field}={there}.')
     pieces = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(

@@ -86,10 +86,11 @@ class _Run:
         return state, meta['step']
 
     def _check_resumable(self, meta: dict) -> None:
-        fixed = [checkpoint.fixed_settings(c) for c in (config_lib.from_dict(meta['config']), self.config)]
+        saved = checkpoint.fixed_settings(config_lib.from_dict(meta['config']))
+        wanted = checkpoint.fixed_settings(self.config)
         if meta['data'] is None:  # imported, not trained yet: only the weights' shapes and meaning bind
-            fixed = [{'model': workdir.weights_settings(settings['model'])} for settings in fixed]
-        found = config_lib.differences(*fixed, 'config')
+            saved, wanted = ({'model': workdir.weights_settings(settings['model'])} for settings in (saved, wanted))
+        found = config_lib.differences(saved, wanted, 'config')
         if not found and meta['data'] not in (None, self.data.fingerprint):
             changed = config_lib.differences(
                 meta['config']['data'], config_lib.to_dict(self.config.data), 'config.data'
