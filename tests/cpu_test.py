@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import cpu, reference
 
-# Largest error, relative to the largest value where that exceeds 1. float32: sums in another order. bfloat16
-# has 8 bits: both forms round, at different places.
+# Largest error, relative to the largest value. float32: sums in another order. bfloat16 has 8 bits: both forms
+# round, at different places.
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 LENGTHS = [1, 17, 300]
 
@@ -21,12 +21,13 @@ def _normal(seed: int, *shape: int, dtype='float32'):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def _assert_close(got, want, tolerance: float):
+def _assert_close(got, want, tolerance: float, *, floor: float = 1e-9):
+    """`floor` is the least value that errors are taken relative to."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all()
-        assert np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(b)), 1.0)
+        assert np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(b)), floor)
 
 
 def _value_and_grads(f, *arrays):
@@ -48,7 +49,7 @@ def _qkv(length: int, *, heads=(4, 2), dtype='float32'):
 @pytest.mark.parametrize(('length', 'dtype'), [*((length, 'float32') for length in LENGTHS), (70, 'bfloat16')])
 def test_attention(length, dtype):
     got, want = (_value_and_grads(ops.attention, *_qkv(length, dtype=dtype)) for ops in (cpu, reference))
-    _assert_close(got, want, TOLERANCE[dtype])
+    _assert_close(got, want, TOLERANCE[dtype], floor=1.0)  # at length 1 the gradients of q and k are exactly 0
 
 
 @pytest.mark.parametrize('heads', [(2, 2), (8, 1)])
@@ -65,7 +66,8 @@ def test_attention_with_other_groups_and_segments(heads):
 def test_attention_survives_large_logits():
     q, k, v = _qkv(70)
     got, want = (_value_and_grads(ops.attention, 100 * q, 100 * k, v) for ops in (cpu, reference))
-    _assert_close(got, want, 5e-3)  # logits of 1e4 are exact to 1e-3 only
+    # Logits of 1e4 are exact to 1e-3 only; the saturated softmax leaves q and k gradients of about 1e-2.
+    _assert_close(got, want, 5e-3, floor=0.1)
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
