@@ -5,18 +5,21 @@ give matrix products on transposed operands, which cost it two to five times a p
 one, and keep what can be recomputed.
 
 - `linear` writes both gradients as plain 2-D products.
+- `rms_norm`, `rope` and `swiglu` keep row statistics, angles and inputs only, and
+  take their gradients in one pass each.
 - `attention` goes by blocks of queries and reads keys only up to the block's end, so
   that most of the masked half is never computed; it keeps only row statistics.
 - `cross_entropy` goes by blocks of tokens and makes the gradient with the loss, so
   that whole logits never exist.
 
 An optimization barrier stands where XLA would otherwise fold a small transpose into a
-large product, or a cheap maximum into one slow pass.
+large product, or statistics of a row into the passes over its elements.
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value heads,
 G = N / K, H head dim, V vocabulary, R = G x block rows, C tokens of a block.
 """
 
+import functools
 import math
 
 import jax
@@ -25,9 +28,6 @@ import jax.numpy as jnp
 from kernels import reference
 
 cached_attention = reference.cached_attention
-rms_norm = reference.rms_norm
-rope = reference.rope
-swiglu = reference.swiglu
 
 _MASKED = -1e30
 _QUERY_BLOCK = 64
@@ -59,6 +59,87 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 def _rows(x):
     """[B, T, ...] as a matrix of B x T rows."""
     return x.reshape(x.shape[0] * x.shape[1], -1)
+
+
+def rms_norm(x_BTD, scale_D, *, eps):
+    """x / sqrt(mean(x^2) + eps) * scale; as `reference.rms_norm`."""
+    return _rms_norm(x_BTD, scale_D, eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x_BTD, scale_D, eps):
+    return _rms_norm_fwd(x_BTD, scale_D, eps)[0]
+
+
+def _rms_norm_fwd(x_BTD, scale_D, eps):
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_BT1 = _row_sum(jnp.square(x32_BTD)) / x_BTD.shape[-1]
+    inverse_BT1 = jax.lax.optimization_barrier(jax.lax.rsqrt(mean_BT1 + eps))
+    y_BTD = x32_BTD * inverse_BT1 * scale_D.astype(jnp.float32)[None, None, :]
+    return y_BTD.astype(x_BTD.dtype), (x_BTD, scale_D, inverse_BT1)
+
+
+def _rms_norm_bwd(_, residuals, dy_BTD):
+    x_BTD, scale_D, inverse_BT1 = residuals
+    x32_BTD, dy32_BTD = x_BTD.astype(jnp.float32), dy_BTD.astype(jnp.float32)
+    dscaled_BTD = dy32_BTD * scale_D.astype(jnp.float32)[None, None, :]
+    mean_BT1 = _row_sum(dscaled_BTD * x32_BTD) / x_BTD.shape[-1]
+    dx_BTD = inverse_BT1 * dscaled_BTD - x32_BTD * jax.lax.optimization_barrier(inverse_BT1**3 * mean_BT1)
+    dscale_D = jnp.sum(dy32_BTD * x32_BTD * inverse_BT1, axis=(0, 1))
+    return dx_BTD.astype(x_BTD.dtype), dscale_D.astype(scale_D.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
+    """Rotary position embedding, half rotation; as `reference.rope`."""
+    half = x_BTNH.shape[-1] // 2
+    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = (positions_BT.astype(jnp.float32) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
+    return _turned(x_BTNH, *jax.lax.optimization_barrier((jnp.cos(angle_BT1h), jnp.sin(angle_BT1h))))
+
+
+@jax.custom_vjp
+def _turned(x_BTNH, cos_BT1h, sin_BT1h):
+    """The pairs (x[i], x[i + H/2]) turned by their angles."""
+    a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned_BTNH = jnp.concatenate(
+        (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
+    )
+    return turned_BTNH.astype(x_BTNH.dtype)
+
+
+def _turned_fwd(x_BTNH, cos_BT1h, sin_BT1h):
+    return _turned(x_BTNH, cos_BT1h, sin_BT1h), (cos_BT1h, sin_BT1h)
+
+
+def _turned_bwd(angles, dy_BTNH):
+    cos_BT1h, sin_BT1h = angles
+    return _turned(dy_BTNH, cos_BT1h, -sin_BT1h), None, None
+
+
+_turned.defvjp(_turned_fwd, _turned_bwd)
+
+
+@jax.custom_vjp
+def swiglu(gate_BTF, up_BTF):
+    """silu(gate) * up; as `reference.swiglu`."""
+    return _swiglu_fwd(gate_BTF, up_BTF)[0]
+
+
+def _swiglu_fwd(gate_BTF, up_BTF):
+    return jax.nn.silu(gate_BTF) * up_BTF, (gate_BTF, up_BTF)
+
+
+def _swiglu_bwd(residuals, dy_BTF):
+    gate_BTF, up_BTF = residuals
+    sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
+    silu_BTF = gate_BTF * sigmoid_BTF
+    return dy_BTF * up_BTF * (sigmoid_BTF + silu_BTF * (1 - sigmoid_BTF)), dy_BTF * silu_BTF
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
@@ -171,18 +252,11 @@ def _scores(q_BKRH, kt_BKHS, block: slice, segment_ids_BT):
 
 
 def _row_max(x):
-    return jnp.max(_halved(x, jnp.maximum), axis=-1, keepdims=True)
+    return jnp.max(x, axis=-1, keepdims=True)
 
 
 def _row_sum(x):
-    return jnp.sum(_halved(x, jnp.add), axis=-1, keepdims=True)
-
-
-def _halved(x, combine):
-    """The last axis folded onto itself by `combine` while it is long: work that XLA vectorises."""
-    while x.shape[-1] > 16 and x.shape[-1] % 2 == 0:
-        x = combine(*jnp.split(x, 2, axis=-1))
-    return jax.lax.optimization_barrier(x)
+    return jnp.sum(x, axis=-1, keepdims=True)
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):

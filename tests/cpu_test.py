@@ -71,6 +71,19 @@ def test_attention_survives_large_logits():
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
+def test_rms_norm_rope_and_swiglu(dtype):
+    x, up = (_normal(seed, 2, 17, 24, dtype=dtype) for seed in (1, 2))
+    positions_BT = jnp.stack((jnp.arange(17), jnp.arange(40, 57)))
+
+    def values_and_grads(ops):
+        norm = _value_and_grads(functools.partial(ops.rms_norm, eps=1e-5), 10 * x, _normal(3, 24))
+        rope = functools.partial(ops.rope, positions_BT=positions_BT, base=10_000.0, scaling=4.0)
+        return norm, _value_and_grads(rope, x.reshape(2, 17, 3, 8)), _value_and_grads(ops.swiglu, 3 * x, up)
+
+    _assert_close(values_and_grads(cpu), values_and_grads(reference), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize(('inputs', 'outputs'), [((6,), (4, 2)), ((4, 2), (6,))])
 def test_linear(inputs, outputs, dtype):
     x, w = _normal(0, 2, 17, *inputs, dtype=dtype), _normal(1, *inputs, *outputs, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The process a command runs in: XLA's and malloc's settings, stop signals, versions, the commit."""
+"""The process a command runs in: JAX's and malloc's settings, stop signals, versions, the commit."""
 
 import ctypes
 import importlib.metadata
@@ -10,8 +10,6 @@ import subprocess
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy', 'sentencepiece')
 _NVIDIA_DEVICES = ('/dev/nvidiactl', '/dev/dxg')  # Linux, and Linux in Windows
-# XLA's older matrix products for CPUs (Eigen) beat the newer ones (YNNPACK) at training's shapes.
-_XLA_FLAGS = '--xla_cpu_experimental_ynn_fusion_type='
 # glibc's mallopt: never take memory by mmap, never give it back, one arena for all threads.
 _MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
 
@@ -25,7 +23,6 @@ def set_up_jax() -> None:
     """
     if not any(os.path.exists(device) for device in _NVIDIA_DEVICES):
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-    os.environ['XLA_FLAGS'] = f'{_XLA_FLAGS} {os.environ.get("XLA_FLAGS", "")}'.strip()
     if platform.libc_ver()[0] == 'glibc':
         for option, value in _MALLOC_OPTIONS:
             ctypes.CDLL(None).mallopt(option, value)
