@@ -5,8 +5,8 @@ give matrix products on transposed operands, which cost it two to five times a p
 one, and keep what can be recomputed.
 
 - `linear` writes both gradients as plain 2-D products.
-- `rms_norm`, `rope` and `swiglu` keep row statistics, angles and inputs only, and
-  take their gradients in one pass each.
+- `rms_norm`, `rope` and `swiglu` keep their inputs, with row statistics or angles,
+  and nothing else; `rope`'s gradient turns back by the same angles.
 - `attention` goes by blocks of queries and reads keys only up to the block's end, so
   that most of the masked half is never computed; it keeps only row statistics.
 - `cross_entropy` goes by blocks of tokens and makes the gradient with the loss, so
@@ -94,20 +94,11 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
     """Rotary position embedding, half rotation; as `reference.rope`."""
-    half = x_BTNH.shape[-1] // 2
-    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1h = (positions_BT.astype(jnp.float32) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
-    return _turned(x_BTNH, *jax.lax.optimization_barrier((jnp.cos(angle_BT1h), jnp.sin(angle_BT1h))))
+    angles = reference.rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling)
+    return _turned(x_BTNH, *jax.lax.optimization_barrier(angles))
 
 
-@jax.custom_vjp
-def _turned(x_BTNH, cos_BT1h, sin_BT1h):
-    """The pairs (x[i], x[i + H/2]) turned by their angles."""
-    a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned_BTNH = jnp.concatenate(
-        (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
-    )
-    return turned_BTNH.astype(x_BTNH.dtype)
+_turned = jax.custom_vjp(reference.turned)
 
 
 def _turned_fwd(x_BTNH, cos_BT1h, sin_BT1h):
@@ -129,7 +120,7 @@ def swiglu(gate_BTF, up_BTF):
 
 
 def _swiglu_fwd(gate_BTF, up_BTF):
-    return jax.nn.silu(gate_BTF) * up_BTF, (gate_BTF, up_BTF)
+    return reference.swiglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
 
 
 def _swiglu_bwd(residuals, dy_BTF):

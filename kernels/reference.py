@@ -54,10 +54,18 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
     The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H);
     `scaling` > 1 is linear position interpolation.
     """
-    half = x_BTNH.shape[-1] // 2
+    return turned(x_BTNH, *rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling))
+
+
+def rotary_angles(positions_BT, half: int, *, base, scaling=1.0):
+    """Cosine and sine, [B, T, 1, half] in float32, of the angles that `rope` turns by."""
     frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BT1h = (positions_BT.astype(jnp.float32) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
-    cos_BT1h, sin_BT1h = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+
+
+def turned(x_BTNH, cos_BT1h, sin_BT1h):
+    """The pairs (x[i], x[i + H/2]) turned by the angles with these cosines and sines."""
     a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned_BTNH = jnp.concatenate(
         (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
