@@ -11,6 +11,7 @@ F feed-forward, V vocabulary, L layers.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import statistics
@@ -218,8 +219,10 @@ def measure(trainers: dict, batches: list, *, repeats: int, steps: int) -> dict:
     for repeat in range(repeats):
         names = list(trainers)[:: 1 if repeat % 2 else -1]
         for name in names:
-            float(trainers[name](batches[0]))  # warms caches and settles the others' threads
-            seconds[name].append(seconds_of(trainers[name], batches[:steps]))
+            # As `train` does. Torch's threads need no such help: OpenMP's wait actively on their own.
+            with runtime.awake_cores() if name == 'ours' else contextlib.nullcontext():
+                float(trainers[name](batches[0]))  # warms caches and settles the others' threads
+                seconds[name].append(seconds_of(trainers[name], batches[:steps]))
     return seconds
 
 

@@ -30,7 +30,7 @@ from kernels import reference
 cached_attention = reference.cached_attention
 
 _MASKED = -1e30
-_QUERY_BLOCK = 64
+_QUERY_BLOCK = 128
 _LOSS_BLOCK = 2_048  # tokens
 _MOST_BLOCKS = 16  # bounds compile time
 

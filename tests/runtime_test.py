@@ -1,8 +1,9 @@
-"""Stop signals, versions and the commit."""
+"""Stop signals, cores kept awake, versions and the commit."""
 
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -38,3 +39,36 @@ def test_without_an_nvidia_device_jax_is_told_so(device, platforms, tmp_path, mo
     monkeypatch.delenv('JAX_PLATFORMS', raising=False)
     runtime.set_up_jax()
     assert os.environ.get('JAX_PLATFORMS') == platforms
+
+
+def _policies() -> list[int]:
+    return [os.sched_getscheduler(int(thread)) for thread in os.listdir('/proc/self/task')]
+
+
+@pytest.mark.skipif(not hasattr(os, 'SCHED_IDLE'), reason='needs Linux')
+class TestAwakeCores:
+    @pytest.fixture(autouse=True)
+    def on_a_cpu_without_quota(self, monkeypatch, tmp_path):
+        monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+        monkeypatch.setattr(runtime, '_CPU_QUOTAS', (str(tmp_path / 'quota'),))
+
+    def test_each_core_gets_a_thread_of_idle_priority_for_the_time_of_the_context(self):
+        cores = len(os.sched_getaffinity(0))
+        with runtime.awake_cores() as count:
+            assert count == cores
+            assert _policies().count(os.SCHED_IDLE) >= cores
+        deadline = time.monotonic() + 60  # on a busy machine idle threads end late
+        while os.SCHED_IDLE in _policies() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert os.SCHED_IDLE not in _policies()
+
+    @pytest.mark.parametrize(('quota', 'awake'), [('max 100000', True), ('200000 100000', False), ('-1', True)])
+    def test_a_quota_is_not_eaten_up(self, quota, awake, tmp_path):
+        (tmp_path / 'quota').write_text(quota)
+        with runtime.awake_cores() as count:
+            assert (count > 0) is awake
+
+    def test_an_accelerators_host_is_left_alone(self, monkeypatch):
+        monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+        with runtime.awake_cores() as count:
+            assert count == 0

@@ -39,7 +39,7 @@ def train(config: Config, folder: pathlib.Path, *, command: str = '', hooks: Ite
     Raises UsageError (what cannot be run or resumed), RunError (non-finite loss,
     failed write) and Stopped (after saving on SIGTERM or Ctrl-C).
     """
-    with runtime.StopSignals() as signals:
+    with runtime.StopSignals() as signals, runtime.awake_cores():
         run = _Run(config, pathlib.Path(folder), command, tuple(hooks))
         try:
             run.loop(signals)
