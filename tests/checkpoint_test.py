@@ -21,8 +21,12 @@ def meshes():
 @pytest.fixture(scope='module')
 def state(meshes):
     """A state without zeros, which orbax would compress to nothing."""
-    state = step_lib.init_state(tiny.CONFIG, meshes[0])
-    return jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(1), leaf.shape).astype(leaf.dtype), state)
+    rng = np.random.default_rng(1)
+
+    def filled(leaf):
+        return jax.device_put(np.asarray(10 * rng.standard_normal(leaf.shape), leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(filled, _abstract(meshes[0]))
 
 
 def _abstract(mesh):

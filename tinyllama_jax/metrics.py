@@ -12,7 +12,6 @@ import sys
 import time
 
 import tqdm
-from tensorboardX import SummaryWriter
 
 from tinyllama_jax import errors
 
@@ -81,6 +80,8 @@ class Writer:
     """Writes scalars of a step to a JSON-lines file and to TensorBoard."""
 
     def __init__(self, path: pathlib.Path, *, start_step: int):
+        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one: two seconds
+
         self._file = open(path, 'a')
         self._board = SummaryWriter(str(path.parent / 'tensorboard' / path.stem), purge_step=start_step + 1)
 
