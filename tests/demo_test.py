@@ -19,7 +19,7 @@ SMALL = [
     for setting in (
         'model.vocab_size=400 data.tokenizer_pieces=400 data.workers=1 model.seq_len=256 model.num_layers=1 '
         'model.embed_dim=16 model.num_heads=2 model.num_kv_heads=1 model.head_dim=8 model.hidden_dim=16 '
-        'optimizer.warmup_steps=1 train.num_steps=30 train.global_batch_size=2 train.micro_batch_size=2 '
+        'optimizer.warmup_steps=1 train.global_batch_size=2 train.micro_batch_size=2 '
         'train.eval_rows=4 train.eval_every_steps=0 train.checkpoint_every_steps=30 train.log_every_steps=1'
     ).split()
 ]
@@ -102,11 +102,11 @@ def _commands(output: str) -> list[str]:
 
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
-    """A demo stopped by Ctrl-C while it trained: (workdir, output, status)."""
+    """A demo of many steps, stopped by Ctrl-C while it trained: (workdir, output, status)."""
     workdir = tmp_path_factory.mktemp('demo')
     corpora.slimpajama(workdir / 'corpus/slimpajama', documents=40)
     corpora.starcoder(workdir / 'corpus/starcoder', documents=60)
-    process, lines = _start(workdir, *SMALL), []
+    process, lines = _start(workdir, *SMALL, '--config.train.num_steps=1000000'), []
     for line in process.stdout:
         lines.append(line)
         if 'step 2/' in line:
@@ -126,7 +126,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
 
 def test_the_demo_goes_on_and_shows_its_results(interrupted):
     workdir = interrupted[0]
-    process = _start(workdir, *SMALL)
+    saved = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+    settings = (*SMALL, f'--config.train.num_steps={saved + 20}')
+    process = _start(workdir, *settings)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert _commands(output) == ['prepare', 'train', 'export', 'evaluate', 'generate', 'report']
@@ -143,7 +145,7 @@ def test_the_demo_goes_on_and_shows_its_results(interrupted):
     assert f'report: {workdir / "report/index.html"}' in results
     assert results.count(' main.py ') == 3
     assert (workdir / 'export/model.safetensors').exists()
-    again = _start(workdir, *SMALL)
+    again = _start(workdir, *settings)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert _commands(output) == ['prepare', 'train', 'generate', 'report']
