@@ -130,11 +130,11 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints_before(store, tmp_p
 
 
 def test_a_finished_run_says_so_and_an_extended_one_goes_on(store, tmp_path, capsys):
-    train.train(_config(store, num_steps=6), tmp_path)
-    train.train(_config(store, num_steps=6), tmp_path)
-    assert 'nothing to do for num_steps=6' in capsys.readouterr().err
-    train.train(_with_optimizer(_config(store, num_steps=8), peak_learning_rate=5e-3), tmp_path)
-    assert len(_losses(tmp_path)) == 8
+    train.train(_config(store, num_steps=8), tmp_path)
+    train.train(_config(store, num_steps=8), tmp_path)
+    assert 'nothing to do for num_steps=8' in capsys.readouterr().err
+    train.train(_with_optimizer(_config(store, num_steps=10), peak_learning_rate=5e-3), tmp_path)
+    assert len(_losses(tmp_path)) == 10
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp
 def test_an_imported_run_goes_on_with_settings_of_its_own(store, tmp_path, short_run):
     convert.export_run(short_run, None, step=None, output=str(tmp_path / 'hf'), dtype='float32', format='safetensors')
     convert.import_run(str(tmp_path / 'hf'), tmp_path / 'run', None, 'main.py import')
-    config = _config(store, num_steps=1, checkpoint_every_steps=1)
+    config = _config(store, num_steps=2, checkpoint_every_steps=1)
     train.train(dataclasses.replace(config, seed=9), tmp_path / 'run')
     first, imported = _losses(short_run)[0], _losses(tmp_path / 'run')[0]
     assert imported < first  # two steps of training came along
