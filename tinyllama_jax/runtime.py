@@ -20,9 +20,9 @@ _CPU_SET_BYTES = 128  # of the C library's cpu_set_t
 def set_up_jax() -> None:
     """Chooses the platform and tunes for CPUs; to be called before JAX is imported.
 
-    Without an NVIDIA device JAX is told so, which keeps an installed CUDA plugin quiet. What
-    JAX_PLATFORMS and XLA_FLAGS already say wins. Each step on a CPU allocates hundreds of
-    megabytes anew; kept by malloc, they cost no page faults (a tenth of the demo's time).
+    Without an NVIDIA device JAX is told so, which keeps an installed CUDA plugin quiet; what
+    JAX_PLATFORMS already says wins. Each step on a CPU allocates hundreds of megabytes anew;
+    kept by malloc, they cost no page faults (a tenth of the demo's time).
     """
     if not any(os.path.exists(device) for device in _NVIDIA_DEVICES):
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
