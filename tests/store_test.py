@@ -1,9 +1,14 @@
 import hashlib
 import json
+import pathlib
 import shutil
+import tempfile
+from concurrent import futures
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from tinyllama_jax import errors
 from tinyllama_jax.data import store
@@ -16,14 +21,15 @@ def document_lengths(total: int) -> list[int]:
     return whole + [total % 100] * bool(total % 100)
 
 
-def write_store(path, *, dtype=np.uint16, lengths=LENGTHS):
-    """A store of one source with one split; returns the streams."""
-    store.create_arrays(path, 'words', 'train', num_files=len(lengths), dtype=np.dtype(dtype))
+def write_store(path, *, dtype=np.uint16, lengths=LENGTHS, documents=None):
+    """A store of one source with one split; returns the streams. `documents` gives the lengths of each file's."""
+    documents = documents or [document_lengths(length) for length in lengths]
+    store.create_arrays(path, 'words', 'train', num_files=len(documents), dtype=np.dtype(dtype))
     rng, streams, files = np.random.default_rng(0), [], []
-    for i, length in enumerate(lengths):
-        stream = rng.integers(1, 60_000, length).astype(dtype)
+    for i, sizes in enumerate(documents):
+        stream = rng.integers(1, 60_000, sum(sizes)).astype(dtype)
         writer, start = store.StreamWriter(path, 'words', 'train', i), 0
-        for record, size in enumerate(document_lengths(length)):
+        for record, size in enumerate(sizes):
             writer.append(stream[start : start + size], 3 * record)
             start += size
         files.append({'name': f'file{i}.txt', **writer.close()})
@@ -75,9 +81,98 @@ def test_no_rows_of_a_split_that_is_not_there(tmp_path):
     assert tokens.num_rows('words', 'validation', 10) == 0
     assert tokens.num_rows('words', 'train', 1 << 20) == 0
     assert tokens.read_rows('words', 'train', np.array([], int), 10).shape == (0, 11)
+    assert tokens.segment_ids('words', 'train', np.array([], int), 10).shape == (0, 11)
     for bad in (-1, tokens.num_rows('words', 'train', 10)):
-        with pytest.raises(IndexError):
-            tokens.read_rows('words', 'train', np.array([bad]), 10)
+        for read in (tokens.read_rows, tokens.segment_ids):
+            with pytest.raises(IndexError):
+                read('words', 'train', np.array([bad]), 10)
+
+
+def all_segments(documents, length) -> np.ndarray:
+    """The segment ids of every row, counted token by token."""
+    rows = []
+    for sizes in documents:
+        owners = [number for number, size in enumerate(sizes) for _ in range(size)]
+        for start in range(0, len(owners) - length + 1, length):
+            row = owners[start : start + length]
+            met = list(dict.fromkeys(row))
+            rows.append([met.index(owner) for owner in row])
+    return np.array(rows, int).reshape(-1, length)
+
+
+def test_segments_by_hand(tmp_path):
+    # A document that ends in the first row, an empty one, one over three rows, and the rows' remainder of two tokens.
+    # Then a file without documents, and one whose documents begin where its rows do, with empty ones beside them.
+    write_store(tmp_path, documents=[[3, 0, 2, 9, 4], [], [0, 4, 0, 0, 2, 2, 0]])
+    found = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([3, 0, 1, 2, 4, 5, 0]), 3)
+    assert found.dtype == np.uint16
+    expected = ['0011', '0001', '0111', '0000', '0000', '0011', '0001']
+    assert [''.join(map(str, row)) for row in found] == expected
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    documents=st.lists(st.lists(st.integers(0, 9), max_size=12), min_size=1, max_size=3),
+    seq_len=st.integers(1, 20),
+    data=st.data(),
+)
+def test_segments_are_the_documents_whatever_their_lengths(documents, seq_len, data):
+    expected = all_segments(documents, seq_len + 1)
+    rows = np.array(data.draw(st.lists(st.integers(0, len(expected) - 1))) if len(expected) else [], int)
+    with tempfile.TemporaryDirectory() as folder:
+        write_store(pathlib.Path(folder), documents=documents)
+        found = store.TokenStore(folder).segment_ids('words', 'train', rows, seq_len)
+    np.testing.assert_array_equal(found, expected[rows])
+
+
+MANY = [[7, 0, 30, 1], [], [5] * 300, [1] * 40 + [200], [64], [3, 3, 0] * 50]  # 300 starts in the third file
+
+
+def starts_read(tokens, monkeypatch) -> list[int]:
+    """The list to which a file's number is added whenever its document starts are read."""
+    read, plain = [], tokens._result
+    monkeypatch.setattr(tokens, '_result', lambda *args: read.append(args[3]) or plain(*args))
+    return read
+
+
+def test_document_starts_are_read_once(tmp_path, small_shards, monkeypatch):
+    write_store(tmp_path, documents=MANY)
+    tokens, expected = store.TokenStore(tmp_path), all_segments(MANY, 16)
+    read = starts_read(tokens, monkeypatch)
+    for row in (*range(len(expected)), 5, 0):
+        np.testing.assert_array_equal(tokens.segment_ids('words', 'train', np.array([row]), 15), expected[[row]])
+    assert read == [0, 2, 3, 4, 5]
+
+
+def test_files_not_used_for_longest_make_room(tmp_path, small_shards, monkeypatch):
+    write_store(tmp_path, documents=MANY)
+    monkeypatch.setattr(store, '_MOST_STARTS', 4 + 41 + 149)  # of files 0, 3 and 5 together; one of 5 is at its end
+    tokens, expected = store.TokenStore(tmp_path), all_segments(MANY, 16)
+    read = starts_read(tokens, monkeypatch)
+    first_rows = np.cumsum([0, *(sum(sizes) // 16 for sizes in MANY)])
+    for file in (0, 3, 5, 0, 4, 0, 5, 3):  # 4 takes the place of 3, since 0 was used after it
+        rows = first_rows[[file]]
+        np.testing.assert_array_equal(tokens.segment_ids('words', 'train', rows, 15), expected[rows])
+    assert read == [0, 3, 5, 4, 3]
+
+
+def test_threads_may_ask_for_segments_at_once(tmp_path, small_shards, monkeypatch):
+    write_store(tmp_path, documents=MANY)
+    monkeypatch.setattr(store, '_MOST_STARTS', 200)
+    tokens, expected = store.TokenStore(tmp_path), all_segments(MANY, 16)
+    rng = np.random.default_rng(0)
+    asked = [rng.integers(len(expected), size=4) for _ in range(400)]
+    with futures.ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda rows: tokens.segment_ids('words', 'train', rows, 15), asked)
+        for rows, ids in zip(asked, found, strict=True):
+            np.testing.assert_array_equal(ids, expected[rows])
+
+
+def test_more_segments_than_16_bits_number(tmp_path):
+    assert store.segment_dtype(65_534) == np.uint16
+    write_store(tmp_path, documents=[[1] * 65_537])
+    found = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([0]), 65_536)
+    np.testing.assert_array_equal(found, np.arange(65_537)[None])
 
 
 def shards(path) -> set[str]:
@@ -98,10 +193,12 @@ def test_unwritten_tokens_take_no_space(tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.rglob('*') if file.is_file()) < 1 << 20
 
 
+@pytest.mark.parametrize('kind', ['tokens', 'documents'])
 @pytest.mark.parametrize('damage', ['flip', 'remove', 'truncate', 'shuffle'])
-def test_a_damaged_chunk_is_named(tmp_path, damage):
+def test_a_damaged_chunk_is_named(tmp_path, damage, kind):
     write_store(tmp_path)
-    file = store.array_path(tmp_path, 'tokens', 'words', 'train') / 'c' / str((2 * store.FILE_SPAN) >> 24)
+    shard = {'tokens': f'{(2 * store.FILE_SPAN) >> 24}', 'documents': f'{(2 * store.FILE_SPAN) >> 20}/0'}[kind]
+    file = store.array_path(tmp_path, kind, 'words', 'train') / 'c' / shard
     content = bytearray(file.read_bytes())
     if damage == 'remove':
         file.unlink()
@@ -114,17 +211,21 @@ def test_a_damaged_chunk_is_named(tmp_path, damage):
         content[:400] = content[100:400] + content[:100]
         file.write_bytes(content)
     tokens = store.TokenStore(tmp_path)
+    read = {'tokens': tokens.read_rows, 'documents': tokens.segment_ids}[kind]
     row = 1000 // 100  # the first of the third file
-    assert tokens.read_rows('words', 'train', np.array([row - 1]), 99).any()
+    assert read('words', 'train', np.array([row - 1]), 99).shape == (1, 100)
     with pytest.raises(errors.RunError, match=r'source words, split train, file file2\.txt .* damaged'):
-        tokens.read_rows('words', 'train', np.array([0, row]), 99)
+        read('words', 'train', np.array([0, row]), 99)
 
 
-def test_a_missing_array_is_named(tmp_path):
+@pytest.mark.parametrize('kind', ['tokens', 'documents'])
+def test_a_missing_array_is_named(tmp_path, kind):
     write_store(tmp_path)
-    shutil.rmtree(tmp_path / 'tokens' / 'words')
-    with pytest.raises(errors.RunError, match=r'tokens/words/train cannot be opened'):
-        store.TokenStore(tmp_path).read_rows('words', 'train', np.array([0]), 9)
+    shutil.rmtree(tmp_path / kind / 'words')
+    tokens = store.TokenStore(tmp_path)
+    read = {'tokens': tokens.read_rows, 'documents': tokens.segment_ids}[kind]
+    with pytest.raises(errors.RunError, match=rf'{kind}/words/train cannot be opened'):
+        read('words', 'train', np.array([0]), 9)
 
 
 def test_without_a_manifest_the_command_is_named(tmp_path):

@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ _DOCUMENTS_PER_SHARD = 1 << 20
 _DOCUMENTS_PER_CHUNK = 1 << 12
 _PREPARE = 'python main.py prepare --config=FILE --workdir=DIR, with the same flags'
 _CACHE_BYTES = 64 << 20  # holds the shards' indices
+_MOST_STARTS = 1 << 26  # document starts held in memory, of 4 bytes
+_FILES_AT_ONCE = 16  # whose document starts are read together
 _RAW = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
 
 
@@ -210,6 +214,7 @@ class TokenStore:
             raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: '
                                     f'{prepare_command}')  # fmt: skip
         self._arrays: dict[tuple[str, str, str], Any] = {}
+        self._starts = _BoundedCache(_MOST_STARTS)
 
     def num_rows(self, source: str, split: str, seq_len: int) -> int:
         """Rows of seq_len + 1 tokens in a split; 0 for a split that isn't there. No row crosses two files."""
@@ -222,14 +227,10 @@ class TokenStore:
         chunk is missing or its checksum is wrong.
         """
         length = seq_len + 1
-        firsts = self._first_rows(source, split, length)
-        rows = np.asarray(rows, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < firsts[-1]:
-            raise IndexError(f'{source}/{split} has rows 0 to {firsts[-1] - 1}, not {rows.min()} to {rows.max()}')
-        files = np.searchsorted(firsts, rows, side='right') - 1
-        starts = files * FILE_SPAN + (rows - firsts[files]) * length
-        tokens = np.empty((len(rows), length), self.manifest['dtype'])
-        if not rows.size:
+        files, offsets = self._located(source, split, rows, length)
+        starts = files * FILE_SPAN + offsets
+        tokens = np.empty((len(starts), length), self.manifest['dtype'])
+        if not len(starts):
             return tokens
         array, batch = self._array('tokens', source, split), tensorstore.Batch()
         reads = [array[start : start + length].read(batch=batch) for start in starts.tolist()]
@@ -237,6 +238,23 @@ class TokenStore:
         for i, read in enumerate(reads):
             tokens[i] = self._result(read, source, split, files[i])
         return tokens
+
+    def segment_ids(self, source: str, split: str, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Numbers [len(rows), seq_len + 1] of the documents that these rows' tokens belong to, counted within each row.
+
+        0 is the document that the row begins in, wherever that one began. Documents without
+        tokens are not counted. Any number of threads may ask at once. Raises as `read_rows` does.
+        """
+        length = seq_len + 1
+        files, offsets = self._located(source, split, rows, length)
+        ids = np.zeros((len(files), length), segment_dtype(seq_len))
+        for file, starts in self._document_starts(source, split, np.unique(files).tolist()):
+            for row in np.flatnonzero(files == file):
+                # uint32 as the starts are, or numpy would first widen them all.
+                bounds = np.array([offsets[row], offsets[row] + length - 1], np.uint32)
+                first, last = np.searchsorted(starts, bounds, side='right')
+                ids[row, starts[first:last] - bounds[0]] = 1
+        return ids.cumsum(axis=1, dtype=ids.dtype)
 
     def documents(self, source: str, split: str, file_index: int) -> tuple[np.ndarray, np.ndarray]:
         """(start offsets, record numbers), each [documents] int64, of an input file's stream."""
@@ -257,6 +275,40 @@ class TokenStore:
         return self._result(
             self._array('tokens', source, split)[first : first + count].read(), source, split, file_index
         )
+
+    def _located(self, source: str, split: str, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input file, offset of the first token in its stream) of each row, both int64."""
+        firsts = self._first_rows(source, split, length)
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < firsts[-1]:
+            raise IndexError(f'{source}/{split} has rows 0 to {firsts[-1] - 1}, not {rows.min()} to {rows.max()}')
+        files = np.searchsorted(firsts, rows, side='right') - 1
+        return files, (rows - firsts[files]) * length
+
+    def _document_starts(self, source: str, split: str, files: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Each file with the offsets at which its documents start: uint32, ascending; held ones first."""
+        missing = []
+        for file in files:
+            starts = self._starts.get((source, split, file))
+            if starts is None:
+                missing.append(file)
+            else:
+                yield file, starts
+        for i in range(0, len(missing), _FILES_AT_ONCE):
+            yield from self._read_document_starts(source, split, missing[i : i + _FILES_AT_ONCE])
+
+    def _read_document_starts(self, source: str, split: str, files: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        entries = self.manifest['sources'][source]['splits'][split]['files']
+        array, batch = self._array('documents', source, split), tensorstore.Batch()
+        firsts = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in files]
+        reads = [array[first:end, 0].read(batch=batch) for first, end in firsts]
+        batch.submit()
+        for file, read in zip(files, reads, strict=True):
+            starts = self._result(read, source, split, file)
+            # An empty document at the very end starts where there is no token, perhaps past 32 bits.
+            starts = starts[starts < entries[file]['tokens']].astype(np.uint32)
+            self._starts.put((source, split, file), starts)
+            yield file, starts
 
     def _first_rows(self, source: str, split: str, length: int) -> np.ndarray:
         """[files + 1] number of each file's first row; the last is the number of rows."""
@@ -283,6 +335,35 @@ class TokenStore:
                 f'The tokens of source {source}, split {split}, file {name} in {self.path} are damaged '
                 f'({first_line(error)}); delete the store and run prepare again.'
             ) from None
+
+
+class _BoundedCache:
+    """Arrays by name, of at most `limit` elements altogether; those not used for longest go first. For any threads."""
+
+    def __init__(self, limit: int):
+        self._limit, self._size, self._lock = limit, 0, threading.Lock()
+        self._arrays: dict[Any, np.ndarray] = {}  # the one not used for longest comes first
+
+    def get(self, name: Any) -> np.ndarray | None:
+        with self._lock:
+            array = self._arrays.pop(name, None)
+            if array is not None:
+                self._arrays[name] = array
+            return array
+
+    def put(self, name: Any, array: np.ndarray) -> None:
+        with self._lock:
+            if name in self._arrays:  # another thread was first
+                return
+            self._arrays[name] = array
+            self._size += array.size
+            while self._size > self._limit:
+                self._size -= self._arrays.pop(next(iter(self._arrays))).size
+
+
+def segment_dtype(seq_len: int) -> np.dtype:
+    """The dtype of segment ids: 16 bits unless rows are longer than 65,535 tokens."""
+    return np.dtype(np.uint16 if seq_len + 1 <= 65_535 else np.uint32)
 
 
 def read_manifest(store: Path) -> dict[str, Any] | None:
