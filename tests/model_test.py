@@ -26,6 +26,7 @@ def _config(*, heads, kv_heads, embed, rope_scaling=1.0, **fields):
 
 _forward = jax.jit(model.forward, static_argnames='config')
 _hidden = jax.jit(model.hidden, static_argnames='config')
+_loss_and_grads = jax.jit(jax.value_and_grad(model.loss), static_argnames=('config', 'remat'))
 
 SHAPES = [  # (configuration, B, T): groups of 1, 2 and 8 queries, odd lengths, scaled rotation, layers unrolled
     (_config(heads=4, kv_heads=4, embed=32, rope_base=500.0, scan_layers=False), 1, 5),
@@ -87,6 +88,26 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence():
         x_BTD, cache = _hidden(params, tokens_BT[:, start:stop], config, positions_BT=positions_BT, cache=cache)
         parts.append(model.logits(params, x_BTD))
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), _forward(params, tokens_BT, config), atol=2e-5, rtol=0)
+
+
+def test_packed_documents_train_as_documents_alone():
+    config = SHAPES[1][0]
+    params = tiny_export.random_params(config)
+    rows_BR = np.random.default_rng(0).integers(config.vocab_size, size=(2, 9))
+    tokens_BT, targets_BT = rows_BR[:, :-1], rows_BR[:, 1:]
+    alone, grads = _loss_and_grads(params, tokens_BT, targets_BT, config)
+    packed, packed_grads = _loss_and_grads(
+        params,
+        tokens_BT.reshape(1, 16),
+        targets_BT.reshape(1, 16),
+        dataclasses.replace(config, rope_scaling=4.0),  # since attention knows distances only, others prove nothing
+        positions_BT=4 * np.tile(np.arange(8), 2)[None],
+        segment_ids_BT=np.repeat([0, 1], 8)[None],
+        remat='full',
+    )
+    assert float(packed) == pytest.approx(float(alone), rel=1e-6)
+    for grad, packed_grad in zip(jax.tree.leaves(grads), jax.tree.leaves(packed_grads), strict=True):
+        assert np.linalg.norm(grad - packed_grad) <= 1e-5 * np.linalg.norm(grad)
 
 
 def test_bfloat16_compute_stays_near_float32():

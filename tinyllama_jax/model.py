@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         self.v = _weight(rngs, std, D, K, H)
         self.o = _weight(rngs, residual_std, N, H, D)
 
-    def __call__(self, x_BTD, positions_BT, cache=None):
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT=None, cache=None):
         """Attended [B, T, D] and the cache with this layer's new keys and values (None without one)."""
         q_DNH, k_DKH, v_DKH, o_NHD = (w[...].astype(x_BTD.dtype) for w in (self.q, self.k, self.v, self.o))
         rotate = functools.partial(
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         k_BTKH = rotate(ops.linear(x_BTD, k_DKH))
         v_BTKH = ops.linear(x_BTD, v_DKH)
         if cache is None:
-            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT)
         else:
             cache = _write_cache(cache, k_BTKH, v_BTKH, positions_BT[0, 0])
             out_BTNH = ops.cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT)
@@ -109,9 +109,9 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD, positions_BT, cache=None):
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT=None, cache=None):
         """The residual stream [B, T, D] after this layer, and its cache."""
-        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, cache)
+        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
@@ -128,7 +128,7 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(config)
         self.lm_head = _weight(rngs, std, config.embed_dim, config.vocab_size)
 
-    def __call__(self, tokens_BT, positions_BT=None, cache=None, *, remat='none'):
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None, *, remat='none'):
         """Final hidden states [B, T, D] and the updated cache (None without one)."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -137,7 +137,7 @@ class Llama(nnx.Module):
 
         def body(x_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            return layer(x_BTD, positions_BT, layer_cache)
+            return layer(x_BTD, positions_BT, segment_ids_BT, layer_cache)
 
         if remat == 'full':
             body = jax.checkpoint(body, prevent_cse=not self.config.scan_layers)
@@ -171,9 +171,16 @@ def init_params(config: ModelConfig, key) -> dict:
     return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key))))
 
 
-def hidden(params: dict, tokens_BT, config: ModelConfig, *, positions_BT=None, cache=None, remat='none'):
-    """Final hidden states [B, T, D] in the compute dtype, and the updated cache."""
-    return nnx.merge(_graphdef(config), nnx.State(params))(tokens_BT, positions_BT, cache, remat=remat)
+def hidden(
+    params: dict, tokens_BT, config: ModelConfig, *, positions_BT=None, segment_ids_BT=None, cache=None, remat='none'
+):
+    """Final hidden states [B, T, D] in the compute dtype, and the updated cache.
+
+    Tokens see only those of their own segment; a cache is of one segment and takes no ids.
+    """
+    assert cache is None or segment_ids_BT is None
+    llama = nnx.merge(_graphdef(config), nnx.State(params))
+    return llama(tokens_BT, positions_BT, segment_ids_BT, cache, remat=remat)
 
 
 def logits(params: dict, x_BTD):
@@ -187,8 +194,18 @@ def forward(params: dict, tokens_BT, config: ModelConfig):
     return logits(params, hidden(params, tokens_BT, config)[0])
 
 
-def loss(params: dict, tokens_BT, targets_BT, config: ModelConfig, *, weights_BT=None, remat='none'):
+def loss(
+    params: dict,
+    tokens_BT,
+    targets_BT,
+    config: ModelConfig,
+    *,
+    positions_BT=None,
+    segment_ids_BT=None,
+    weights_BT=None,
+    remat='none',
+):
     """Mean next-token loss in nats, float32 scalar."""
-    x_BTD, _ = hidden(params, tokens_BT, config, remat=remat)
+    x_BTD, _ = hidden(params, tokens_BT, config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, remat=remat)
     head_DV = params['lm_head'].astype(x_BTD.dtype)
     return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT)
