@@ -187,7 +187,7 @@ def our_trainer(config: config_lib.Config, state: step.TrainState, mesh):
 
     def train(rows_BR):
         nonlocal state
-        state, metrics = train_step(state, rows_BR[None])
+        state, metrics = train_step(state, rows_BR[None], None)
         return metrics['loss']
 
     return train

@@ -38,7 +38,9 @@ def test_unigram_losses_equal_an_independent_count(run):
                 if source == number:
                     counts.update(row.tolist())
         total = counts.total() + corpora.PIECES
-        losses = [-math.log((counts[token] + 1) / total) for row in data.validation(name) for token in row[1:].tolist()]
+        losses = [
+            -math.log((counts[token] + 1) / total) for row in data.validation(name)[0] for token in row[1:].tolist()
+        ]
         assert found.losses[name] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
         assert found.losses[name] < math.log(corpora.PIECES)
     assert np.exp(found.logprobs_V).sum() == pytest.approx(1)

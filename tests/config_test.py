@@ -24,6 +24,11 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
         ('data.sources.web.format', 'csv', "'csv' is not one of auto, jsonl"),
         ('data.sources.a b.path', 'x', 'a source name has letters'),
         ('data.max_bad_share', '1', 'a share below 1'),
+        (
+            'data.restart_positions',
+            'true',
+            'config.data.restart_positions: is true; set --config.data.document_mask=true',
+        ),
         ('optimizer.beta2', '1', 'betas must be below 1'),
         ('optimizer.final_learning_rate', '1', 'is above peak_learning_rate'),
         ('optimizer.schedule', 'wsd', 'decay_steps'),

@@ -1,14 +1,17 @@
 import dataclasses
+import functools
 import threading
 import time
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tests import corpora
-from tinyllama_jax import errors, experiment
+from tests import corpora, tiny, tiny_export
+from tinyllama_jax import errors, experiment, model, tokenizer
+from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, ModelConfig, SourceConfig, TrainConfig
 from tinyllama_jax.data import pipeline, prepare, store
 
@@ -35,6 +38,10 @@ def config(**changes) -> Config:
         base = experiment.override(base, path.replace('__', '.'), str(value))
     return base
 
+
+SEQ_LEN = 255
+MASKED = config(model__seq_len=SEQ_LEN, data__document_mask=True)
+LLAMA = dataclasses.replace(tiny.MODEL, vocab_size=corpora.PIECES, seq_len=SEQ_LEN)
 
 # --- the arithmetic ---
 
@@ -109,30 +116,41 @@ def test_a_batch_is_its_rows(tokens):
     hosts=st.sampled_from([1, 2, 3, 4, 6]), accumulation=st.sampled_from([1, 2]), step=st.integers(0, 10**6)
 )
 def test_the_hosts_slices_make_the_whole(tokens, hosts, accumulation, step):
-    data = pipeline.make_dataset(config(), tokens)
+    data = pipeline.make_dataset(MASKED, tokens)
     share = 24 // accumulation // hosts
-    parts = [
-        data.batch(step, accumulation=accumulation, columns=slice(host * share, (host + 1) * share))
-        for host in range(hosts)
-    ]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), data.batch(step, accumulation=accumulation))
+    for read in (data.batch, data.segment_ids):
+        parts = [
+            read(step, accumulation=accumulation, columns=slice(host * share, (host + 1) * share))
+            for host in range(hosts)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), read(step, accumulation=accumulation))
 
 
 def test_a_host_reads_only_its_slice(tokens, monkeypatch):
-    data, read = pipeline.make_dataset(config(), tokens), []
-    plain = tokens.read_rows
-    monkeypatch.setattr(tokens, 'read_rows', lambda *args: read.extend(args[2]) or plain(*args))
-    data.batch(2, columns=slice(4, 9))
-    assert len(read) == 5
+    data, read = pipeline.make_dataset(MASKED, tokens), {}
+
+    def record(name, plain, *args):
+        read.setdefault(name, []).extend(args[2])
+        return plain(*args)
+
+    for name in ('read_rows', 'segment_ids'):
+        monkeypatch.setattr(tokens, name, functools.partial(record, name, getattr(tokens, name)))
+    next(data.batches(2, 3, columns=slice(4, 9)))
+    assert {name: len(rows) for name, rows in read.items()} == {'read_rows': 5, 'segment_ids': 5}
 
 
+@pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('prefetch', [1, 3])
-def test_batches_are_the_batches(tokens, prefetch):
-    data = pipeline.make_dataset(config(data__prefetch_steps=prefetch), tokens)
+def test_batches_are_the_batches(tokens, prefetch, masked):
+    data = pipeline.make_dataset(config(data__prefetch_steps=prefetch, data__document_mask=masked), tokens)
     served = list(data.batches(7, 15, accumulation=2, columns=slice(0, 6)))
     assert len(served) == 8
-    for step, batch in zip(range(7, 15), served, strict=True):
+    for step, (batch, segment_ids) in zip(range(7, 15), served, strict=True):
         np.testing.assert_array_equal(batch, data.batch(step, accumulation=2, columns=slice(0, 6)))
+        if masked:
+            np.testing.assert_array_equal(segment_ids, data.segment_ids(step, accumulation=2, columns=slice(0, 6)))
+        else:
+            assert segment_ids is None
     assert list(data.batches(3, 3)) == []
 
 
@@ -184,22 +202,22 @@ def test_an_epoch_visits_every_training_row_once_and_never_a_held_out_one(tokens
     missing = sorted(set(range(epochs['starcoder'] + 64)) - set(visited['starcoder']))
     assert len(missing) == 64
     held = {row.tobytes() for row in tokens.read_rows('starcoder', 'train', np.array(missing), 15)}
-    assert {row.tobytes() for row in data.validation('starcoder')} <= held
-    assert len(data.validation('starcoder')) == 20
+    assert {row.tobytes() for row in data.validation('starcoder')[0]} <= held
+    assert len(data.validation('starcoder')[0]) == 20
 
 
 def test_validation_depends_on_neither_seed_nor_batch(tokens):
     one = pipeline.make_dataset(config(), tokens)
     other = pipeline.make_dataset(config(seed=1, train__global_batch_size=8), tokens)
     for name in one.sources:
-        np.testing.assert_array_equal(one.validation(name), other.validation(name))
-    rows = one.validation('slimpajama')
+        np.testing.assert_array_equal(one.validation(name)[0], other.validation(name)[0])
+    rows = one.validation('slimpajama')[0]
     everything = tokens.read_rows(
         'slimpajama', 'validation', np.arange(tokens.num_rows('slimpajama', 'validation', 31)), 31
     )
     assert {row.tobytes() for row in rows} <= {row.tobytes() for row in everything}
-    few = pipeline.make_dataset(config(train__eval_rows=3), tokens).validation('starcoder')
-    np.testing.assert_array_equal(few, one.validation('starcoder')[:3])
+    few = pipeline.make_dataset(config(train__eval_rows=3), tokens).validation('starcoder')[0]
+    np.testing.assert_array_equal(few, one.validation('starcoder')[0][:3])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +226,7 @@ def test_validation_depends_on_neither_seed_nor_batch(tokens):
 def test_how_much_is_held_out(tokens, share, least, expected):
     settings = config(data__holdout_share=share, data__holdout_min_rows=least, train__eval_rows=100_000)
     everything = tokens.num_rows('starcoder', 'train', 31)
-    held_out = len(pipeline.make_dataset(settings, tokens).validation('starcoder'))
+    held_out = len(pipeline.make_dataset(settings, tokens).validation('starcoder')[0])
     wanted = expected if expected is not None else min(everything // 2, -(-int(everything * share * 10) // 10))
     assert abs(held_out - wanted) <= 1
     assert held_out <= everything // 2
@@ -250,6 +268,82 @@ def test_other_tokens_have_another_fingerprint(tokens, tmp_path):
     assert other.fingerprint != pipeline.make_dataset(config(), tokens).fingerprint
 
 
+# --- documents ---
+
+
+def ids_by_eos(rows) -> np.ndarray:
+    """Segment ids of rows [..., R] of documents that end with one EOS each, from the tokens alone."""
+    eos = tokenizer.Tokenizer(corpora.tokenizer_path()).eos_id
+    begins = np.zeros(rows.shape, int)
+    begins[..., 1:] = rows[..., :-1] == eos
+    return begins.cumsum(axis=-1)
+
+
+def test_segment_ids_change_after_each_end_of_a_document(tokens):
+    data = pipeline.make_dataset(MASKED, tokens)
+    found = [data.validation(name) for name in data.sources]
+    found.append((data.batch(5, accumulation=3), data.segment_ids(5, accumulation=3)))
+    for rows, segment_ids in found:
+        assert segment_ids.dtype == np.uint16
+        assert segment_ids.max() > 0
+        np.testing.assert_array_equal(segment_ids, ids_by_eos(rows))
+
+
+def test_masks_change_no_batch(tokens):
+    plain, masked = (
+        pipeline.make_dataset(config(model__seq_len=SEQ_LEN, data__document_mask=on), tokens) for on in (False, True)
+    )
+    assert plain.fingerprint == masked.fingerprint
+    assert plain.segment_ids(5) is None
+    assert plain.batch(5).tobytes() == masked.batch(5).tobytes()
+    for name in plain.sources:
+        assert plain.validation(name)[1] is None
+        np.testing.assert_array_equal(plain.validation(name)[0], masked.validation(name)[0])
+
+
+@functools.partial(jax.jit, static_argnames='restart')
+def logits(params, rows_BR, segment_ids_BR, *, restart: bool):
+    """Logits [B, T, V] of the rows' inputs, from what the train step tells the model of their documents."""
+    settings = config(data__document_mask=True, data__restart_positions=restart)
+    inputs_BT, _ = step_lib._split(rows_BR)
+    x_BTD, _ = model.hidden(params, inputs_BT, LLAMA, **step_lib._documents(segment_ids_BR, settings))
+    return model.logits(params, x_BTD)
+
+
+@pytest.fixture(scope='module')
+def packed(tokens):
+    """(a row [R] of the store, its segment ids [R], where its second document begins: in attention's second block)."""
+    data = pipeline.make_dataset(MASKED, tokens)
+    rows_BR, ids_BR = data.batch(0)[0], data.segment_ids(0)[0]
+    begins_B = (ids_BR == 1).argmax(axis=1)
+    row = int(np.flatnonzero((begins_B > 130) & (begins_B < SEQ_LEN - 20))[0])
+    return rows_BR[row], ids_BR[row], int(begins_B[row])
+
+
+@pytest.mark.parametrize(('masked', 'restart'), [(True, False), (True, True), (False, False)])
+def test_only_without_masks_a_document_sees_the_one_before(packed, masked, restart):
+    row_R, ids_R, begin = packed
+    other_R = row_R.copy()
+    other_R[:begin] = (row_R[:begin] + 1 + np.arange(begin) % 7) % corpora.PIECES
+    ids_BR = np.stack([ids_R, ids_R]) if masked else None
+    params = tiny_export.random_params(LLAMA)
+    before, after = np.asarray(logits(params, np.stack([row_R, other_R]), ids_BR, restart=restart))
+    changed_T = (before != after).any(axis=1)  # in any bit
+    assert changed_T[:begin].all()
+    np.testing.assert_array_equal(changed_T[begin:], not masked)
+
+
+def test_with_restarted_positions_a_document_is_computed_as_at_the_start_of_a_row(packed):
+    row_R, ids_R, begin = packed
+    size = len(row_R) - begin
+    rows_BR, ids_BR = (np.stack([x_R, np.roll(x_R, -begin)]) for x_R in (row_R, ids_R))
+    params = tiny_export.random_params(LLAMA)
+    plain, restarted = (np.asarray(logits(params, rows_BR, ids_BR, restart=restart)) for restart in (False, True))
+    np.testing.assert_allclose(restarted[0, begin:], plain[1, : size - 1], atol=1e-5, rtol=0)
+    # Rotary attention knows distances only, so that positions which do not restart differ by rounding. They do differ.
+    assert (restarted[0, begin:] != plain[0, begin:]).any()
+
+
 # --- what doesn't fit together ---
 
 
@@ -270,8 +364,6 @@ def test_a_config_that_does_not_fit_the_store(tokens, changes, message):
 
 
 def test_the_wrong_tokenizer(tokens, tmp_path):
-    from tinyllama_jax import tokenizer
-
     other = tmp_path / 'other.model'
     tokenizer.train_tokenizer(corpora.texts(50), other, 300)
     with pytest.raises(errors.UsageError, match=r'wrong tokenizer: .*other\.model'):

@@ -38,21 +38,29 @@ def test_a_mesh_that_does_not_fit_names_the_field():
 
 
 @pytest.mark.parametrize(
-    'mesh_config',
-    [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)],
-    ids=['fsdp', 'data-fsdp-tensor'],
+    ('mesh_config', 'masked'),
+    [
+        (MeshConfig(fsdp=8), False),
+        (MeshConfig(data=2, fsdp=2, tensor=2), False),
+        (MeshConfig(data=2, fsdp=2, tensor=2), True),
+    ],
+    ids=['fsdp', 'data-fsdp-tensor', 'masked'],
 )
-def test_losses_equal_those_of_one_device(mesh_config):
-    one = _losses(sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
-    np.testing.assert_allclose(_losses(sharding.make_mesh(mesh_config)), one, atol=1e-5, rtol=0)
+def test_losses_equal_those_of_one_device(mesh_config, masked):
+    one = _losses(sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), masked)
+    np.testing.assert_allclose(_losses(sharding.make_mesh(mesh_config), masked), one, atol=1e-5, rtol=0)
 
 
-def _losses(mesh):
-    config = dataclasses.replace(tiny.CONFIG, train=dataclasses.replace(tiny.CONFIG.train, micro_batch_size=1))
+def _losses(mesh, masked):
+    config = dataclasses.replace(
+        tiny.CONFIG,
+        data=dataclasses.replace(tiny.CONFIG.data, document_mask=masked, restart_positions=masked),
+        train=dataclasses.replace(tiny.CONFIG.train, micro_batch_size=1),
+    )
     state, train_step = step_lib.init_state(config, mesh), step_lib.jit_train_step(config, mesh)
     losses = []
     for rows_ABR in tiny.batches(4):
-        state, scalars = train_step(state, rows_ABR)
+        state, scalars = train_step(state, rows_ABR, tiny.segment_ids(rows_ABR) if masked else None)
         losses.append(float(scalars['loss']))
     return losses
 

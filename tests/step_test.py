@@ -1,4 +1,4 @@
-"""The train step: a loss snapshot for both stacks, accumulation, remat, one compilation."""
+"""The train step: a loss snapshot for both stacks, accumulation, remat, document masks, one compilation."""
 
 import dataclasses
 
@@ -18,21 +18,23 @@ SNAPSHOT = (
 )  # fmt: skip
 
 
-def _run(config, batches, devices=1):
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+def _run(config, batches, *, masked=False):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     state, train_step = step_lib.init_state(config, mesh), step_lib.jit_train_step(config, mesh)
     scalars = []
     for rows_ABR in batches:
-        state, step_scalars = train_step(state, rows_ABR)
+        state, step_scalars = train_step(state, rows_ABR, tiny.segment_ids(rows_ABR) if masked else None)
         scalars.append(jax.tree.map(float, step_scalars))
     return state, scalars, train_step
 
 
 def _changed(**fields):
     model = {name: fields.pop(name) for name in ('scan_layers',) if name in fields}
+    data = {name: fields.pop(name) for name in ('document_mask', 'restart_positions') if name in fields}
     return dataclasses.replace(
         tiny.CONFIG,
         model=dataclasses.replace(tiny.CONFIG.model, **model),
+        data=dataclasses.replace(tiny.CONFIG.data, **data),
         train=dataclasses.replace(tiny.CONFIG.train, **fields),
     )
 
@@ -50,8 +52,10 @@ def test_step_counts_and_reports_the_rate_it_used():
 
 
 def test_accumulation_changes_nothing_but_rounding():
-    _, whole, _ = _run(tiny.CONFIG, tiny.batches(5))
-    _, parts, _ = _run(_changed(micro_batch_size=2), tiny.batches(5, accumulation=4))
+    masks = {'document_mask': True, 'restart_positions': True}
+    _, whole, _ = _run(_changed(**masks), tiny.batches(5), masked=True)
+    _, parts, _ = _run(_changed(**masks, micro_batch_size=2), tiny.batches(5, accumulation=4), masked=True)
+    assert abs(whole[4]['loss'] - SNAPSHOT[4]) > 1e-3, 'masks that change nothing would show nothing'
     for name in ('loss', 'grad_norm'):
         np.testing.assert_allclose([s[name] for s in parts], [s[name] for s in whole], rtol=1e-5)
 
@@ -69,6 +73,12 @@ def test_eval_step_ignores_padding_rows():
     eval_step = step_lib.jit_eval_step(tiny.CONFIG, mesh)
     rows_BR = tiny.batches(1)[0][0]
     padded_BR = np.concatenate([rows_BR[:5], np.zeros_like(rows_BR[5:])])
-    alone = [float(eval_step(params, np.repeat(row[None], 8, 0), np.ones(8, np.float32))) for row in rows_BR[:5]]
+    alone = [float(eval_step(params, np.repeat(row[None], 8, 0), None, np.ones(8, np.float32))) for row in rows_BR[:5]]
     weights_B = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
-    assert float(eval_step(params, padded_BR, weights_B)) == pytest.approx(np.mean(alone), rel=1e-5)
+    assert float(eval_step(params, padded_BR, None, weights_B)) == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_positions_count_from_the_start_of_each_segment():
+    segment_ids_BT = np.array([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
+    expected = [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert step_lib._restarted_positions(segment_ids_BT).tolist() == expected

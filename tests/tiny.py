@@ -43,6 +43,13 @@ def batches(count: int, *, accumulation: int = 1, batch: int = 8) -> list[np.nda
     return list(tokens.astype(np.uint16).reshape(count, accumulation, batch // accumulation, model.seq_len + 1))
 
 
+def segment_ids(rows: np.ndarray) -> np.ndarray:
+    """Segment ids for rows [..., R]: a document begins at every token that 11 divides."""
+    begins = rows % 11 == 0
+    begins[..., 0] = False
+    return begins.cumsum(axis=-1, dtype=np.uint16)
+
+
 def write_corpus(folder: pathlib.Path) -> None:
     """Two sources of plain text, of numbers in words and of lines of code; the same on every machine."""
     words = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')

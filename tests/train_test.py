@@ -16,7 +16,8 @@ import pytest
 from eval_bridge import convert
 from tests import tiny
 from tinyllama_jax import errors, experiment, metrics, train
-from tinyllama_jax.data import prepare
+from tinyllama_jax.data import pipeline, prepare
+from tinyllama_jax.data import store as token_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get('KILLS', '4'))  # SIGKILLs of the resume test
@@ -144,6 +145,7 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(store, tmp_path, cap
         ('model.norm_eps', '1e-6', 'config.model.norm_eps is 1e-06'),
         ('train.global_batch_size', '16', 'config.train.global_batch_size is 16'),
         ('data.sources.prose.weight', '0.5', 'config.data.sources.prose.weight is 0.5'),
+        ('data.document_mask', 'true', 'config.data.document_mask is True, but .* was trained with False up to step 2'),
     ],
 )
 def test_what_may_not_change_on_resume_is_named(store, short_run, path, value, message):
@@ -151,6 +153,54 @@ def test_what_may_not_change_on_resume_is_named(store, short_run, path, value, m
         train.train(experiment.override(_config(store, num_steps=4), path, value), short_run)
     assert f'--workdir={short_run}-2' in str(raised.value)
     assert len(_losses(short_run)) == 2
+
+
+def test_a_run_from_before_there_were_masks_goes_on_without_them(store, short_run, tmp_path, capsys):
+    folder = shutil.copytree(short_run, tmp_path / 'run')
+    meta_path = folder / 'checkpoints' / '2' / 'meta' / 'metadata'
+    for path in (folder / 'config.json', meta_path):
+        record = json.loads(path.read_text())
+        del record['config']['data']['document_mask'], record['config']['data']['restart_positions']
+        path.write_text(json.dumps(record))
+    config = _config(store, num_steps=3)
+    with pytest.raises(errors.UsageError, match=r'^config\.data\.document_mask is True, but'):
+        train.train(experiment.override(config, 'data.document_mask', 'true'), folder)
+    meta = meta_path.read_text()
+    meta_path.write_text(json.dumps({**json.loads(meta), 'data': 'of another store'}))
+    with pytest.raises(errors.UsageError, match=r'^data \(the store behind it\) is'):
+        train.train(config, folder)
+    meta_path.write_text(meta)
+    capsys.readouterr()
+    train.train(config, folder)
+    assert len(_losses(folder)) == 3
+    said = capsys.readouterr().err
+    assert 'config.train.num_steps was 2, is 3' in said
+    assert 'mask' not in said
+
+
+def _masked(config):
+    """`config` with masks, and the first seed with which a document begins early in a row of the first batch."""
+    config = experiment.override(config, 'data.document_mask', 'true')
+    config = experiment.override(config, 'data.restart_positions', 'true')
+    tokens = token_store.TokenStore(config.data.store)
+    seeds = (dataclasses.replace(config, seed=seed) for seed in range(1, 100))
+    return next(config for config in seeds if pipeline.make_dataset(config, tokens).segment_ids(0)[..., 16].any())
+
+
+def test_with_document_masks_a_stopped_run_goes_on_with_the_same_digits(store, tmp_path):
+    config = _masked(_config(store, num_steps=2, eval_every_steps=1))
+    whole, stopped, plain = (tmp_path / name for name in ('whole', 'stopped', 'plain'))
+    train.train(config, whole)
+    with pytest.raises(errors.Stopped, match='stopped and saved at step 1'):
+        train.train(config, stopped, hooks=[lambda step, params: os.kill(os.getpid(), signal.SIGTERM)])
+    assert _losses(stopped) == _losses(whole)[:1]
+    with pytest.raises(errors.UsageError, match='config.data.restart_positions is False, but .* trained with True'):
+        train.train(experiment.override(config, 'data.restart_positions', 'false'), stopped)
+    train.train(config, stopped)
+    assert _losses(stopped) == _losses(whole)
+    assert (stopped / 'validation.jsonl').read_text() == (whole / 'validation.jsonl').read_text()
+    train.train(dataclasses.replace(config, data=_config(store).data), plain)
+    assert abs(_losses(plain)[0] - _losses(whole)[0]) > 1e-6, 'masks change even the first loss'
 
 
 @pytest.fixture(scope='module')

@@ -47,7 +47,7 @@ def _our_run(config: Config, params, batches) -> list[dict[str, float]]:
     )
     train_step, scalars = step_lib.jit_train_step(config, mesh), []
     for rows_ABR in batches:
-        state, step_scalars = train_step(state, rows_ABR)
+        state, step_scalars = train_step(state, rows_ABR, None)
         scalars.append(jax.tree.map(float, step_scalars))
     return scalars
 

@@ -7,18 +7,32 @@ from tinyllama_jax import validation
 
 
 class Rows:
-    """Two sources; a row's loss, by the step below, is its first token."""
+    """Two sources; a row's loss, by the steps below, is its first token, or 100 times its last segment id more."""
 
     sources = ('some', 'none')
 
+    def __init__(self, *, masked=False):
+        self.masked = masked
+
     def validation(self, source):
-        return np.arange(20, dtype=np.uint16).reshape(10, 2) if source == 'some' else np.zeros((0, 2), np.uint16)
+        rows_NR = np.arange(20, dtype=np.uint16).reshape(10, 2) if source == 'some' else np.zeros((0, 2), np.uint16)
+        return rows_NR, rows_NR * np.array([0, 1], np.uint16) // 10 if self.masked else None
 
 
 @pytest.mark.parametrize('batch', [1, 4, 10, 16])
 def test_the_mean_over_rows_does_not_depend_on_the_batch(batch):
-    def eval_step(params, rows_BR, weights_B):
+    def eval_step(params, rows_BR, segment_ids_BR, weights_B):
         assert rows_BR.shape == (batch, 2)
+        assert segment_ids_BR is None
         return (rows_BR[:, 0] * weights_B).sum() / weights_B.sum() + params
 
     assert validation.losses(eval_step, 0.5, Rows(), batch) == {'some': pytest.approx(9.5)}
+
+
+@pytest.mark.parametrize('batch', [4, 16])
+def test_segment_ids_go_with_their_rows(batch):
+    def eval_step(params, rows_BR, segment_ids_BR, weights_B):
+        assert segment_ids_BR.shape == (batch, 2)
+        return ((rows_BR[:, 0] + 100 * segment_ids_BR[:, 1]) * weights_B).sum() / weights_B.sum()
+
+    assert validation.losses(eval_step, None, Rows(masked=True), batch) == {'some': pytest.approx(9 + 50)}

@@ -59,9 +59,9 @@ def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Pa
         for number in np.unique(sources_B):
             counts_NV[number] += np.bincount(rows_BR[sources_B == number].ravel(), minlength=counts_NV.shape[1])
     losses = {
-        name: float(-_logprobs(counts_V)[data.validation(name)[:, 1:]].mean())
+        name: float(-_logprobs(counts_V)[rows_NR[:, 1:]].mean())
         for name, counts_V in zip(data.sources, counts_NV, strict=True)
-        if len(data.validation(name))
+        if len(rows_NR := data.validation(name)[0])
     }
     return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer.Tokenizer(tokenizer_path))
 

@@ -26,11 +26,13 @@ from tinyllama_jax.config import Config
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a resumed run may not change: the model, the seed and the batch."""
+    """The settings that a resumed run may not change: the model, what its tokens see, the seed and the batch."""
     model = config_lib.to_dict(config.model)
     for free in ('compute_dtype', 'scan_layers'):  # how it is computed, not what
         del model[free]
-    return {'model': model, 'seed': config.seed, 'train': {'global_batch_size': config.train.global_batch_size}}
+    data = {'document_mask': config.data.document_mask, 'restart_positions': config.data.restart_positions}
+    train = {'global_batch_size': config.train.global_batch_size}
+    return {'model': model, 'data': data, 'seed': config.seed, 'train': train}
 
 
 def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class DataConfig:
     store: str | None = None  # prepared tokens; none: WORKDIR/store
     bos: bool = False  # put BOS before each document
     eos_per_document: int = 1  # the paper's second fault inserted more than one
+    document_mask: bool = False  # tokens see their own document only, not the others packed into their row
+    restart_positions: bool = False  # rotary positions count from each document's start in the row; needs document_mask
     shuffle: str = 'rows'  # rows: single rows are permuted afresh each epoch
     holdout_share: float = 0.001  # of the rows of a source without a validation split
     holdout_min_rows: int = 64
@@ -238,6 +240,8 @@ def _check_data(data: DataConfig) -> None:
     for field in ('holdout_share', 'max_bad_share'):
         if getattr(data, field) >= 1:
             raise errors.usage(f'config.data.{field}', f'is a share below 1, got {getattr(data, field)}')
+    if data.restart_positions and not data.document_mask:
+        raise errors.usage('config.data.restart_positions', 'is true; set --config.data.document_mask=true with it')
 
 
 def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:

@@ -2,6 +2,8 @@
 
 Rows come as rows_ABR: A accumulation steps, B sequences, R = seq_len + 1 tokens, in
 the store's 16 or 32 bits; they are widened and cut into inputs and targets here.
+Beside them come segment_ids_ABR, which tell the documents of a row apart, or None:
+then every token sees all before it in its row.
 """
 
 import functools
@@ -56,30 +58,49 @@ def _split(rows_BR):
     return rows_BR[:, :-1], rows_BR[:, 1:]
 
 
-def _loss_and_grads(params, rows_ABR, config: Config):
+def _documents(segment_ids_BR, config: Config) -> dict[str, Any]:
+    """What the model is told of the documents in the input tokens; nothing without segment ids."""
+    if segment_ids_BR is None:
+        return {}
+    segment_ids_BT = segment_ids_BR[:, :-1].astype(jnp.int32)
+    if not config.data.restart_positions:
+        return {'segment_ids_BT': segment_ids_BT}
+    return {'segment_ids_BT': segment_ids_BT, 'positions_BT': _restarted_positions(segment_ids_BT)}
+
+
+def _restarted_positions(segment_ids_BT):
+    """Positions [B, T] that count from the start of each segment."""
+    index_BT = jax.lax.broadcasted_iota(jnp.int32, segment_ids_BT.shape, 1)
+    begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+
+
+def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config):
     """Mean loss and gradient over all A x B sequences; the sum over A is kept in float32."""
 
-    def one(rows_BR):
+    def one(rows_BR, segment_ids_BR):
         inputs_BT, targets_BT = _split(rows_BR)
-        return jax.value_and_grad(model.loss)(params, inputs_BT, targets_BT, config.model, remat=config.train.remat)
+        return jax.value_and_grad(model.loss)(
+            params, inputs_BT, targets_BT, config.model, remat=config.train.remat, **_documents(segment_ids_BR, config)
+        )
 
     if rows_ABR.shape[0] == 1:
-        return one(rows_ABR[0])
+        return one(*jax.tree.map(lambda x_ABR: x_ABR[0], (rows_ABR, segment_ids_ABR)))
 
-    def add(total, rows_BR):
-        return jax.tree.map(jnp.add, total, one(rows_BR)), None
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, one(*batch)), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, rows_ABR)
+    total, _ = jax.lax.scan(add, zero, (rows_ABR, segment_ids_ABR))
     return jax.tree.map(lambda leaf: leaf / rows_ABR.shape[0], total)
 
 
-def train_step(state: TrainState, rows_ABR, *, config: Config):
+def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config):
     """One optimiser step; returns the new state and scalars {loss, grad_norm, learning_rate}.
 
     `grad_norm` is taken before clipping; `learning_rate` is the one this step used.
     """
-    loss, grads = _loss_and_grads(state.params, rows_ABR, config)
+    loss, grads = _loss_and_grads(state.params, rows_ABR, segment_ids_ABR, config)
     tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
@@ -90,11 +111,12 @@ def train_step(state: TrainState, rows_ABR, *, config: Config):
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def eval_step(params, rows_BR, weights_B, *, config: Config):
+def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config):
     """Weighted mean loss of a batch; a weight of 0 marks a padding row."""
     inputs_BT, targets_BT = _split(rows_BR)
     weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
-    return model.loss(params, inputs_BT, targets_BT, config.model, weights_BT=weights_BT)
+    documents = _documents(segment_ids_BR, config)
+    return model.loss(params, inputs_BT, targets_BT, config.model, weights_BT=weights_BT, **documents)
 
 
 def jit_train_step(config: Config, mesh: Mesh):
@@ -103,7 +125,7 @@ def jit_train_step(config: Config, mesh: Mesh):
     rows = sharding.batch_sharding(mesh, leading=1)
     return jax.jit(
         functools.partial(train_step, config=config),
-        in_shardings=(specs, rows),
+        in_shardings=(specs, rows, rows),
         out_shardings=(specs, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -115,6 +137,6 @@ def jit_eval_step(config: Config, mesh: Mesh):
     params = state_shardings(config, mesh).params
     return jax.jit(
         functools.partial(eval_step, config=config),
-        in_shardings=(params, batch, batch),
+        in_shardings=(params, batch, batch, batch),
         out_shardings=sharding.replicated(mesh),
     )

@@ -5,13 +5,13 @@ stalls the device; everything logged up to a checkpoint's step is on disk before
 checkpoint is complete, which makes a resume exact.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from tinyllama_jax import checkpoint, errors, flops, metrics, runtime, sharding, validation, workdir
 from tinyllama_jax import config as config_lib
@@ -74,7 +74,7 @@ class _Run:
         self.validations = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_len
         self.progress = metrics.Progress(self.start, config.train.num_steps, tokens_per_step=self.tokens_per_step)
-        changed = config_lib.differences(before['config'], record['config'], 'config') if before else {}
+        changed = config_lib.differences(_completed(before['config']), record['config'], 'config') if before else {}
         for field, (old, new) in changed.items():
             self.progress.say(f'changed since the last start: {field} was {old}, is {new}')
 
@@ -93,7 +93,7 @@ class _Run:
         found = config_lib.differences(saved, wanted, 'config')
         if not found and meta['data'] not in (None, self.data.fingerprint):
             changed = config_lib.differences(
-                meta['config']['data'], config_lib.to_dict(self.config.data), 'config.data'
+                _completed(meta['config'])['data'], config_lib.to_dict(self.config.data), 'config.data'
             )
             found = changed or {'data (the store behind it)': (meta['data'][:12], self.data.fingerprint[:12])}
         for field, (old, new) in found.items():
@@ -117,9 +117,9 @@ class _Run:
             if signals.received:
                 self._stop(signals.received, step - 1, pending, saved)
             with self.throughput.timed('data'):
-                rows_ABR = self._to_devices(next(batches))
+                rows_ABR, segment_ids_ABR = self._to_devices(next(batches))
             self._profile(step)
-            self.state, scalars = train_step(self.state, rows_ABR)
+            self.state, scalars = train_step(self.state, rows_ABR, segment_ids_ABR)
             self._log(pending)
             pending = (step, scalars)
             evaluate = step == stop or (config.eval_every_steps and step % config.eval_every_steps == 0)
@@ -136,8 +136,9 @@ class _Run:
     def _columns(self) -> int:
         return self.config.train.global_batch_size // self.accumulation
 
-    def _to_devices(self, rows_ABR: np.ndarray):
-        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, leading=1), rows_ABR)
+    def _to_devices(self, batch):
+        spec = sharding.batch_sharding(self.mesh, leading=1)
+        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, spec), batch)
 
     def _banner(self) -> str:
         config, count = self.config, sum(flops.parameter_counts(self.config.model).values())
@@ -220,6 +221,11 @@ class _Run:
         self.progress.close()
         self.writer.close()
         self.validations.close()
+
+
+def _completed(config: dict) -> dict:
+    """A saved configuration with the settings that are newer than it, at their defaults."""
+    return config_lib.to_dict(config_lib.from_dict(config))
 
 
 def _same_losses(before: dict | None, now: dict) -> bool:

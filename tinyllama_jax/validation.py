@@ -9,17 +9,20 @@ def losses(eval_step, params, data: pipeline.Dataset, batch: int) -> dict[str, f
     """Mean next-token loss, in nats, over each source's validation rows (if it has any), `batch` at a time."""
     found = {}
     for name in data.sources:
-        rows_NR, total = data.validation(name), 0.0
+        (rows_NR, segment_ids_NR), total = data.validation(name), 0.0
         if not len(rows_NR):  # a source too small to hold a row out, or told to hold none out
             continue
         for start in range(0, len(rows_NR), batch):
-            rows_BR, weights_B = _padded(rows_NR[start : start + batch], batch)
-            total += float(eval_step(params, rows_BR, weights_B)) * weights_B.sum()
+            rows_BR, segment_ids_BR = (_part(x_NR, start, batch) for x_NR in (rows_NR, segment_ids_NR))
+            weights_B = (np.arange(start, start + batch) < len(rows_NR)).astype(np.float32)
+            total += float(eval_step(params, rows_BR, segment_ids_BR, weights_B)) * weights_B.sum()
         found[name] = float(total / len(rows_NR))
     return found
 
 
-def _padded(rows_BR: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    missing = batch - len(rows_BR)
-    weights_B = np.concatenate([np.ones(len(rows_BR), np.float32), np.zeros(missing, np.float32)])
-    return np.pad(rows_BR, ((0, missing), (0, 0))), weights_B
+def _part(x_NR: np.ndarray | None, start: int, batch: int) -> np.ndarray | None:
+    """`batch` rows from `start` on, the last ones zeros where there are no more."""
+    if x_NR is None:
+        return None
+    x_BR = x_NR[start : start + batch]
+    return np.pad(x_BR, ((0, batch - len(x_BR)), (0, 0)))

@@ -12,13 +12,15 @@ Arrays: A accumulation steps, B global rows of one of them, R = seq_len + 1.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from tinyllama_jax import errors, tokenizer
 from tinyllama_jax.config import Config
+from tinyllama_jax.data import store as store_lib
 from tinyllama_jax.data.store import TokenStore
 
 _WEIGHT_UNITS = 1_000_000  # weights are rounded to this many parts
@@ -137,16 +139,27 @@ class Dataset:
 
     def batch(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray:
         """Rows [A, B, R] of a step (the first is 0), or the slice `columns` of B; only these are read."""
+        return self._read(self._store.read_rows, self._store.manifest['dtype'], step, accumulation, columns)
+
+    def segment_ids(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray | None:
+        """Segment ids [A, B, R] of the same rows (TokenStore.segment_ids); None without config.data.document_mask."""
+        if not self._config.data.document_mask:
+            return None
+        dtype = store_lib.segment_dtype(self._seq_len)
+        return self._read(self._store.segment_ids, dtype, step, accumulation, columns)
+
+    def _read(self, read: Callable, dtype: Any, step: int, accumulation: int, columns: slice) -> np.ndarray:
+        """What `read`, a method of the store, finds for a step's rows: [A, B, R] of this dtype."""
         if self._batch_size % accumulation:
             raise ValueError(f'global_batch_size {self._batch_size} is not a multiple of accumulation {accumulation}')
         sources, rows = self.rows(step)
         sources = sources.reshape(accumulation, -1)[:, columns]
         rows = rows.reshape(accumulation, -1)[:, columns]
-        tokens_ABR = np.empty((*rows.shape, self._seq_len + 1), self._store.manifest['dtype'])
+        found_ABR = np.empty((*rows.shape, self._seq_len + 1), dtype)
         for i, name in enumerate(self.sources):
             if (chosen := sources == i).any():
-                tokens_ABR[chosen] = self._store.read_rows(name, 'train', rows[chosen], self._seq_len)
-        return tokens_ABR
+                found_ABR[chosen] = read(name, 'train', rows[chosen], self._seq_len)
+        return found_ABR
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(number of the source in `sources`, row of its training split) of each row of a step."""
@@ -159,22 +172,31 @@ class Dataset:
 
     def batches(
         self, start: int, stop: int, *, accumulation: int = 1, columns: slice = slice(None)
-    ) -> Iterator[np.ndarray]:
-        """The batches of steps start to stop - 1, read ahead by threads; closing the iterator ends them."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """`batch` and `segment_ids` of steps start to stop - 1, read ahead by threads; closing it ends them."""
+
+        def read(step):
+            rows_ABR = self.batch(int(step), accumulation=accumulation, columns=columns)
+            return rows_ABR, self.segment_ids(int(step), accumulation=accumulation, columns=columns)
+
         ahead = self._config.data.prefetch_steps
         options = grain.ReadOptions(num_threads=min(ahead, _MAX_READERS), prefetch_buffer_size=ahead)
-        steps = grain.MapDataset.range(start, stop)
-        batches = steps.map(lambda step: self.batch(int(step), accumulation=accumulation, columns=columns))
-        iterator = iter(batches.to_iter_dataset(options))
+        iterator = iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
         try:
             yield from iterator
         finally:
             iterator.close()
 
-    def validation(self, source: str) -> np.ndarray:
-        """Validation rows [n, R] of a source in a fixed order, n <= config.train.eval_rows; never trained on."""
+    def validation(self, source: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Validation rows [n, R] of a source and their segment ids (None without config.data.document_mask).
+
+        Never trained on, in a fixed order, n <= config.train.eval_rows.
+        """
         split, rows = self._rows[source].validation_rows(self._config.train.eval_rows)
-        return self._store.read_rows(source, split, rows, self._seq_len)
+        rows_NR = self._store.read_rows(source, split, rows, self._seq_len)
+        if not self._config.data.document_mask:
+            return rows_NR, None
+        return rows_NR, self._store.segment_ids(source, split, rows, self._seq_len)
 
     def seen(self, step: int) -> dict[str, int]:
         """Rows of each source that were consumed before `step`."""
