@@ -1,5 +1,8 @@
 """Checkpoints: whole or absent, retained as configured, resharded, and damage is noticed."""
 
+import json
+import os
+import pathlib
 import shutil
 
 import jax
@@ -124,6 +127,75 @@ def test_without_a_whole_checkpoint_nothing_is_moved(tmp_path, state, meshes):
     with pytest.raises(errors.RunError, match='damaged checkpoint: .*No whole checkpoint is left'):
         checkpoint.Checkpointer(copy).restore(_abstract(meshes[2]), lambda meta: None)
     assert (copy / '3').is_dir()
+
+
+def _unreadable_file(checkpoint):
+    (checkpoint / 'meta' / 'metadata').unlink()
+    (checkpoint / 'meta' / 'metadata').symlink_to('/proc/self/mem')  # its first bytes give EIO
+
+
+def _unreadable_folder(checkpoint):
+    shutil.rmtree(checkpoint / 'params')
+    (checkpoint / 'params').symlink_to('params')  # ELOOP; to os.path.exists it is not there, as after any other error
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/mem').exists(), reason='needs Linux')
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [(_unreadable_file, 'Input/output error'), (_unreadable_folder, 'Too many levels of symbolic links')],
+)
+def test_what_cannot_be_read_now_is_not_damage(tmp_path, state, meshes, spoil, said):
+    _save(tmp_path / 'c', state, [3, 6], keep=2)
+    spoil(tmp_path / 'c' / '6')
+    checkpointer, abstract = checkpoint.Checkpointer(tmp_path / 'c', keep=2), _abstract(meshes[2])
+    for restore in (
+        lambda: checkpointer.restore(abstract, lambda meta: None),
+        lambda: checkpointer.restore_params(None, abstract.params),
+    ):
+        with pytest.raises(errors.Unavailable, match=rf'c/6: the checkpoint of step 6 cannot be read now .*{said}'):
+            restore()
+    assert [path.name for path in tmp_path.iterdir()] == ['c']
+    assert checkpointer.steps() == [3, 6]
+
+
+def test_a_folder_that_cannot_be_listed_or_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    with pytest.raises(errors.RunError, match='file/c: a checkpoint could not be written'):
+        checkpoint.Checkpointer(tmp_path / 'file' / 'c')
+
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(os, 'listdir', refuse)  # root may list every folder, whatever its mode
+    with pytest.raises(errors.Unavailable, match='c: the list of checkpoints cannot be read now .*Permission denied'):
+        checkpoint.Checkpointer(tmp_path / 'c')
+
+
+# What tensorstore said of reads that failed with EIO, ENOMEM and ESTALE, and of files that were cut and taken away.
+_SAID = 'Error opening "zarr" driver: Error reading "lm_head/.zarray": Failed to read 1341 bytes from file at offset 0'
+
+
+@pytest.mark.parametrize(
+    ('error', 'outside'),
+    [
+        (ValueError(f"UNKNOWN: {_SAID}: Input/output error [tensorstore_spec='x'] [os_error_code='5']"), True),
+        (ValueError(f"RESOURCE_EXHAUSTED: {_SAID}: Cannot allocate memory [os_error_code='12']"), True),
+        (ValueError(f"ABORTED: {_SAID}: Stale file handle [os_error_code='116'] [source locations='x']"), True),
+        (ValueError('OUT_OF_RANGE: Requested byte range [0, 1341) is not valid for value of size 670'), False),
+        (ValueError(f"NOT_FOUND: {_SAID}: No such file or directory [os_error_code='2']"), False),
+        (PermissionError(13, 'Permission denied'), True),
+        (FileNotFoundError('Checkpoint does not exist at /x/6'), False),
+        (IsADirectoryError(21, 'Is a directory'), False),
+        (MemoryError(), True),
+        (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.'), True),
+        (json.JSONDecodeError('Expecting value', '', 0), False),
+    ],
+)
+def test_which_errors_are_not_the_checkpoint_s_fault(error, outside):
+    wrapped = Exception('Encountered error while reading array index')
+    wrapped.__cause__ = error
+    assert (checkpoint._outside_cause(error) is not None) is outside
+    assert (checkpoint._outside_cause(wrapped) is not None) is outside
 
 
 def test_parameters_alone_by_step(tmp_path, state, meshes):

@@ -232,6 +232,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(store, tmp_pat
     assert _losses(copy) == _losses(tmp_path / 'run')
 
 
+_FAILING_READS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static int fails(int fd) {
+  char link[64], path[4096] = "";
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  if (readlink(link, path, sizeof path - 1) < 0 || !strstr(path, getenv("FAILING_READS"))) return 0;
+  errno = EIO;
+  return 1;
+}
+#define FAIL(name, parameters, arguments) ssize_t name parameters { \\
+  ssize_t (*real) parameters = dlsym(RTLD_NEXT, #name); return fails(fd) ? -1 : real arguments; }
+FAIL(read, (int fd, void *to, size_t size), (fd, to, size))
+FAIL(pread, (int fd, void *to, size_t size, off_t offset), (fd, to, size, offset))
+FAIL(pread64, (int fd, void *to, size_t size, off64_t offset), (fd, to, size, offset))
+"""
+
+
+@pytest.mark.skipif(not shutil.which('gcc'), reason='needs gcc')
+def test_a_checkpoint_that_storage_fails_to_read_ends_with_75_and_stays(store, tmp_path, short_run):
+    """EIO for every read of the arrays, by wrapping the C library's functions."""
+    library = tmp_path / 'failing_reads.so'
+    subprocess.run(
+        ['gcc', '-shared', '-fPIC', '-x', 'c', '-', '-o', library, '-ldl'], input=_FAILING_READS, text=True, check=True
+    )
+    copy = shutil.copytree(short_run, tmp_path / 'run')
+    process = _main(store, copy, 'env', f'LD_PRELOAD={library}', f'FAILING_READS={copy}/checkpoints/2/params/')
+    assert process.wait() == 75, _said(copy)
+    assert f'{copy}/checkpoints/2: the checkpoint of step 2 cannot be read now ([Errno 5]' in _said(copy)
+    assert 'Traceback' not in _said(copy)
+    assert {path.name for path in copy.iterdir()} == {path.name for path in short_run.iterdir()} | {'stderr.txt'}
+    assert [path.name for path in (copy / 'checkpoints').iterdir()] == ['2']
+
+
 def _pretend_killed_at(folder, step, *, change_loss_of):
     for newer in (folder / 'checkpoints').iterdir():
         if int(newer.name) > step:

@@ -4,15 +4,19 @@ A checkpoint at step n is the state after n optimiser steps, as three items:
 `params`, `rest` (step and optimiser state) and `meta` (JSON: configuration, data
 fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
 by renaming it, so a killed save leaves nothing behind; the checksums catch what
-changes afterwards, which orbax does not.
+changes afterwards, which orbax does not. What cannot be read now, because storage,
+memory or a device fails, is not damage: nothing is moved, and the run ends with 75.
 """
 
+import contextlib
 import functools
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +27,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, runtime
 from tinyllama_jax.config import Config
+
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # how tensorstore, whose errors are all ValueErrors, names errno
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that are damage
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -93,10 +100,13 @@ class Checkpointer:
         handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
         handlers['meta'] = ocp.JsonCheckpointHandler()
         if not read_only:
+            with _Guard(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             for half in self.folder.glob('*.orbax-checkpoint-tmp'):
                 shutil.rmtree(half)
                 print(f'{half}: removed half a checkpoint, of a save that was broken off.', file=sys.stderr)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        with _readable(self.folder, 'the list of checkpoints'):
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, oldest first."""
@@ -127,7 +137,7 @@ class Checkpointer:
         `abstract_state` gives shapes and shardings: a checkpoint of any mesh goes onto
         any other. `check` may raise UsageError on the checkpoint's meta. A damaged
         checkpoint is named and moved aside, and the one before it is used; if none is
-        whole: RunError.
+        whole: RunError. Unavailable if the newest cannot be read for another reason.
         """
 
         def read(step: int):
@@ -164,8 +174,9 @@ class Checkpointer:
         damaged = {}
         for step in reversed(steps):
             try:
-                return read(step), damaged
-            except errors.UsageError:
+                with _readable(self.folder / str(step), f'the checkpoint of step {step}'):
+                    return read(step), damaged
+            except errors.Failure:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
                 damaged[step] = error
@@ -201,6 +212,50 @@ def _damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
     return f'damaged checkpoint: {which} (step {step}: {reason}).'
 
 
+@contextlib.contextmanager
+def _readable(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Turns a failure to read `what` from `path` into Unavailable if its content is not to blame."""
+    try:
+        yield
+    except errors.Failure:
+        raise
+    except Exception as error:
+        if cause := _outside_cause(error) or _outside_cause(_unreadable(path)):
+            reason = str(cause).strip().split('\n')[0][:300] or type(cause).__name__
+            raise errors.Unavailable(
+                f'{path}: {what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
+                'permissions or free memory, and run the same command again; to go on without it, move it away.'
+            ) from error
+        raise
+
+
+def _outside_cause(error: BaseException | None) -> BaseException | None:
+    """The error of storage, memory or a device behind `error`, if there is one."""
+    while error is not None:
+        code = _OS_ERROR.search(str(error))
+        cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+        if isinstance(cause, OSError | MemoryError | jax.errors.JaxRuntimeError) and not isinstance(cause, _MISSING):
+            return cause
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _unreadable(folder: pathlib.Path) -> OSError | None:
+    """Why the first that is unreadable in `folder` is so; orbax takes a folder that it cannot look at for missing."""
+
+    def fail(error: OSError):
+        raise error
+
+    try:
+        for parent, _, names in os.walk(folder, onerror=fail):
+            for name in names:
+                with open(os.path.join(parent, name), 'rb') as file:
+                    file.read(1)
+    except OSError as error:
+        return error
+    return None
+
+
 class _Guard:
     """Turns any failure to write a checkpoint into a RunError that names the folder."""
 
@@ -221,11 +276,12 @@ class _Guard:
 
 @functools.cache
 def _ignore_late_reads() -> None:
-    """When a read fails orbax closes its event loop, to which other reads still report: not worth a traceback."""
-    before = sys.unraisablehook
+    """When a read fails orbax forgets the others, and closes the event loop they report to: not worth a traceback."""
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # 'Task exception was never retrieved'
+    before, late = sys.unraisablehook, ('Event loop is closed', 'Encountered error while reading array index')
 
     def hook(unraisable):
-        if str(unraisable.exc_value) != 'Event loop is closed':
+        if not str(unraisable.exc_value).startswith(late):
             before(unraisable)
 
     sys.unraisablehook = hook

@@ -22,6 +22,12 @@ class UsageError(Failure, ValueError):
     exit_code = 2
 
 
+class Unavailable(Failure):
+    """Storage, memory or a device fails, not the run: nothing was changed, and a restart may succeed."""
+
+    exit_code = 75  # sysexits.h: EX_TEMPFAIL
+
+
 class Stopped(Failure):
     """The run was told to stop and has saved; `signal_number` decides the status."""
 
