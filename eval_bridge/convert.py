@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -357,6 +358,7 @@ def import_run(source: str | None, folder: pathlib.Path, config: Config | None, 
     """Makes a workdir at step 0 from a Hugging Face folder; a `config` given must describe the same model.
 
     What the weights do not decide (seq_len, initialisation, how it is computed) is the config's.
+    Says what to do where the folder has no tokenizer.model: a SentencePiece model cannot be had from a tokenizer.json.
     """
     if not source:
         raise errors.UsageError('--input=DIR, a Hugging Face Llama folder, is missing.')
@@ -375,3 +377,5 @@ def import_run(source: str | None, folder: pathlib.Path, config: Config | None, 
         command,
     )
     print(f'imported {source} to {folder} at step 0')
+    if missing := workdir.missing_tokenizer(folder):
+        print(f'import: {missing}', file=sys.stderr)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 
 from eval_bridge import convert, evaluate, lm
 from tests import tiny_export
-from tinyllama_jax import errors
+from tinyllama_jax import errors, generate
 
 # lm-eval and datasets warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -127,6 +129,31 @@ def test_lm_eval_s_hf_model_agrees_on_our_tasks(folder, jax_lm, tasks):
 
 def test_lm_eval_s_hf_model_agrees_on_real_tasks(folder, jax_lm, test_data_dir):
     _check_agreement(folder, jax_lm, REAL, test_data_dir / 'eval_tasks', 12)
+
+
+def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what_needs_it(
+    folder, tasks, tmp_path, capsys
+):
+    source, run = shutil.copytree(folder, tmp_path / 'source'), tmp_path / 'run'
+    (source / 'tokenizer.model').unlink()  # tokenizer.json stays
+    convert.import_run(str(source), run, None, 'main.py import')
+    said = capsys.readouterr().err
+    assert said.startswith(f'import: {run} has no tokenizer: copy the SentencePiece file')
+    assert f'to {run}/tokenizer.model' in said
+
+    def export():
+        convert.export_run(run, None, step=None, output=str(tmp_path / 'export'))
+
+    def evaluation():
+        options = {'model': None, 'step': None, 'tasks': ['tiny_cloze'], 'include_path': tasks, 'output': None}
+        evaluate.evaluate_run(run, None, **options)
+
+    for use in (export, evaluation, lambda: generate.generate_run(run, None, prompt=['a'], max_new_tokens=1)):
+        with pytest.raises(errors.UsageError, match=re.escape(said.removeprefix('import: ').strip())):
+            use()
+    shutil.copyfile(folder / 'tokenizer.model', run / 'tokenizer.model')
+    export()
+    assert (tmp_path / 'export/tokenizer.json').read_bytes() == (folder / 'tokenizer.json').read_bytes()
 
 
 def test_our_files_are_enough_and_official_folders_are_found(tasks):

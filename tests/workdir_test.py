@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from tinyllama_jax import step as step_lib
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     params = model.init_params(tiny.MODEL, jax.random.key(0))
-    workdir.create(folder, tiny.CONFIG, step_lib.make_state(tiny.CONFIG, params), None, 'main.py import')
+    given = tmp_path_factory.mktemp('given') / 'tokenizer.model'
+    given.write_bytes(b'pieces')
+    workdir.create(folder, tiny.CONFIG, step_lib.make_state(tiny.CONFIG, params), given, 'main.py import')
     return folder, params
 
 
@@ -52,6 +55,14 @@ def test_without_a_run_or_a_checkpoint_the_train_command_is_named(tmp_path):
     workdir.write_record(tmp_path, tiny.CONFIG, '')
     with pytest.raises(errors.UsageError, match='no checkpoint yet; run main.py train'):
         workdir.load(tmp_path)
+
+
+def test_without_a_tokenizer_it_is_said_where_to_put_it(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / 'run')
+    assert workdir.missing_tokenizer(copy) is None
+    (copy / 'tokenizer.model').unlink()
+    with pytest.raises(errors.UsageError, match=f'run has no tokenizer: copy .* to {copy}/tokenizer.model'):
+        workdir.load(copy)
 
 
 def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):

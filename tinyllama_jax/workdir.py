@@ -82,6 +82,7 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
     """The parameters of the checkpoint at `step` (the newest by default), verified.
 
     A `config` may be given beside the workdir's own; it must describe the same model.
+    Raises UsageError where there is no run, no checkpoint or no tokenizer.
     """
     if config is not None:
         refuse_contradiction(workdir, config)
@@ -89,9 +90,22 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
     folder = workdir / 'checkpoints'
     if not folder.is_dir():
         raise errors.UsageError(f'--workdir={workdir}: there is no checkpoint yet; run main.py train first.')
+    if missing := missing_tokenizer(workdir):  # said before the weights are read
+        raise errors.UsageError(missing)
     checkpointer = checkpoint.Checkpointer(folder, read_only=True)
     params, meta = checkpointer.restore_params(step, abstract_params(config))
     return Loaded(config, params, meta['step'], workdir / 'tokenizer.model')
+
+
+def missing_tokenizer(workdir: pathlib.Path) -> str | None:
+    """What to do where a run has no tokenizer, as after an import of a folder without one; None where it has one."""
+    path = workdir / 'tokenizer.model'
+    if path.exists():
+        return None
+    return (
+        f'{workdir} has no tokenizer: copy the SentencePiece file that belongs to its weights to {path} '
+        '(a tokenizer.json is not enough).'
+    )
 
 
 def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
