@@ -124,13 +124,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
     assert 'Traceback' not in output
 
 
-def test_the_demo_goes_on_and_shows_its_results(interrupted):
+def _newest(workdir) -> int:
+    return max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
+@pytest.fixture(scope='module')
+def finished(interrupted):
+    """The demo that was interrupted, completed: (workdir, settings, output)."""
     workdir = interrupted[0]
-    saved = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
-    settings = (*SMALL, f'--config.train.num_steps={saved + 20}')
+    settings = (*SMALL, f'--config.train.num_steps={_newest(workdir) + 20}')
     process = _start(workdir, *settings)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    return workdir, settings, output
+
+
+def test_the_demo_goes_on_and_shows_its_results(finished):
+    workdir, settings, output = finished
     assert _commands(output) == ['prepare', 'train', 'export', 'evaluate', 'generate', 'report']
     assert 'steps 0 to' not in output, 'it began anew'
     results = output[output.index('=' * 78) :]
@@ -149,6 +159,27 @@ def test_the_demo_goes_on_and_shows_its_results(interrupted):
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert _commands(output) == ['prepare', 'train', 'generate', 'report']
+
+
+def test_extended_by_hand_it_is_exported_and_evaluated_anew(finished, monkeypatch):
+    """Only what trains is run; the commands that would follow are noted."""
+    workdir, settings, _ = finished
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('XLA_FLAGS', '')
+    really, noted = run.command, []
+    extended = _newest(workdir) + 2
+    train = ('train', f'--config={run.CONFIG}', *SMALL, f'--config.train.num_steps={extended}')
+    really(*train, f'--workdir={workdir}')
+
+    def command(name, *arguments, capture=False):
+        noted.append((name, *arguments))
+        return really(name, *arguments) if name == 'train' else ''
+
+    monkeypatch.setattr(run, 'command', command)
+    run._steps(workdir, settings)
+    assert [name for name, *_ in noted] == ['prepare', 'train', 'export', 'evaluate', 'generate', 'report']
+    assert f'--output={workdir}/eval/cloze-{extended}.json' in noted[3]
+    assert _newest(workdir) == extended
 
 
 def test_a_failing_step_ends_the_demo_with_its_status(tmp_path):
