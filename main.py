@@ -1,6 +1,7 @@
 """The command line: main.py COMMAND --config=FILE[:arg] --workdir=DIR [--config.x.y=value ...]."""
 
 import pathlib
+import pkgutil
 import shlex
 import sys
 
@@ -8,7 +9,15 @@ from absl import flags
 
 from tinyllama_jax import errors, experiment, runtime
 
-COMMANDS = ('prepare', 'train', 'evaluate', 'export', 'import', 'generate', 'report')
+COMMANDS = {  # what each calls, and the flags it takes besides --config and --workdir
+    'prepare': ('tinyllama_jax.data.prepare:prepare', ''),
+    'train': ('tinyllama_jax.train:train', ''),
+    'evaluate': ('eval_bridge.evaluate:evaluate_run', 'model step tasks include_path limit log_samples output'),
+    'export': ('eval_bridge.convert:export_run', 'step output dtype format'),
+    'import': ('eval_bridge.convert:import_run', 'input model'),
+    'generate': ('tinyllama_jax.generate:generate_run', 'step prompt max_new_tokens temperature top_k top_p seed'),
+    'report': ('tinyllama_jax.report:report', ''),
+}
 FLAGS = flags.FLAGS
 flags.DEFINE_string('config', None, 'Experiment file, with an optional variant: configs/tinyllama_1b.py[:original].')
 flags.DEFINE_string('workdir', None, 'The folder of the run.')
@@ -17,7 +26,7 @@ flags.DEFINE_string('output', None, 'export: a new folder; evaluate: a JSON file
 flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'export: the type of the weights.')
 flags.DEFINE_enum('format', 'safetensors', ['safetensors', 'pytorch'], 'export: the file format of the weights.')
 flags.DEFINE_string('input', None, 'import: a Hugging Face Llama folder.')
-flags.DEFINE_string('model', None, 'evaluate: a Hugging Face Llama folder instead of a workdir.')
+flags.DEFINE_string('model', None, 'evaluate: a Hugging Face Llama folder instead of a workdir; import: --input.')
 flags.DEFINE_list('tasks', [], 'evaluate: task names, separated by commas.')
 flags.DEFINE_string('include_path', None, 'evaluate: a folder with task files of your own.')
 flags.DEFINE_integer('limit', None, 'evaluate: only the first so many examples of each task.')
@@ -32,40 +41,26 @@ flags.DEFINE_integer('seed', 0, 'generate: of the sampling.')
 
 def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None:
     """Calls what a command stands for; imports only what it needs."""
-
-    def values(*names: str) -> dict:
-        return {name: FLAGS[name].value for name in names}
-
+    path, names = COMMANDS[command]
+    call, options = pkgutil.resolve_name(path), {name: FLAGS[name].value for name in names.split()}
     if command == 'prepare':
-        from tinyllama_jax.data import prepare
-
-        prepare.prepare(config.data, config.data.store_path(workdir))
+        call(config.data, config.data.store_path(workdir))
     elif command == 'train':
-        from tinyllama_jax import train
-
-        train.train(config, workdir, command=command_line)
-    elif command == 'evaluate':
-        from eval_bridge import evaluate
-
-        options = values('model', 'step', 'tasks', 'include_path', 'limit', 'log_samples', 'output')
-        evaluate.evaluate_run(workdir, config, **options)
-    elif command == 'export':
-        from eval_bridge import convert
-
-        convert.export_run(workdir, config, **values('step', 'output', 'dtype', 'format'))
+        call(config, workdir, command=command_line)
     elif command == 'import':
-        from eval_bridge import convert
-
-        convert.import_run(FLAGS.input or FLAGS.model, workdir, config, command_line)
-    elif command == 'generate':
-        from tinyllama_jax import generate
-
-        options = values('step', 'prompt', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
-        generate.generate_run(workdir, config, **options)
+        call(options['input'] or options['model'], workdir, config, command_line)
     elif command == 'report':
-        from tinyllama_jax import report
+        print(call(workdir, config))
+    else:
+        call(workdir, config, **options)
 
-        print(report.report(workdir, config))
+
+def _check_flags(command: str) -> None:
+    """Raises UsageError for a flag that was given and that another command takes."""
+    for name in FLAGS:
+        takers = [taker for taker, (_, names) in COMMANDS.items() if name in names.split()]
+        if FLAGS[name].present and takers and command not in takers:
+            raise errors.UsageError(f'--{name} is a flag of {", ".join(takers)}, not of {command}; leave it out.')
 
 
 def main(argv: list[str]) -> int | None:
@@ -75,6 +70,7 @@ def main(argv: list[str]) -> int | None:
         command, *rest = FLAGS([argv[0], *arguments])[1:] or ['']
         if rest or command not in COMMANDS:
             raise errors.UsageError(f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR')
+        _check_flags(command)
         if not FLAGS.workdir and not (command == 'evaluate' and FLAGS.model):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)

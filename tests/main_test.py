@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses and one clear line for each kind of bad input."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -52,6 +53,10 @@ DEMO = '--config=configs/demo.py'
         (('generate', '--workdir=x'), '--prompt=TEXT is missing'),
         (('evaluate', '--workdir=x'), '--tasks=NAME,NAME is missing'),
         (('report', '--workdir=x'), 'main.py train'),
+        (('train', '--workdir=x', DEMO, '--limit=3'), '--limit is a flag of evaluate, not of train; leave it out.'),
+        (('export', '--workdir=x', '--output=y', '--prompt=z'), '--prompt is a flag of generate, not of export'),
+        (('prepare', '--step=0'), '--step is a flag of evaluate, export, generate, not of prepare'),
+        (('report', '--workdir=x', '--nolog_samples'), '--log_samples is a flag of evaluate, not of report'),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
@@ -66,6 +71,15 @@ def test_the_line_reaches_the_shell():
     done = subprocess.run([sys.executable, 'main.py', 'train'], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'main.py: train needs --workdir=DIR, the folder of the run.\n'
+
+
+def test_the_table_of_flags_is_whole_and_the_help_agrees():
+    own = {flag.name: flag.help for flag in flags.FLAGS.get_flags_for_module(main)}
+    taken = {name for _, names in main.COMMANDS.values() for name in names.split()}
+    assert taken | {'config', 'workdir'} == own.keys()
+    for name in taken:
+        takers = {command for command, (_, names) in main.COMMANDS.items() if name in names.split()}
+        assert set(re.findall(rf'\b({"|".join(main.COMMANDS)})(?=[,:])', own[name])) == takers, name
 
 
 def test_flags_that_others_rely_on_exist():
