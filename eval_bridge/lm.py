@@ -23,6 +23,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as lm_eval_models_utils
 
 from tinyllama_jax import errors, generate, model, sharding
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 
 _CHUNK = 64  # positions C; padded lengths are this times 1, 2, 3, 4, 6, 8, 12, ...
@@ -57,6 +58,7 @@ class JaxLM(TemplateLM):
         self._config = dataclasses.replace(model_config, compute_dtype=dtype, scan_layers=True)
         self._encoder = tokenizer  # lm-eval takes an attribute `tokenizer` for Hugging Face's
         self._mesh = mesh
+        self._ops = ops_lib.make_ops(mesh=mesh, model=model_config)
         self._params = jax.device_put(params, sharding.shardings(params, mesh) if mesh else None)
         self.batch_size = batch_size
         self.add_bos = add_bos
@@ -152,7 +154,8 @@ class JaxLM(TemplateLM):
             targets_BT[index, : len(tokens) - 1] = tokens[1:]
         if self._mesh:
             inputs_BT, targets_BT = jax.device_put((inputs_BT, targets_BT), sharding.batch_sharding(self._mesh))
-        logprobs_BT, greedy_BT = jax.device_get(_score(self._params, inputs_BT, targets_BT, config=self._config))
+        scored = _score(self._params, inputs_BT, targets_BT, config=self._config, ops=self._ops)
+        logprobs_BT, greedy_BT = jax.device_get(scored)
         scores = []
         for index, (tokens, count) in enumerate(rows):
             scored = slice(len(tokens) - 1 - count, len(tokens) - 1)
@@ -200,10 +203,10 @@ def _padded(length: int) -> int:
     return size
 
 
-@functools.partial(jax.jit, static_argnames='config')
-def _score(params, inputs_BT, targets_BT, *, config: ModelConfig):
+@functools.partial(jax.jit, static_argnames=('config', 'ops'))
+def _score(params, inputs_BT, targets_BT, *, config: ModelConfig, ops: ops_lib.Ops):
     """Log-probability of each target and whether it is the likeliest token; [B, T] each."""
-    x_BTD, _ = model.hidden(params, inputs_BT, config)
+    x_BTD, _ = model.hidden(params, inputs_BT, config, ops=ops)
 
     def chunk(arguments):
         x_BCD, targets_BC = arguments

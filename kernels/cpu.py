@@ -9,14 +9,14 @@ one, and keep what can be recomputed.
   and nothing else; `rope`'s gradient turns back by the same angles.
 - `attention` goes by blocks of queries and reads keys only up to the block's end, so
   that most of the masked half is never computed; it keeps only row statistics.
-- `cross_entropy` goes by blocks of tokens and makes the gradient with the loss, so
-  that whole logits never exist.
+- `cross_entropy` goes by chunks of tokens and makes the gradient with the loss
+  (chunked_loss.py), so that whole logits never exist.
 
 An optimization barrier stands where XLA would otherwise fold a small transpose into a
 large product, or statistics of a row into the passes over its elements.
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value heads,
-G = N / K, H head dim, V vocabulary, R = G x block rows, C tokens of a block.
+G = N / K, H head dim, V vocabulary, R = G x block rows, C tokens of a chunk.
 """
 
 import functools
@@ -25,13 +25,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import reference
+from kernels import chunked_loss, reference, varying
 
 cached_attention = reference.cached_attention
 
 _MASKED = -1e30
 _QUERY_BLOCK = 128
-_LOSS_BLOCK = 2_048  # tokens
 _MOST_BLOCKS = 16  # bounds compile time
 
 
@@ -61,9 +60,12 @@ def _rows(x):
     return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
-def rms_norm(x_BTD, scale_D, *, eps):
-    """x / sqrt(mean(x^2) + eps) * scale; as `reference.rms_norm`."""
-    return _rms_norm(x_BTD, scale_D, eps)
+def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
+    """x / sqrt(mean(x^2) + eps) * scale, or with a residual (that of x + residual, x + residual); as `reference`'s."""
+    if residual_BTD is None:
+        return _rms_norm(*varying.together(x_BTD, scale_D), eps)
+    sum_BTD = x_BTD + residual_BTD
+    return _rms_norm(*varying.together(sum_BTD, scale_D), eps), sum_BTD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -250,74 +252,25 @@ def _row_sum(x):
     return jnp.sum(x, axis=-1, keepdims=True)
 
 
-def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
-    """Mean next-token loss in nats; as `reference.cross_entropy`, weights taken as constants."""
-    if weights_BT is None:
-        weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
-    shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
-    return _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT)
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None):
+    """Mean next-token loss in nats, by chunks of tokens; as `reference.cross_entropy`, weights taken as constants."""
+    return chunked_loss.cross_entropy(
+        x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=_Rows()
+    )
 
 
-@jax.custom_vjp
-def _cross_entropy(x_BTD, head_DV, targets_BT, shares_BT):
-    def add(loss, block):
-        x_CD, targets_C, shares_C = map(_flat, block)
-        return loss + _block_loss(x_CD, targets_C, shares_C, head_DV)[0], None
+class _Rows:
+    """The arithmetic of a chunk's rows: exponentials are computed once and kept for the gradient."""
 
-    return jax.lax.scan(add, jnp.zeros(()), _token_blocks(x_BTD, targets_BT, shares_BT))[0]
+    def sums(self, logits_CV, targets_C):
+        top_C1 = jax.lax.optimization_barrier(_row_max(logits_CV))
+        exp_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - top_C1))
+        here_C = (targets_C >= 0) & (targets_C < logits_CV.shape[1])
+        picked_C = jnp.take_along_axis(logits_CV, jnp.where(here_C, targets_C, 0)[:, None], axis=-1)[:, 0]
+        return top_C1[:, 0], _row_sum(exp_CV)[:, 0], jnp.where(here_C, picked_C, 0.0), exp_CV
 
-
-def _token_blocks(*arrays):
-    """Each [B, T, ...] as [blocks, B, t, ...], the end padded with zeros; a batch sharded along B stays where it is."""
-    B, T = arrays[0].shape[:2]
-    count = min(T, -(-B * T // _LOSS_BLOCK))
-    size = -(-T // count)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    return tuple(cut(x) for x in arrays)
-
-
-def _flat(x):
-    """[B, T, ...] as [B x T, ...]."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _block_loss(x_CD, targets_C, shares_C, head_DV):
-    """The block's share of the loss, its unnormalised softmax [C, V] and the sums [C, 1]."""
-    logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
-    max_C1 = jax.lax.optimization_barrier(_row_max(logits_CV))
-    exp_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - max_C1))
-    sum_C1 = _row_sum(exp_CV)
-    picked_C1 = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
-    loss_C1 = max_C1 + jnp.log(sum_C1) - picked_C1
-    return jnp.sum(loss_C1[:, 0] * shares_C), exp_CV, sum_C1
-
-
-def _cross_entropy_fwd(x_BTD, head_DV, targets_BT, shares_BT):
-    def add(total, block):
-        loss, dhead_DV = total
-        x_CD, targets_C, shares_C = map(_flat, block)
-        block_loss, exp_CV, sum_C1 = _block_loss(x_CD, targets_C, shares_C, head_DV)
-        hit_CV = targets_C[:, None] == jnp.arange(head_DV.shape[1])[None, :]
-        share_C1 = shares_C[:, None]
-        dlogits_CV = exp_CV * (share_C1 / sum_C1) - jnp.where(hit_CV, share_C1, 0.0)
-        dlogits_CV = jax.lax.optimization_barrier(dlogits_CV.astype(x_CD.dtype))
-        dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
-        return (loss + block_loss, dhead_DV), (dlogits_CV @ head_DV.T).reshape(block[0].shape)
-
-    B, T, D = x_BTD.shape
-    zeros = (jnp.zeros(()), jnp.zeros(head_DV.shape))
-    (loss, dhead_DV), dx_nBtD = jax.lax.scan(add, zeros, _token_blocks(x_BTD, targets_BT, shares_BT))
-    dx_BTD = dx_nBtD.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return loss, (dx_BTD, dhead_DV.astype(head_DV.dtype))
-
-
-def _cross_entropy_bwd(residuals, dloss):
-    dx_BTD, dhead_DV = residuals
-    return (dloss * dx_BTD).astype(dx_BTD.dtype), (dloss * dhead_DV).astype(dhead_DV.dtype), None, None
-
-
-_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+    def gradient(self, exp_CV, top_C, targets_C, lse_C, growth_C, weight_C, dtype):
+        hit_CV = targets_C[:, None] == jnp.arange(exp_CV.shape[1])[None, :]
+        factor_C = growth_C * jnp.exp(top_C - lse_C)
+        dlogits_CV = exp_CV * factor_C[:, None] - jnp.where(hit_CV, weight_C[:, None], 0.0)
+        return jax.lax.optimization_barrier(dlogits_CV.astype(dtype))

@@ -2,14 +2,19 @@
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value
 heads, G = N / K, H head dim, F feed-forward, V vocabulary.
-Softmax, norms, rotary angles and the loss are computed in float32 whatever the
-inputs' dtype; results return in the inputs' dtype.
+Softmax, norms, rotary angles and the loss are computed in float32 (float64 inputs: in
+float64); results return in the inputs' dtype.
 """
 
 import jax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite, so that a fully masked row stays finite
+
+
+def _wide(dtype):
+    """What is computed in: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
@@ -35,17 +40,28 @@ def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum('btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    logits_BKGTS = jnp.einsum('btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=_wide(q_BTNH.dtype))
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * H**-0.5, _MASKED)
     weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def rms_norm(x_BTD, scale_D, *, eps):
-    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019)."""
-    x32_BTD = x_BTD.astype(jnp.float32)
-    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
-    return (x32_BTD * inverse_BT1 * scale_D.astype(jnp.float32)[None, None, :]).astype(x_BTD.dtype)
+def linear(x, w):
+    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype."""
+    return jnp.tensordot(x, w, axes=x.ndim - 2)
+
+
+def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019).
+
+    With `residual_BTD`: (that of the sum x + residual, the sum).
+    """
+    if residual_BTD is not None:
+        x_BTD = x_BTD + residual_BTD
+    wide_BTD = x_BTD.astype(_wide(x_BTD.dtype))
+    inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True) + eps)
+    y_BTD = (wide_BTD * inverse_BT1 * scale_D.astype(wide_BTD.dtype)[None, None, :]).astype(x_BTD.dtype)
+    return y_BTD if residual_BTD is None else (y_BTD, x_BTD)
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
@@ -54,19 +70,20 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
     The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H);
     `scaling` > 1 is linear position interpolation.
     """
-    return turned(x_BTNH, *rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling))
+    half, dtype = x_BTNH.shape[-1] // 2, _wide(x_BTNH.dtype)
+    return turned(x_BTNH, *rotary_angles(positions_BT, half, base=base, scaling=scaling, dtype=dtype))
 
 
-def rotary_angles(positions_BT, half: int, *, base, scaling=1.0):
-    """Cosine and sine, [B, T, 1, half] in float32, of the angles that `rope` turns by."""
-    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1h = (positions_BT.astype(jnp.float32) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
+def rotary_angles(positions_BT, half: int, *, base, scaling=1.0, dtype=jnp.float32):
+    """Cosine and sine, [B, T, 1, half], of the angles that `rope` turns by."""
+    frequency_h = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_BT1h = (positions_BT.astype(dtype) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
     return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
 
 
 def turned(x_BTNH, cos_BT1h, sin_BT1h):
     """The pairs (x[i], x[i + H/2]) turned by the angles with these cosines and sines."""
-    a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(cos_BT1h.dtype), 2, axis=-1)
     turned_BTNH = jnp.concatenate(
         (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
     )
@@ -78,14 +95,18 @@ def swiglu(gate_BTF, up_BTF):
     return jax.nn.silu(gate_BTF) * up_BTF
 
 
-def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None):
-    """Mean negative log-likelihood, in nats, of `targets_BT` under softmax(x @ head); float32 scalar.
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
+    """(loss, {'nll', 'z_loss'}), float32 scalars: what is minimised, and the two parts that it is the sum of.
 
-    With `weights_BT` the mean is weighted (0 leaves a position out).
+    nll: mean negative log-likelihood, in nats, of `targets_BT` under softmax(x @ head).
+    z_loss: `z_loss` times the mean squared log of the softmax's denominator (PaLM, section 5).
+    With `weights_BT` the means are weighted (0 leaves a position out). Only the loss has a gradient.
     """
-    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=jnp.float32)
+    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=_wide(x_BTD.dtype))
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
-    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     if weights_BT is None:
-        return jnp.mean(loss_BT)
-    return jnp.sum(loss_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+        weights_BT = jnp.ones_like(lse_BT)
+    shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+    nll, z = jnp.sum(shares_BT * (lse_BT - picked_BT)), z_loss * jnp.sum(shares_BT * jnp.square(lse_BT))
+    return nll + z, jax.lax.stop_gradient({'nll': nll, 'z_loss': z})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tinyllama_jax import checkpoint, errors, sharding
+from tinyllama_jax import checkpoint, checkpoint_errors, errors, sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import MeshConfig
 
@@ -194,8 +194,8 @@ _SAID = 'Error opening "zarr" driver: Error reading "lm_head/.zarray": Failed to
 def test_which_errors_are_not_the_checkpoint_s_fault(error, outside):
     wrapped = Exception('Encountered error while reading array index')
     wrapped.__cause__ = error
-    assert (checkpoint._outside_cause(error) is not None) is outside
-    assert (checkpoint._outside_cause(wrapped) is not None) is outside
+    assert (checkpoint_errors._outside_cause(error) is not None) is outside
+    assert (checkpoint_errors._outside_cause(wrapped) is not None) is outside
 
 
 def test_parameters_alone_by_step(tmp_path, state, meshes):

@@ -103,7 +103,7 @@ def test_cross_entropy(length, weighted, dtype):
     weights = jnp.asarray(np.random.default_rng(3).integers(0, 2, targets.shape)) if weighted else None
 
     def run(ops, x, head):
-        return ops.cross_entropy(x, head, targets, weights_BT=weights)
+        return ops.cross_entropy(x, head, targets, weights_BT=weights)[0]
 
     for with_gradient in (lambda f: jax.value_and_grad(f, (0, 1)), lambda f: f):
         got, want = (jax.jit(with_gradient(functools.partial(run, ops)))(x, head) for ops in (cpu, reference))
@@ -112,7 +112,7 @@ def test_cross_entropy(length, weighted, dtype):
 
 def test_a_nan_reaches_the_loss():
     x, head, targets = _loss_arguments(17)
-    assert np.isnan(float(jax.jit(cpu.cross_entropy)(x.at[1, 3, 2].set(jnp.nan), head, targets)))
+    assert np.isnan(float(jax.jit(cpu.cross_entropy)(x.at[1, 3, 2].set(jnp.nan), head, targets)[0]))
     q, k, v = _qkv(70)
     out = jax.jit(cpu.attention)(q.at[1, 3, 2, 1].set(jnp.nan), k, v)
     assert np.isnan(np.asarray(out)[1, 3, 2]).all() and np.isfinite(np.asarray(out)[0]).all()
@@ -120,7 +120,7 @@ def test_a_nan_reaches_the_loss():
 
 def test_no_array_of_all_logits_is_made():
     x, head, targets = _loss_arguments(1_024, batch=16, vocab=512)
-    loss = jax.jit(jax.value_and_grad(cpu.cross_entropy, (0, 1)))
+    loss = jax.jit(jax.value_and_grad(cpu.cross_entropy, (0, 1), has_aux=True))
     logits_bytes = 16 * 1_024 * 512 * 4
     assert loss.lower(x, head, targets).compile().memory_analysis().temp_size_in_bytes < logits_bytes
 
@@ -135,7 +135,7 @@ def _network(ops):
             return x + ops.attention(q, q[:, :, :2], q[:, :, 2:]).reshape(*x.shape[:2], -1)[..., : x.shape[2]], None
 
         x, _ = jax.lax.scan(layer, x, weights)
-        return ops.cross_entropy(x, head, targets)
+        return ops.cross_entropy(x, head, targets)[0]
 
     return jax.value_and_grad(loss, (0, 1, 2))
 

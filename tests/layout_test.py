@@ -109,7 +109,7 @@ def test_only_convert_knows_hugging_face_names():
 def test_only_main_reads_flags():
     readers = {'absl.flags', 'absl.app', 'argparse', 'argparse.ArgumentParser'}
     assert _files_where(lambda tree: _imports(tree) & readers) == {'main.py'}
-    assert _files_where(lambda tree: 'argv' in _names(tree)) <= {'main.py', 'demo/run.py'}
+    assert _files_where(lambda tree: 'argv' in _names(tree)) <= {'main.py', 'demo/run.py', 'kernels/resources.py'}
 
 
 def test_the_step_does_no_io_and_the_loop_no_maths():
@@ -128,6 +128,15 @@ def test_kernels_can_be_lifted_out():
         assert not [name for name in _imports(SOURCES[path]) if name.split('.')[0] in forbidden], path
 
 
+KERNEL_FILES = {f'kernels/{op}.py' for op in ('attention', 'rms_norm', 'rope', 'swiglu', 'cross_entropy')}
+TRITON_FILES = KERNEL_FILES | {'kernels/interpreter.py', 'kernels/resources.py'}
+
+
+def test_only_files_of_kernels_import_triton_and_only_launch_jax_triton():
+    assert _files_where(lambda tree: any(n.split('.')[0] == 'triton' for n in _imports(tree))) == TRITON_FILES
+    assert _files_where(lambda tree: any(n.startswith('jax_triton') for n in _imports(tree))) == {'kernels/launch.py'}
+
+
 def _modules_after(code: str) -> set[str]:
     """Top-level modules loaded in a fresh interpreter after `code`, in which Triton cannot be imported."""
     program = f"import sys\nsys.modules['triton'] = None\n{code}\nprint(*sys.modules)"
@@ -136,7 +145,8 @@ def _modules_after(code: str) -> set[str]:
 
 
 def test_kernels_import_without_triton_and_without_the_rest():
-    modules = [path.removesuffix('.py').replace('/', '.') for path in SOURCES if path.startswith('kernels/')]
+    files = [path for path in SOURCES if path.startswith('kernels/') and path not in TRITON_FILES]
+    modules = [path.removesuffix('.py').replace('/', '.') for path in files]
     loaded = _modules_after('import ' + ', '.join(modules))
     assert not loaded & {'flax', 'tinyllama_jax'}
     assert 'jax' in loaded

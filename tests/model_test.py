@@ -26,7 +26,7 @@ def _config(*, heads, kv_heads, embed, rope_scaling=1.0, **fields):
 
 _forward = jax.jit(model.forward, static_argnames='config')
 _hidden = jax.jit(model.hidden, static_argnames='config')
-_loss_and_grads = jax.jit(jax.value_and_grad(model.loss), static_argnames=('config', 'remat'))
+_loss_and_grads = jax.jit(jax.value_and_grad(model.loss, has_aux=True), static_argnames=('config', 'remat'))
 
 SHAPES = [  # (configuration, B, T): groups of 1, 2 and 8 queries, odd lengths, scaled rotation, layers unrolled
     (_config(heads=4, kv_heads=4, embed=32, rope_base=500.0, scan_layers=False), 1, 5),
@@ -64,7 +64,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path, config, B, T):
 
 @functools.partial(jax.jit, static_argnames='config')
 def _forward_and_gradients(params, tokens_BT, targets_BT, config):
-    loss, grads = jax.value_and_grad(model.loss)(params, tokens_BT, targets_BT, config)
+    (loss, _), grads = jax.value_and_grad(model.loss, has_aux=True)(params, tokens_BT, targets_BT, config)
     return model.forward(params, tokens_BT, config), loss, grads
 
 
@@ -95,8 +95,8 @@ def test_packed_documents_train_as_documents_alone():
     params = tiny_export.random_params(config)
     rows_BR = np.random.default_rng(0).integers(config.vocab_size, size=(2, 9))
     tokens_BT, targets_BT = rows_BR[:, :-1], rows_BR[:, 1:]
-    alone, grads = _loss_and_grads(params, tokens_BT, targets_BT, config)
-    packed, packed_grads = _loss_and_grads(
+    (alone, _), grads = _loss_and_grads(params, tokens_BT, targets_BT, config)
+    (packed, _), packed_grads = _loss_and_grads(
         params,
         tokens_BT.reshape(1, 16),
         targets_BT.reshape(1, 16),

@@ -8,15 +8,10 @@ changes afterwards, which orbax does not. What cannot be read now, because stora
 memory or a device fails, is not damage: nothing is moved, and the run ends with 75.
 """
 
-import contextlib
-import functools
-import logging
-import os
 import pathlib
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,12 +19,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from tinyllama_jax import checkpoint_errors, errors, runtime
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, runtime
 from tinyllama_jax.config import Config
-
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # how tensorstore, whose errors are all ValueErrors, names errno
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that are damage
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -89,7 +81,7 @@ class Checkpointer:
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, keep_every: int | None = None, read_only: bool = False):
-        _quiet_libraries()
+        checkpoint_errors.quiet_libraries()
         self.folder = folder.absolute()
         policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
@@ -100,12 +92,12 @@ class Checkpointer:
         handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
         handlers['meta'] = ocp.JsonCheckpointHandler()
         if not read_only:
-            with _Guard(self.folder):
+            with checkpoint_errors.Writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             for half in self.folder.glob('*.orbax-checkpoint-tmp'):
                 shutil.rmtree(half)
                 print(f'{half}: removed half a checkpoint, of a save that was broken off.', file=sys.stderr)
-        with _readable(self.folder, 'the list of checkpoints'):
+        with checkpoint_errors.reading(self.folder, 'the list of checkpoints'):
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -117,12 +109,12 @@ class Checkpointer:
         items = _items(state)
         meta = meta | {'step': step, 'checksums': {name: _named_checksums(item) for name, item in items.items()}}
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        with _Guard(self.folder):
+        with checkpoint_errors.Writing(self.folder):
             self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)))
 
     def wait(self) -> None:
         """Returns when every save is complete on disk; raises RunError if one failed."""
-        with _Guard(self.folder):
+        with checkpoint_errors.Writing(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -165,22 +157,22 @@ class Checkpointer:
             raise errors.UsageError(f'--step={step}: {self.folder} has no such checkpoint; it has {steps}.')
         (params, meta), damaged = self._newest(steps if step is None else [step], read)
         if damaged:
-            print(f'{_damage(self.folder, damaged)} Using step {meta["step"]}.', file=sys.stderr)
+            print(f'{checkpoint_errors.damage(self.folder, damaged)} Using step {meta["step"]}.', file=sys.stderr)
         return params, meta
 
     def _newest(self, steps: list[int], read: Callable[[int], Any]):
         """What `read` makes of the newest checkpoint it does not fail on, and {step: failure} of the newer ones."""
-        _ignore_late_reads()
+        checkpoint_errors.ignore_late_reads()
         damaged = {}
         for step in reversed(steps):
             try:
-                with _readable(self.folder / str(step), f'the checkpoint of step {step}'):
+                with checkpoint_errors.reading(self.folder / str(step), f'the checkpoint of step {step}'):
                     return read(step), damaged
             except errors.Failure:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
                 damaged[step] = error
-        raise errors.RunError(f'{_damage(self.folder, damaged)} No whole checkpoint is left here.')
+        raise errors.RunError(f'{checkpoint_errors.damage(self.folder, damaged)} No whole checkpoint is left here.')
 
     def _restore(self, step: int, name: str, argument):
         return self._manager.restore(step, args=ocp.args.Composite(**{name: argument}))[name]
@@ -202,91 +194,7 @@ class Checkpointer:
             shutil.rmtree(aside / str(step), ignore_errors=True)
             (self.folder / str(step)).rename(aside / str(step))
         self._manager.reload()
-        print(f'{_damage(self.folder, damaged)} Moved to {aside}; going on from step {used}.', file=sys.stderr)
-
-
-def _damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
-    step, error = next(iter(damaged.items()))
-    reason = str(error).strip().split('\n')[0][:200]
-    which = ', '.join(str(folder / str(step)) for step in damaged)
-    return f'damaged checkpoint: {which} (step {step}: {reason}).'
-
-
-@contextlib.contextmanager
-def _readable(path: pathlib.Path, what: str) -> Iterator[None]:
-    """Turns a failure to read `what` from `path` into Unavailable if its content is not to blame."""
-    try:
-        yield
-    except errors.Failure:
-        raise
-    except Exception as error:
-        if cause := _outside_cause(error) or _outside_cause(_unreadable(path)):
-            reason = str(cause).strip().split('\n')[0][:300] or type(cause).__name__
-            raise errors.Unavailable(
-                f'{path}: {what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
-                'permissions or free memory, and run the same command again; to go on without it, move it away.'
-            ) from error
-        raise
-
-
-def _outside_cause(error: BaseException | None) -> BaseException | None:
-    """The error of storage, memory or a device behind `error`, if there is one."""
-    while error is not None:
-        code = _OS_ERROR.search(str(error))
-        cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
-        if isinstance(cause, OSError | MemoryError | jax.errors.JaxRuntimeError) and not isinstance(cause, _MISSING):
-            return cause
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _unreadable(folder: pathlib.Path) -> OSError | None:
-    """Why the first that is unreadable in `folder` is so; orbax takes a folder that it cannot look at for missing."""
-
-    def fail(error: OSError):
-        raise error
-
-    try:
-        for parent, _, names in os.walk(folder, onerror=fail):
-            for name in names:
-                with open(os.path.join(parent, name), 'rb') as file:
-                    file.read(1)
-    except OSError as error:
-        return error
-    return None
-
-
-class _Guard:
-    """Turns any failure to write a checkpoint into a RunError that names the folder."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, errors.Failure):
-            reason = str(error).strip().split('\n')[0][:300]
-            raise errors.RunError(
-                f'{self._folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
-                'that were complete before are untouched; make room or mend the storage and run the same command again.'
-            ) from error
-
-
-@functools.cache
-def _ignore_late_reads() -> None:
-    """When a read fails orbax forgets the others, and closes the event loop they report to: not worth a traceback."""
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # 'Task exception was never retrieved'
-    before, late = sys.unraisablehook, ('Event loop is closed', 'Encountered error while reading array index')
-
-    def hook(unraisable):
-        if not str(unraisable.exc_value).startswith(late):
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _quiet_libraries() -> None:
-    for name in ('absl', 'orbax'):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        print(
+            f'{checkpoint_errors.damage(self.folder, damaged)} Moved to {aside}; going on from step {used}.',
+            file=sys.stderr,
+        )

@@ -91,6 +91,22 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Which implementation runs each op; none: the default for the chip (docs/kernels.md). A name works or is refused.
+
+    xla: plain JAX. triton: our kernels, on A100, H100 and H200. cudnn: NVIDIA's. interpret: the
+    Triton kernels interpreted on a CPU, to check them.
+    """
+
+    attention: str | None = None  # xla, triton, cudnn, interpret
+    rms_norm: str | None = None  # xla, triton, interpret; likewise below
+    rope: str | None = None
+    swiglu: str | None = None
+    cross_entropy: str | None = None
+    self_test: bool = True  # before the first step, compare each kernel with plain JAX on the run's mesh and shapes
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one may be -1 (the rest). Their product is the device count."""
 
@@ -106,7 +122,9 @@ class TrainConfig:
     num_steps: int = 1_430_512
     global_batch_size: int = 1_024  # sequences per optimiser step
     micro_batch_size: int = 8  # sequences per device in one forward pass
-    remat: str = 'full'  # full: recompute each layer in the backward pass (least memory); none: keep all
+    # full: recompute each layer in the backward pass (least memory); attention: all of it but attention; none: keep all
+    remat: str = 'full'
+    z_loss: float = 0.0  # weight of the mean squared log-sum-exp of the logits (PaLM: 1e-4); the paper has none
     log_every_steps: int = 10
     eval_every_steps: int = 5_000  # validation loss per source; 0: only at the end
     eval_rows: int = 512  # validation rows per source
@@ -126,6 +144,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelConfig = KernelConfig()
     train: TrainConfig = TrainConfig()
     seed: int = 3_407
 
@@ -156,6 +175,11 @@ def _from_plain(value: Any, hint: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved `to_dict` tree with the settings that are newer than it, at their defaults."""
+    return to_dict(from_dict(config))
+
+
 def differences(old: Any, new: Any, prefix: str = '') -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (old, new) of every leaf in which two `to_dict` trees differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -170,9 +194,14 @@ _CHOICES = {
     'model.init': ('normal', 'original'),
     'model.compute_dtype': (None, 'bfloat16', 'float32'),
     'data.shuffle': ('rows',),
+    'kernels.attention': (None, 'xla', 'triton', 'cudnn', 'interpret'),
+    **dict.fromkeys(
+        ('kernels.rms_norm', 'kernels.rope', 'kernels.swiglu', 'kernels.cross_entropy'),
+        (None, 'xla', 'triton', 'interpret'),
+    ),
     'optimizer.schedule': ('cosine', 'wsd'),
     'optimizer.decay': ('matrices', 'all'),
-    'train.remat': ('full', 'none'),
+    'train.remat': ('full', 'attention', 'none'),
     'train.mfu': ('C', 'F', 'N'),
 }
 _SOURCE_FORMATS = ('auto', 'jsonl', 'parquet', 'text')
@@ -180,7 +209,7 @@ _MAY_BE_ZERO = {
     'data.eos_per_document', 'data.holdout_share', 'data.holdout_min_rows', 'data.max_bad_share',
     'optimizer.final_learning_rate', 'optimizer.warmup_steps', 'optimizer.decay_steps',
     'optimizer.stuck_until_step', 'optimizer.beta1', 'optimizer.beta2', 'optimizer.weight_decay',
-    'train.eval_every_steps', 'seed',
+    'train.eval_every_steps', 'train.z_loss', 'seed',
 }  # fmt: skip
 
 

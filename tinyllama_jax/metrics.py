@@ -91,7 +91,7 @@ class Writer:
             self._file.write(json.dumps(record) + '\n')
             self._file.flush()
             for name, value in _flat(record):
-                if name != 'step' and value is not None:
+                if name != 'step' and isinstance(value, int | float):
                     self._board.add_scalar(name, value, record['step'])
         except OSError as error:
             raise errors.RunError(f'{self._file.name} cannot be written ({error.strerror}); make room.') from None

@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import cpu as ops  # plain JAX, right on any device; written for what XLA's CPU compiler does well
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
+from tinyllama_jax.ops import Ops
+
+# Policies of jax.checkpoint by the names in config.train.remat.
+_REMAT = {'full': None, 'attention': jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse')}
 
 
-def compute_dtype(config: ModelConfig):
+def compute_dtype(config: ModelConfig, ops: Ops | None = None):
     """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
     if config.compute_dtype:
         return jnp.dtype(config.compute_dtype)
-    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == 'gpu' else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if (ops or ops_lib.make_ops()).chip else jnp.float32)
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:
@@ -43,9 +47,9 @@ class RMSNorm(nnx.Module):
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.float32))
 
-    def __call__(self, x_BTD):
-        """Normed [B, T, D]."""
-        return ops.rms_norm(x_BTD, self.scale[...], eps=self.eps)
+    def __call__(self, x_BTD, ops: Ops, residual_BTD=None):
+        """Normed [B, T, D]; with a residual (normed sum, sum)."""
+        return ops.rms_norm(x_BTD, self.scale[...], eps=self.eps, residual_BTD=residual_BTD)
 
 
 class Attention(nnx.Module):
@@ -60,7 +64,7 @@ class Attention(nnx.Module):
         self.v = _weight(rngs, std, D, K, H)
         self.o = _weight(rngs, residual_std, N, H, D)
 
-    def __call__(self, x_BTD, positions_BT, segment_ids_BT=None, cache=None):
+    def __call__(self, x_BTD, ops: Ops, positions_BT, segment_ids_BT=None, cache=None):
         """Attended [B, T, D] and the cache with this layer's new keys and values (None without one)."""
         q_DNH, k_DKH, v_DKH, o_NHD = (w[...].astype(x_BTD.dtype) for w in (self.q, self.k, self.v, self.o))
         rotate = functools.partial(
@@ -93,7 +97,7 @@ class MLP(nnx.Module):
         self.up = _weight(rngs, std, config.embed_dim, config.hidden_dim)
         self.down = _weight(rngs, residual_std, config.hidden_dim, config.embed_dim)
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, ops: Ops):
         """Fed forward [B, T, D]."""
         gate_DF, up_DF, down_FD = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
         hidden_BTF = ops.swiglu(ops.linear(x_BTD, gate_DF), ops.linear(x_BTD, up_DF))
@@ -109,11 +113,12 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD, positions_BT, segment_ids_BT=None, cache=None):
+    def __call__(self, x_BTD, ops: Ops, positions_BT, segment_ids_BT=None, cache=None):
         """The residual stream [B, T, D] after this layer, and its cache."""
-        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        normed_BTD = self.attention_norm(x_BTD, ops)
+        attended_BTD, cache = self.attention(normed_BTD, ops, positions_BT, segment_ids_BT, cache)
+        normed_BTD, x_BTD = self.mlp_norm(attended_BTD, ops, x_BTD)
+        return x_BTD + self.mlp(normed_BTD, ops), cache
 
 
 class Llama(nnx.Module):
@@ -128,21 +133,21 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(config)
         self.lm_head = _weight(rngs, std, config.embed_dim, config.vocab_size)
 
-    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None, *, remat='none'):
+    def __call__(self, tokens_BT, ops: Ops, positions_BT=None, segment_ids_BT=None, cache=None, *, remat='none'):
         """Final hidden states [B, T, D] and the updated cache (None without one)."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         # Gathering in float32 keeps the embedding's gradient a float32 sum.
-        x_BTD = self.embed[...][tokens_BT].astype(compute_dtype(self.config))
+        x_BTD = ops.embed(self.embed[...], tokens_BT).astype(compute_dtype(self.config, ops))
 
         def body(x_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            return layer(x_BTD, positions_BT, segment_ids_BT, layer_cache)
+            return layer(x_BTD, ops, positions_BT, segment_ids_BT, layer_cache)
 
-        if remat == 'full':
-            body = jax.checkpoint(body, prevent_cse=not self.config.scan_layers)
+        if remat != 'none':
+            body = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=not self.config.scan_layers)
         x_BTD, cache = self._run_layers(body, x_BTD, cache)
-        return self.final_norm(x_BTD), cache
+        return self.final_norm(x_BTD, ops), cache
 
     def _run_layers(self, body, x_BTD, cache):
         if self.config.scan_layers:
@@ -171,16 +176,16 @@ def init_params(config: ModelConfig, key) -> dict:
     return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key))))
 
 
-def hidden(
-    params: dict, tokens_BT, config: ModelConfig, *, positions_BT=None, segment_ids_BT=None, cache=None, remat='none'
-):
+def hidden(params: dict, tokens_BT, config: ModelConfig, *, ops: Ops | None = None, positions_BT=None,
+           segment_ids_BT=None, cache=None, remat='none'):  # fmt: skip
     """Final hidden states [B, T, D] in the compute dtype, and the updated cache.
 
     Tokens see only those of their own segment; a cache is of one segment and takes no ids.
+    Without `ops`: the default ones of the default device.
     """
     assert cache is None or segment_ids_BT is None
     llama = nnx.merge(_graphdef(config), nnx.State(params))
-    return llama(tokens_BT, positions_BT, segment_ids_BT, cache, remat=remat)
+    return llama(tokens_BT, ops or ops_lib.make_ops(model=config), positions_BT, segment_ids_BT, cache, remat=remat)
 
 
 def logits(params: dict, x_BTD):
@@ -200,12 +205,16 @@ def loss(
     targets_BT,
     config: ModelConfig,
     *,
-    positions_BT=None,
-    segment_ids_BT=None,
+    ops: Ops | None = None,
     weights_BT=None,
-    remat='none',
+    z_loss=0.0,
+    **how,
 ):
-    """Mean next-token loss in nats, float32 scalar."""
-    x_BTD, _ = hidden(params, tokens_BT, config, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, remat=remat)
+    """(what training minimises, its parts {nll, z_loss}), float32 scalars; `how` is `hidden`'s.
+
+    nll is the mean next-token loss in nats.
+    """
+    ops = ops or ops_lib.make_ops(model=config)
+    x_BTD, _ = hidden(params, tokens_BT, config, ops=ops, **how)
     head_DV = params['lm_head'].astype(x_BTD.dtype)
-    return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT)
+    return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss)

@@ -17,6 +17,14 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import MeshConfig
 
 AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')  # the axes that split the batch
+VOCABULARY_AXIS = 'tensor'
+
+# Partitions of what the ops work on.
+TOKENS = P(BATCH)  # [B, T, ...]
+HEADS = P(BATCH, None, 'tensor', None)  # [B, T, N or K, H]
+HIDDEN = P(BATCH, None, 'tensor')  # [B, T, F]
+VOCABULARY = P(None, VOCABULARY_AXIS)  # [D, V]
 
 # (end of the parameter's path, partition); a leading None is the stacked layer axis.
 PARAM_RULES = (
@@ -70,12 +78,22 @@ def _sharding(path, leaf, mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
-    return mesh.shape['data'] * mesh.shape['fsdp']
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """Sharding of an array whose axis number `leading` is the batch."""
-    return NamedSharding(mesh, P(*(None,) * leading, ('data', 'fsdp')))
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH))
+
+
+def split_axes(spec: P, mesh: Mesh) -> P:
+    """`spec` without the axes of one device, along which nothing differs and nothing is to be summed."""
+
+    def kept(axes):
+        names = tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[name] > 1)
+        return names or None
+
+    return P(*map(kept, spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

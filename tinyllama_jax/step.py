@@ -15,7 +15,9 @@ import optax
 from jax.sharding import Mesh
 
 from tinyllama_jax import model, optimizer, sharding
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Config
+from tinyllama_jax.ops import Ops
 
 
 class TrainState(NamedTuple):
@@ -75,14 +77,16 @@ def _restarted_positions(segment_ids_BT):
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
 
 
-def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config):
-    """Mean loss and gradient over all A x B sequences; the sum over A is kept in float32."""
+def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops):
+    """The loss's parts and its gradient, means over all A x B sequences; the sum over A is kept in float32."""
+    options = {'ops': ops, 'z_loss': config.train.z_loss, 'remat': config.train.remat}
 
     def one(rows_BR, segment_ids_BR):
-        inputs_BT, targets_BT = _split(rows_BR)
-        return jax.value_and_grad(model.loss)(
-            params, inputs_BT, targets_BT, config.model, remat=config.train.remat, **_documents(segment_ids_BR, config)
-        )
+        documents = _documents(segment_ids_BR, config)
+        grads, parts = jax.grad(model.loss, has_aux=True)(
+            params, *_split(rows_BR), config.model, **options, **documents
+        )  # fmt: skip
+        return parts, grads
 
     if rows_ABR.shape[0] == 1:
         return one(*jax.tree.map(lambda x_ABR: x_ABR[0], (rows_ABR, segment_ids_ABR)))
@@ -90,53 +94,58 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config):
     def add(total, batch):
         return jax.tree.map(jnp.add, total, one(*batch)), None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    zero = ({name: jnp.zeros((), jnp.float32) for name in ('nll', 'z_loss')}, jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zero, (rows_ABR, segment_ids_ABR))
     return jax.tree.map(lambda leaf: leaf / rows_ABR.shape[0], total)
 
 
-def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config):
-    """One optimiser step; returns the new state and scalars {loss, grad_norm, learning_rate}.
+def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config, ops: Ops):
+    """One optimiser step; returns the new state and scalars {loss, grad_norm, learning_rate}, z_loss if there is one.
 
-    `grad_norm` is taken before clipping; `learning_rate` is the one this step used.
+    `loss` is the mean next-token loss, without the z-loss; `grad_norm` is taken before
+    clipping; `learning_rate` is the one this step used.
     """
-    loss, grads = _loss_and_grads(state.params, rows_ABR, segment_ids_ABR, config)
+    parts, grads = _loss_and_grads(state.params, rows_ABR, segment_ids_ABR, config, ops)
     tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
-        'loss': loss,
+        'loss': parts['nll'],
         'grad_norm': optax.tree.norm(grads),
         'learning_rate': optimizer.learning_rate(config.optimizer, config.train.num_steps)(state.step),
     }
+    if config.train.z_loss:
+        metrics['z_loss'] = parts['z_loss']
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config):
+def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config, ops: Ops):
     """Weighted mean loss of a batch; a weight of 0 marks a padding row."""
     inputs_BT, targets_BT = _split(rows_BR)
     weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
     documents = _documents(segment_ids_BR, config)
-    return model.loss(params, inputs_BT, targets_BT, config.model, weights_BT=weights_BT, **documents)
+    return model.loss(params, inputs_BT, targets_BT, config.model, ops=ops, weights_BT=weights_BT, **documents)[0]
 
 
-def jit_train_step(config: Config, mesh: Mesh):
+def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
     """`train_step` compiled for a mesh, its state donated."""
+    ops = ops or ops_lib.make_ops(config.kernels, mesh, model=config.model)
     specs = state_shardings(config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
     return jax.jit(
-        functools.partial(train_step, config=config),
+        functools.partial(train_step, config=config, ops=ops),
         in_shardings=(specs, rows, rows),
         out_shardings=(specs, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def jit_eval_step(config: Config, mesh: Mesh):
+def jit_eval_step(config: Config, mesh: Mesh, ops: Ops | None = None):
     """`eval_step` compiled for a mesh."""
+    ops = ops or ops_lib.make_ops(config.kernels, mesh, model=config.model)
     batch = sharding.batch_sharding(mesh)
     params = state_shardings(config, mesh).params
     return jax.jit(
-        functools.partial(eval_step, config=config),
+        functools.partial(eval_step, config=config, ops=ops),
         in_shardings=(params, batch, batch, batch),
         out_shardings=sharding.replicated(mesh),
     )

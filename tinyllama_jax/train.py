@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, errors, flops, metrics, runtime, sharding, validation, workdir
+from tinyllama_jax import checkpoint, errors, flops, metrics, ops, runtime, selftest, sharding, validation, workdir
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -51,13 +51,14 @@ class _Run:
     """One start of a run: its mesh, state, data and writers."""
 
     def __init__(self, config: Config, folder: pathlib.Path, command: str, hooks: tuple[Hook, ...]):
-        self.config, self.folder, self.hooks, self.profiling = config, folder, hooks, False
+        self.config, self.folder, self.hooks, self.profiling, self.unwritten = config, folder, hooks, False, True
         self.command = command or f'main.py train --config=FILE --workdir={folder}'
         prepare_command = 'python ' + self.command.replace(' train ', ' prepare ', 1)
         tokens = store.TokenStore(config.data.store_path(folder), prepare_command)
         self.data = pipeline.make_dataset(config, tokens)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.eval_step = step_lib.jit_eval_step(config, self.mesh)
+        self.ops = ops.make_ops(config.kernels, self.mesh, model=config.model)
+        self.eval_step = step_lib.jit_eval_step(config, self.mesh, self.ops)
         self.accumulation = accumulation_steps(config, sharding.batch_shards(self.mesh))
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
@@ -68,13 +69,13 @@ class _Run:
         self.recomputed = metrics.Recomputed(folder / 'metrics.jsonl', self.start)
         metrics.cut_records(folder / 'validation.jsonl', self.start)
         record = workdir.write_record(folder, config, command)
-        if not _same_losses(before, record):
+        if not workdir.same_losses(before, record):
             self.recomputed.forget()
         self.writer = metrics.Writer(folder / 'metrics.jsonl', start_step=self.start)
         self.validations = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_len
         self.progress = metrics.Progress(self.start, config.train.num_steps, tokens_per_step=self.tokens_per_step)
-        changed = config_lib.differences(_completed(before['config']), record['config'], 'config') if before else {}
+        changed = config_lib.differences(before['config'], record['config'], 'config') if before else {}
         for field, (old, new) in changed.items():
             self.progress.say(f'changed since the last start: {field} was {old}, is {new}')
 
@@ -93,7 +94,7 @@ class _Run:
         found = config_lib.differences(saved, wanted, 'config')
         if not found and meta['data'] not in (None, self.data.fingerprint):
             changed = config_lib.differences(
-                _completed(meta['config'])['data'], config_lib.to_dict(self.config.data), 'config.data'
+                config_lib.completed(meta['config'])['data'], config_lib.to_dict(self.config.data), 'config.data'
             )
             found = changed or {'data (the store behind it)': (meta['data'][:12], self.data.fingerprint[:12])}
         for field, (old, new) in found.items():
@@ -108,7 +109,10 @@ class _Run:
             self.progress.say(f'{self.folder}: trained to step {self.start}; nothing to do for num_steps={stop}.')
             return
         self.progress.say(self._banner())
-        train_step = step_lib.jit_train_step(self.config, self.mesh)
+        self.progress.say(self.ops.table())
+        if self.config.kernels.self_test:
+            selftest.check(self.config, self.ops, self.progress.say)
+        train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)
         self.throughput, self.logged, saved, pending = metrics.Throughput(), self.start, self.start, None
         batches = self.data.batches(
             self.start, stop, accumulation=self.accumulation, columns=sharding.local_columns(self.mesh, self._columns())
@@ -169,6 +173,8 @@ class _Run:
         record['mfu'] = flops.mfu(
             self.config.model, self.config.train.mfu, record['tokens_per_second'], kind, self.mesh.size
         )
+        if self.unwritten:  # once per start, beside what it explains
+            record['kernels'], self.unwritten = dict(self.ops.implementations), False
         self.logged = step
         self.writer.write(record)
         self.progress.update(record)
@@ -221,23 +227,3 @@ class _Run:
         self.progress.close()
         self.writer.close()
         self.validations.close()
-
-
-def _completed(config: dict) -> dict:
-    """A saved configuration with the settings that are newer than it, at their defaults."""
-    return config_lib.to_dict(config_lib.from_dict(config))
-
-
-def _same_losses(before: dict | None, now: dict) -> bool:
-    """Whether two starts of a run must compute the same losses, digit for digit."""
-    return (
-        before is not None
-        and all(before[key] == now[key] for key in ('commit', 'versions', 'devices'))
-        and _decisive(before['config']) == _decisive(now['config'])
-    )
-
-
-def _decisive(config: dict) -> dict:
-    """The settings that decide the losses, out of those a resume may change."""
-    train = {name: config['train'][name] for name in ('num_steps', 'micro_batch_size', 'remat')}
-    return {name: config[name] for name in ('model', 'optimizer', 'mesh')} | train

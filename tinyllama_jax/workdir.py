@@ -46,9 +46,27 @@ def write_record(workdir: pathlib.Path, config: Config, command: str) -> dict[st
 
 
 def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The content of WORKDIR/config.json, or None where there is none."""
+    """The content of WORKDIR/config.json, with settings newer than it at their defaults; None where there is none."""
     path = workdir / 'config.json'
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return record | {'config': config_lib.completed(record['config'])}
+
+
+def same_losses(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether two starts of a run, by their records, must compute the same losses, digit for digit."""
+    return (
+        before is not None
+        and all(before[key] == now[key] for key in ('commit', 'versions', 'devices'))
+        and _decisive(before['config']) == _decisive(now['config'])
+    )
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide the losses, out of those a resume may change."""
+    train = {name: config['train'][name] for name in ('num_steps', 'micro_batch_size', 'remat', 'z_loss')}
+    return {name: config[name] for name in ('model', 'optimizer', 'mesh', 'kernels')} | train
 
 
 def read_config(workdir: pathlib.Path) -> Config:

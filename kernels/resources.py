@@ -1,0 +1,191 @@
+"""What each kernel needs of a chip, compiled for it where there is none: `python -m kernels.resources [--json]`.
+
+Every kernel that an op launches, forward and backward, at the shapes of the 1.1 B model, is compiled
+by Triton and assembled by its ptxas. Ends with 1 if one of them spills registers, needs global
+scratch or more shared memory than a block has, or rounds float32 to tf32.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import attention, cross_entropy, launch, rms_norm, rope, swiglu
+
+SHARED_BYTES = {'sm_80': 163 * 1024, 'sm_90': 227 * 1024}  # a block's limit (CUDA C++ Programming Guide, table 30)
+_POINTERS = {'bfloat16': '*bf16', 'float32': '*fp32', 'int32': '*i32'}
+_TOOLS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin'
+# The 1.1 B model (paper, table 1), at a micro-batch of 8.
+_B, _T, _N, _K, _D, _F, _V = 8, 2048, 32, 4, 2048, 5632, 32000
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel with what it is compiled for; `variant` says which of its forms this is."""
+
+    kernel: triton.JITFunction
+    variant: str
+    arrays: tuple
+    tile: launch.Tile
+    constants: dict
+
+    @property
+    def name(self) -> str:
+        """As attention_forward bfloat16 H64."""
+        return f'{self.kernel.__name__.removesuffix("_kernel")} {self.variant}'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder(launch.Target):
+    """Stands in for a chip: notes what would be launched on it."""
+
+    variant: str = ''
+    launches: list = dataclasses.field(default_factory=list, compare=False)
+
+    def call(self, kernel, inputs, outputs, *, grid, tile, **constants):
+        """Outputs of zeros."""
+        self.launches.append(Launch(kernel, self.variant, (*inputs, *outputs), tile, constants | tile.sizes))
+        return tuple(jnp.zeros(output.shape, output.dtype) for output in outputs)
+
+
+def launches(chip: str) -> list[Launch]:
+    """Each form of each kernel that the ops launch at 1.1 B shapes: dtypes, head dims, segment ids, fused residual."""
+    found = []
+    for dtype in ('bfloat16', 'float32'):
+        for H in (64, 128):
+            found += _attention(chip, dtype, H, segments=False) + _attention(chip, dtype, H, segments=True)
+        found += _rows(chip, dtype)
+    return list({launched.name: launched for launched in found}.values())
+
+
+def _recorded(chip: str, variant: str, function, *arrays) -> list[Launch]:
+    """What `function(target, *arrays)` and its gradient launch."""
+    recorder = _Recorder(chip, variant=variant)
+
+    def gradients(*arrays):
+        out, vjp = jax.vjp(lambda *arrays: function(recorder, *arrays), *arrays)
+        return vjp(out)
+
+    jax.eval_shape(gradients, *arrays)
+    return recorder.launches
+
+
+def _attention(chip: str, dtype: str, H: int, *, segments: bool) -> list[Launch]:
+    q, k = (jax.ShapeDtypeStruct((_B, _T, heads, H), dtype) for heads in (_N, _K))
+
+    def function(target, q, k, v):
+        ids_BT = jnp.zeros((_B, _T), jnp.int32) if segments else None
+        return attention.attention(q, k, v, ids_BT, target)
+
+    found = _recorded(chip, f'{dtype} H{H}' + ' segments' * segments, function, q, k, k)
+    return [launched for launched in found if launched.constants.get('SEGMENTS', False) == segments]
+
+
+def _rows(chip: str, dtype: str) -> list[Launch]:
+    """The launches of the ops that stream memory."""
+    x, scale = jax.ShapeDtypeStruct((_B, _T, _D), dtype), jax.ShapeDtypeStruct((_D,), jnp.float32)
+    heads, wide = jax.ShapeDtypeStruct((_B, _T, _N, 64), dtype), jax.ShapeDtypeStruct((_B, _T, _F), dtype)
+    head = jax.ShapeDtypeStruct((_D, _V), dtype)
+
+    def normed(target, x, scale, residual=None):
+        return rms_norm.rms_norm(x, scale, residual, 1e-5, target)
+
+    def turned(target, x):
+        return rope.rope(x, jnp.zeros((_B, _T), jnp.int32), 10_000.0, 1.0, target)
+
+    def loss(target, x, head):
+        return cross_entropy.cross_entropy(x, head, jnp.zeros((_B, _T), jnp.int32), None, 0.0, None, target)[0]
+
+    return [
+        *_recorded(chip, dtype, normed, x, scale),
+        *_recorded(chip, f'{dtype} residual', normed, x, scale, x),
+        *_recorded(chip, dtype, turned, heads),
+        *_recorded(chip, dtype, lambda target, gate, up: swiglu.swiglu(gate, up, target), wide, wide),
+        *_recorded(chip, dtype, loss, x, head),
+    ]
+
+
+def compiled(launched: Launch, chip: str):
+    """Triton's compiled kernel, as jax-triton would have it: every address a multiple of 16 bytes."""
+    pointers = [_POINTERS[array.dtype.name] for array in launched.arrays]
+    names = launched.kernel.arg_names
+    signature = dict(zip(names, pointers, strict=False)) | dict.fromkeys(names[len(pointers) :], 'constexpr')
+    source = ASTSource(
+        fn=launched.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in launched.constants.items()},
+        attrs={(i,): [['tt.divisibility', 16]] for i in range(len(pointers))},
+    )
+    # Importing jax-triton sets it to nothing, which Triton takes for a path.
+    os.environ['TRITON_CACHE_DIR'] = os.environ.get('TRITON_CACHE_DIR') or tempfile.mkdtemp(prefix='triton-')
+    target = GPUTarget('cuda', int(chip.removeprefix('sm_')), 32)
+    options = {'num_warps': launched.tile.warps, 'num_stages': launched.tile.stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def usage(launched: Launch, chip: str) -> dict:
+    """What a kernel takes of the chip; `spills` counts loads and stores, `tf32` instructions that round float32."""
+    binary = compiled(launched, chip)
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(binary.asm['cubin'])
+        file.flush()
+        resources, code = (
+            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (('cuobjdump', '--dump-resource-usage'), ('nvdisasm', '-c'))
+        )
+    return {
+        'kernel': launched.name,
+        'chip': chip,
+        'registers': int(re.search(r'REG:(\d+)', resources)[1]),
+        'spills': len(re.findall(r'\b(?:STL|LDL)\b', code)),
+        'shared_bytes': binary.metadata.shared,
+        'global_scratch_bytes': binary.metadata.global_scratch_size,
+        'tf32': len(re.findall(r'\.tf32', binary.asm['ptx'])),
+    }
+
+
+def table(chips=launch.CHIPS) -> list[dict]:
+    """The usage of every kernel on every chip."""
+    jobs = [(launched, chip) for chip in chips for launched in launches(chip)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas and the disassembler are processes
+        return list(pool.map(lambda job: usage(*job), jobs))
+
+
+def faults(row: dict) -> list[str]:
+    """What keeps a kernel from running well, or right, on its chip."""
+    found = [f'{row[name]} {name}' for name in ('spills', 'global_scratch_bytes', 'tf32') if row[name]]
+    if row['shared_bytes'] > SHARED_BYTES[row['chip']]:
+        found.append(f'{row["shared_bytes"]} shared_bytes of {SHARED_BYTES[row["chip"]]}')
+    return found
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table as docs/kernels.md holds it."""
+    columns = list(rows[0])
+    lines = ['| ' + ' | '.join(column.replace('_', ' ') for column in columns) + ' |', '|' + '---|' * len(columns)]
+    return '\n'.join(lines + ['| ' + ' | '.join(str(row[column]) for column in columns) + ' |' for row in rows])
+
+
+def main(*arguments: str) -> int:
+    """Prints the table, in Markdown or as JSON; returns the exit status."""
+    rows = table()
+    print(json.dumps(rows, indent=1) if '--json' in arguments else markdown(rows))
+    bad = {f'{row["kernel"]} on {row["chip"]}': faults(row) for row in rows if faults(row)}
+    for kernel, reasons in bad.items():
+        print(f'{kernel}: {", ".join(reasons)}', file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Rotary position embedding, half rotation (Su et al., 2021), as a Triton kernel; its gradient is the turn back.
+
+The angles' cosines and sines [B, T, h] are made once, by XLA, in float32 (`reference.rotary_angles`):
+an eighth of what the kernel reads at 32 heads.
+
+Shapes: B batch, T time, N heads, H head dim, h = H / 2.
+"""
+
+import functools
+
+import jax
+import triton
+import triton.language as tl
+
+from kernels import launch, reference
+
+
+@triton.jit
+def rope_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr,
+    ROWS: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of the rows [B x T x N, H] of y: x turned by SIGN times the angles of its position."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    places = tl.arange(0, HALF)[None, :]
+    inside = rows[:, None] < ROWS
+    angles = (rows // N)[:, None] * HALF + places
+    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=inside, other=0.0) * SIGN
+    offsets = rows.to(tl.int64)[:, None] * (2 * HALF) + places
+    a = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+    dtype = y_ptr.dtype.element_ty
+    tl.store(y_ptr + offsets, (a * cos - b * sin).to(dtype), mask=inside)
+    tl.store(y_ptr + offsets + HALF, (b * cos + a * sin).to(dtype), mask=inside)
+
+
+def rope(x_BTNH, positions_BT, base, scaling, target: launch.Target):
+    """Turned [B, T, N, H] on one device, as `reference.rope`."""
+    angles = reference.rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling)
+    return _turned(x_BTNH, *(angle_BT1h[:, :, 0] for angle_BT1h in angles), target)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _turned(x_BTNH, cos_BTh, sin_BTh, target):
+    return _turn(x_BTNH, cos_BTh, sin_BTh, 1, target)
+
+
+def _turned_fwd(x_BTNH, cos_BTh, sin_BTh, target):
+    return _turn(x_BTNH, cos_BTh, sin_BTh, 1, target), (cos_BTh, sin_BTh)
+
+
+def _turned_bwd(target, angles, dy_BTNH):
+    cos_BTh, sin_BTh = angles
+    return _turn(dy_BTNH, cos_BTh, sin_BTh, -1, target), None, None
+
+
+_turned.defvjp(_turned_fwd, _turned_bwd)
+
+
+def _turn(x_BTNH, cos_BTh, sin_BTh, sign, target):
+    B, T, N, H = x_BTNH.shape
+    tile, rows = target.tile('rope'), B * T * N
+    like = jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype)
+    sizes = {'ROWS': rows, 'N': N, 'HALF': H // 2, 'SIGN': sign}
+    grid = (-(-rows // tile.sizes['BLOCK']),)
+    return target.call(rope_kernel, (x_BTNH, cos_BTh, sin_BTh), (like,), grid=grid, tile=tile, **sizes)[0]

@@ -1,0 +1,115 @@
+"""What every implementation of an op is held to: the reference's values and gradients, to a stated error.
+
+An op's test gives its cases; each check runs `kernels.dispatch`'s op with one `impl` and the plain
+op of `kernels.reference` on the same arrays.
+"""
+
+import functools
+import importlib.util
+import re
+import zlib
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import dispatch, launch, reference
+
+needs_triton = pytest.mark.skipif(
+    not importlib.util.find_spec('triton'), reason='Triton is there for Linux on x86-64 and ARM only'
+)
+FLOAT32 = 2e-6  # relative error in norm; float32 rounds by 6e-8, and sums of hundreds of terms by some times that
+INTERPRETER = launch.Target(interpret=True)
+
+
+def few_examples(count: int):
+    """hypothesis's settings for a slow property: the same few examples in every run, not made smaller if one fails."""
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    return hypothesis.settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=phases)
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0):
+    """Normal float32 numbers of this scale."""
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def results(function, arrays, *, seed: int = 7):
+    """Values of `function` and its gradients of `arrays` under random cotangents, as a flat list of numpy arrays."""
+    out, vjp = jax.vjp(function, *arrays)
+    leaves, structure = jax.tree.flatten(out)
+    rng = np.random.default_rng(seed)
+    cotangents = [jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    gradients = vjp(jax.tree.unflatten(structure, cotangents))
+    return [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (*leaves, *gradients)]
+
+
+def errors(found, wanted, floor: float = 1e-3) -> list[float]:
+    """Relative errors in norm; of results below `floor`, which are little but rounding, errors relative to it."""
+    pairs = zip(found, wanted, strict=True)
+    return [float(np.linalg.norm(x - y) / max(np.linalg.norm(y), floor)) for x, y in pairs]
+
+
+def _functions(op: str, impl: str, options: dict):
+    kernel = functools.partial(getattr(dispatch, op), impl=impl, **options)
+    plain = functools.partial(getattr(reference, op), **options)
+    if op == 'cross_entropy':  # its parts have no gradient
+        return (lambda *arrays: kernel(*arrays)[0]), (lambda *arrays: plain(*arrays)[0])
+    if op == 'rms_norm':
+        return _with_residual(kernel), _with_residual(plain)
+    return kernel, plain
+
+
+def _with_residual(function):
+    """Takes the residual, if there is one, as a third array."""
+    return lambda x, scale, *rest: function(x, scale, residual_BTD=rest[0] if rest else None)
+
+
+def check_float32(op: str, arrays, *, impl: str = 'interpret', floor: float = 1e-3, **options) -> None:
+    """Values and gradients in float32 within `FLOAT32` of the reference's."""
+    kernel, plain = _functions(op, impl, options)
+    found = errors(results(kernel, arrays), results(plain, arrays), floor)
+    assert max(found) <= FLOAT32, found
+
+
+def check_bfloat16(op: str, arrays, *, impl: str = 'interpret', **options) -> None:
+    """In bfloat16 at most twice as far from the float32 reference as XLA's own bfloat16 is."""
+    kernel, plain = _functions(op, impl, options)
+    rounded = [x.astype(jnp.bfloat16) for x in arrays]
+    exact = results(plain, [x.astype(jnp.float32) for x in rounded])
+    found, xla = (errors(results(function, rounded), exact) for function in (kernel, plain))
+    assert all(ours <= 2 * theirs + 1e-6 for ours, theirs in zip(found, xla, strict=True)), (found, xla)
+
+
+def check_extreme(op: str, arrays, *, impl: str = 'interpret', floor: float = 1e-3, **options) -> None:
+    """Finite, and at most 4 times as far from float64 as the float32 reference is (or float32's own rounding)."""
+    kernel, plain = _functions(op, impl, options)
+    found, in_float32 = results(kernel, arrays), results(plain, arrays)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in arrays]
+        _, wide_plain = _functions(op, impl, options)
+        exact = results(wide_plain, wide)
+    assert all(np.isfinite(x).all() for x in found)
+    ours, theirs = (errors(got, exact, floor) for got in (found, in_float32))
+    assert all(our <= max(4 * their, FLOAT32) for our, their in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def cuda_kernels(function, *arrays) -> list[str]:
+    """Names of the Triton kernels that a function's program for CUDA calls, in the order of the program's text."""
+    program = jax.jit(function).trace(*arrays).lower(lowering_platforms=('cuda',))
+    return kernels_in(program.as_text())
+
+
+def kernels_in(program: str) -> list[str]:
+    """Names of the Triton kernels that a lowered program calls: each call holds its kernel compressed."""
+    found = []
+    for text in re.findall(r'@triton_kernel_call\(.*?backend_config = "((?:[^"\\]|\\.)*)"', program):
+        packed = re.sub(rb'\\([0-9A-F]{2}|.)', _unescaped, text.encode())
+        found += [name.decode() for name in set(re.findall(rb'\b[a-z_]+_kernel\b', zlib.decompress(packed)))]
+    return found
+
+
+def _unescaped(match) -> bytes:
+    escaped = match[1]
+    return bytes.fromhex(escaped.decode()) if len(escaped) == 2 else escaped

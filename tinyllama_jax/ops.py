@@ -1,0 +1,157 @@
+"""The five ops under the mesh: each runs on its device's part of the arrays, as one table of partitions says.
+
+XLA would gather a kernel's inputs and run it whole on every device; so every op, whichever its
+implementation, is called inside `jax.shard_map`, the only one in this project.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels import dispatch, reference
+from tinyllama_jax import errors, sharding
+from tinyllama_jax.config import KernelConfig, ModelConfig
+from tinyllama_jax.sharding import BATCH, HEADS, HIDDEN, TOKENS, VOCABULARY, VOCABULARY_AXIS
+
+# op: (partitions of its arrays, partition of its results)
+_PARTITIONS = {
+    'attention': ((HEADS, HEADS, HEADS, TOKENS), HEADS),
+    'rms_norm': ((TOKENS, P(), TOKENS), TOKENS),
+    'rope': ((HEADS, TOKENS), HEADS),
+    'swiglu': ((HIDDEN, HIDDEN), HIDDEN),
+    'cross_entropy': ((TOKENS, VOCABULARY, TOKENS, TOKENS), P()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The ops as a run has chosen them; make it with `make_ops`. Arguments and results are `kernels.dispatch`'s."""
+
+    implementations: tuple[tuple[str, str], ...]  # (op, its implementation's name), hashable as a static argument is
+    chip: str | None  # the GPU's compute capability, as sm_90; None for a CPU
+    mesh: Mesh | None  # None: one device
+
+    def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
+        """Causal grouped-query attention over whole sequences [B, T, N, H]."""
+
+        def local(q, k, v, ids):
+            return dispatch.attention(q, k, v, segment_ids_BT=ids, **self._how('attention'))
+
+        return self._on_each_device('attention', local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    def rms_norm(self, x_BTD, scale_D, *, eps, residual_BTD=None):
+        """Normed [B, T, D]; with a residual (normed sum, sum)."""
+
+        def local(x, scale, residual):
+            return dispatch.rms_norm(x, scale, eps=eps, residual_BTD=residual, **self._how('rms_norm'))
+
+        return self._on_each_device('rms_norm', local, x_BTD, scale_D, residual_BTD)
+
+    def rope(self, x_BTNH, positions_BT, *, base, scaling=1.0):
+        """Queries or keys [B, T, N, H] turned by their positions."""
+
+        def local(x, positions):
+            return dispatch.rope(x, positions, base=base, scaling=scaling, **self._how('rope'))
+
+        return self._on_each_device('rope', local, x_BTNH, positions_BT)
+
+    def swiglu(self, gate_BTF, up_BTF):
+        """silu(gate) * up, [B, T, F]."""
+
+        def local(gate, up):
+            return dispatch.swiglu(gate, up, **self._how('swiglu'))
+
+        return self._on_each_device('swiglu', local, gate_BTF, up_BTF)
+
+    def cross_entropy(self, x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
+        """(mean loss over all devices, its parts), scalars."""
+        options = {'z_loss': z_loss, **self._how('cross_entropy')}
+        if not self._sharded():
+            return dispatch.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, **options)
+
+        def local(x, head, targets, weights):
+            losses = dispatch.cross_entropy(
+                x, head, targets, weights_BT=weights, vocab_axis=vocab_axis, **options
+            )  # fmt: skip
+            share = jnp.sum(weights) / jnp.maximum(jax.lax.psum(jnp.sum(weights), batch), 1e-9)
+            return jax.tree.map(lambda loss: jax.lax.psum(loss * share, batch), losses)
+
+        batch = tuple(axis for axis in BATCH if self.mesh.shape[axis] > 1)
+        vocab_axis = VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
+        weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT
+        return self._on_each_device('cross_entropy', local, x_BTD, head_DV, targets_BT, weights_BT)
+
+    def table(self) -> str:
+        """One line that says what runs each op, and on what."""
+        names = ', '.join(f'{op} {name}' for op, name in self.implementations)
+        return f'ops on {self.chip or "CPU"}: {names}'
+
+    def embed(self, table_VD, tokens_BT):
+        """Rows of the table, [B, T, D]. Left to itself XLA would gather the tokens and their rows, not the table."""
+        if not self._sharded():
+            return table_VD[tokens_BT]
+        whole, split = (NamedSharding(self.mesh, spec) for spec in (P(), TOKENS))
+        return jax.lax.with_sharding_constraint(
+            jax.lax.with_sharding_constraint(table_VD, whole)[tokens_BT], split
+        )  # fmt: skip
+
+    def linear(self, x, w):
+        """x [B, T, *inputs] times w [*inputs, *outputs]; a library's matrix product, which XLA partitions."""
+        return dispatch.linear(x, w, chip=self.chip)
+
+    def cached_attention(self, q_BTNH, k_BSKH, v_BSKH, positions_BT):
+        """Attention over a key-value cache."""
+        return reference.cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT)
+
+    def _how(self, op: str) -> dict:
+        return {'impl': dict(self.implementations)[op], 'chip': self.chip}
+
+    def _sharded(self) -> bool:
+        return self.mesh is not None and self.mesh.size > 1
+
+    def _on_each_device(self, op: str, local, *arrays):
+        if not self._sharded():
+            return local(*arrays)
+        specs = jax.tree.map(lambda spec: sharding.split_axes(spec, self.mesh), _PARTITIONS[op])
+        in_specs, out_specs = specs
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+
+
+def chip_of(device) -> str | None:
+    """sm_90 and the like for an NVIDIA GPU, None for a CPU."""
+    return f'sm_{device.compute_capability.replace(".", "")}' if device.platform in ('gpu', 'cuda') else None
+
+
+def make_ops(
+    kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
+    mesh: Mesh | None = None,
+    *,
+    model: ModelConfig | None = None,
+    chip: str | None = None,
+) -> Ops:
+    """The ops that `kernels` names, or the defaults of the mesh's chip; without a mesh, for the default device.
+
+    `chip` stands in for that of the devices, to lower a program for a GPU that is not there.
+    Raises UsageError for an implementation that cannot run there, or not for `model`.
+    """
+    chip = chip or chip_of(mesh.devices.flat[0] if mesh else jax.devices()[0])
+    chosen = []
+    for op in dispatch.OPS:
+        try:
+            chosen.append((op, dispatch.implementation(op, impl=getattr(kernels, op), chip=chip)))
+        except (ValueError, ImportError) as error:
+            raise errors.UsageError(f'config.kernels.{op}: {str(error).removeprefix(op + ": ")}.') from None
+        if model and op in ('attention', 'rope') and chosen[-1][1] in ('triton', 'interpret'):
+            _check_head_dim(op, chosen[-1][1], model.head_dim)
+    return Ops(tuple(chosen), chip, mesh)
+
+
+def _check_head_dim(op: str, impl: str, head_dim: int) -> None:
+    if head_dim not in dispatch.HEAD_DIMS:
+        raise errors.UsageError(
+            f'config.kernels.{op}: {impl} takes {dispatch.HEAD_DIMS}, but config.model.head_dim is {head_dim}; '
+            f'choose another, or --config.kernels.{op}=xla.'
+        )
