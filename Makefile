@@ -57,8 +57,9 @@ $(RUN_STAMP): requirements.txt $(LOCK)
 	@touch $@
 
 # The first stamp is away while packages are added, so an environment left half made is made anew.
-$(DEV_STAMP): $(RUN_STAMP) requirements-dev.txt
+$(DEV_STAMP): $(RUN_STAMP) requirements-dev.txt requirements-kernels.txt
 	@echo 'Adding what the tests need to $(VENV) (a minute or two from a warm package cache) ...'
 	@rm $(RUN_STAMP)
 	@$(INSTALL) requirements-dev.txt
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --no-deps -r requirements-kernels.txt
 	@touch $(RUN_STAMP) $@

@@ -61,7 +61,7 @@ def _loss(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
     """The loss and its two parts, of which only the loss has a gradient."""
 
     def add(parts, chunk):
-        added, _ = _parts(*chunk, head_DV, z_loss, vocab_axis, rows)
+        added, _ = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
         return jax.tree.map(jnp.add, parts, added), None
 
     (nll, z), _ = jax.lax.scan(add, _zeros(weights_nC), (x_nCD, targets_nC, weights_nC))
@@ -73,7 +73,7 @@ def _loss_fwd(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
     def add(sums, chunk):
         parts, dhead_DV = sums
         x_CD, targets_C, weights_C = chunk
-        added, (kept, top_C, lse_C) = _parts(*chunk, head_DV, z_loss, vocab_axis, rows)
+        added, (kept, top_C, lse_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
         growth_C = weights_C * (1 + 2 * z_loss * lse_C)
         dlogits_CV = rows.gradient(kept, top_C, targets_C, lse_C, growth_C, weights_C, x_CD.dtype)
         dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
@@ -104,8 +104,9 @@ def _zeros(weights_nC):
     return (jnp.zeros_like(weights_nC, shape=()),) * 2
 
 
-def _parts(x_CD, targets_C, weights_C, head_DV, z_loss, vocab_axis, rows):
+def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
     """A chunk's (negative log-likelihood, z-loss) and (what the rows keep, their maxima, their log-sum-exp)."""
+    x_CD, targets_C, weights_C = chunk
     logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
     top_C, total_C, picked_C, kept = rows.sums(logits_CV, targets_C)
     lse_C, picked_C = _over_the_vocabulary(top_C, total_C, picked_C, vocab_axis)

@@ -1,7 +1,7 @@
 """Rotary position embedding, half rotation (Su et al., 2021), as a Triton kernel; its gradient is the turn back.
 
-The angles' cosines and sines [B, T, h] are made once, by XLA, in float32 (`reference.rotary_angles`):
-an eighth of what the kernel reads at 32 heads.
+The angles' cosines and sines [B, T, h] are made by XLA, in float32 (`reference.rotary_angles`): a
+sixteenth of what the kernel reads at 32 heads.
 
 Shapes: B batch, T time, N heads, H head dim, h = H / 2.
 """
@@ -35,31 +35,27 @@ def rope_kernel(
     tl.store(y_ptr + offsets + HALF, (b * cos + a * sin).to(dtype), mask=inside)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def rope(x_BTNH, positions_BT, base, scaling, target: launch.Target):
-    """Turned [B, T, N, H] on one device, as `reference.rope`."""
-    angles = reference.rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling)
-    return _turned(x_BTNH, *(angle_BT1h[:, :, 0] for angle_BT1h in angles), target)
+    """Turned [B, T, N, H] on one device, as `reference.rope`; the angles are made again for the gradient."""
+    return _turn(x_BTNH, positions_BT, base, scaling, target, sign=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _turned(x_BTNH, cos_BTh, sin_BTh, target):
-    return _turn(x_BTNH, cos_BTh, sin_BTh, 1, target)
+def _rope_fwd(x_BTNH, positions_BT, base, scaling, target):
+    return _turn(x_BTNH, positions_BT, base, scaling, target, sign=1), positions_BT
 
 
-def _turned_fwd(x_BTNH, cos_BTh, sin_BTh, target):
-    return _turn(x_BTNH, cos_BTh, sin_BTh, 1, target), (cos_BTh, sin_BTh)
+def _rope_bwd(base, scaling, target, positions_BT, dy_BTNH):
+    return _turn(dy_BTNH, positions_BT, base, scaling, target, sign=-1), None
 
 
-def _turned_bwd(target, angles, dy_BTNH):
-    cos_BTh, sin_BTh = angles
-    return _turn(dy_BTNH, cos_BTh, sin_BTh, -1, target), None, None
+rope.defvjp(_rope_fwd, _rope_bwd)
 
 
-_turned.defvjp(_turned_fwd, _turned_bwd)
-
-
-def _turn(x_BTNH, cos_BTh, sin_BTh, sign, target):
+def _turn(x_BTNH, positions_BT, base, scaling, target, *, sign):
     B, T, N, H = x_BTNH.shape
+    angles = reference.rotary_angles(positions_BT, H // 2, base=base, scaling=scaling)
+    cos_BTh, sin_BTh = (angle_BT1h[:, :, 0] for angle_BT1h in angles)
     tile, rows = target.tile('rope'), B * T * N
     like = jax.ShapeDtypeStruct(x_BTNH.shape, x_BTNH.dtype)
     sizes = {'ROWS': rows, 'N': N, 'HALF': H // 2, 'SIGN': sign}

@@ -14,8 +14,9 @@ import time
 import pytest
 
 from eval_bridge import convert
-from tests import tiny
+from tests import kernel_checks, tiny
 from tinyllama_jax import errors, experiment, metrics, train
+from tinyllama_jax.config import KernelConfig
 from tinyllama_jax.data import pipeline, prepare
 from tinyllama_jax.data import store as token_store
 
@@ -287,6 +288,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(store, tmp_p
     with pytest.raises(errors.RunError, match=r'step \d+: the loss is .*(nan|inf)'):
         train.train(config, tmp_path)
     assert list((tmp_path / 'checkpoints').iterdir()) == []
+
+
+@kernel_checks.needs_triton
+def test_a_kernel_is_tested_named_and_gives_the_same_losses(store, tmp_path, short_run, capsys):
+    config = dataclasses.replace(_config(store, num_steps=2), kernels=KernelConfig(swiglu='interpret'))
+    train.train(config, tmp_path)
+    said = capsys.readouterr().err
+    assert 'ops on CPU: attention xla, rms_norm xla, rope xla, swiglu interpret, cross_entropy xla\n' in said
+    assert 'self-test passed: largest errors in float32 swiglu ' in said
+    first, *others = metrics.read_records(tmp_path / 'metrics.jsonl')
+    assert first['kernels']['swiglu'] == 'interpret' and first['kernels']['rope'] == 'xla'
+    assert not any('kernels' in record for record in others)
+    assert _losses(tmp_path) == pytest.approx(_losses(short_run), abs=1e-5)
+
+
+def test_a_kernel_that_cannot_run_here_is_refused(store, tmp_path):
+    config = dataclasses.replace(_config(store), kernels=KernelConfig(attention='triton'))
+    with pytest.raises(errors.UsageError, match=r'config\.kernels\.attention: .* not on a CPU'):
+        train.train(config, tmp_path)
+    assert not list(tmp_path.glob('checkpoints/*'))
 
 
 def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp_path):
