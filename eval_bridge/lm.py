@@ -58,7 +58,7 @@ class JaxLM(TemplateLM):
         self._config = dataclasses.replace(model_config, compute_dtype=dtype, scan_layers=True)
         self._encoder = tokenizer  # lm-eval takes an attribute `tokenizer` for Hugging Face's
         self._mesh = mesh
-        self._ops = ops_lib.make_ops(mesh=mesh, model=model_config)
+        self._ops = ops_lib.make_ops(ops_lib.PLAIN, mesh)
         self._params = jax.device_put(params, sharding.shardings(params, mesh) if mesh else None)
         self.batch_size = batch_size
         self.add_bos = add_bos

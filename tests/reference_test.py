@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -109,3 +110,31 @@ def test_the_loss_of_bfloat16_inputs_is_exact_to_float32(ops):
     normalised_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     exact = -np.take_along_axis(normalised_BTV, np.asarray(targets_BT)[..., None], -1).mean()
     assert float(ops.cross_entropy(x_BTD, head_DV, targets_BT)[0]) == pytest.approx(exact, rel=1e-6)
+
+
+IDS_BT = jnp.asarray([[0, 0, 0, 1, 1], [0, 1, 1, 1, 2]])
+TARGETS_BT = jnp.asarray([[3, 0, 6, 6, 2], [1, 2, 3, 4, 5]])
+GRADIENTS = {
+    'attention': (lambda *qkv: reference.attention(*qkv), [(2, 5, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6)]),
+    'attention with segments': (
+        lambda *qkv: reference.attention(*qkv, segment_ids_BT=IDS_BT), [(2, 5, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6)],
+    ),
+    'rms_norm': (lambda x, scale: reference.rms_norm(x, scale, eps=1e-3), [(2, 5, 7), (7,)]),
+    'rms_norm with residual': (
+        lambda x, scale, r: reference.rms_norm(x, scale, eps=1e-3, residual_BTD=r), [(2, 5, 7), (7,), (2, 5, 7)],
+    ),
+    'rope': (lambda x: reference.rope(x, IDS_BT, base=10.0, scaling=2.0), [(2, 5, 3, 8)]),
+    'swiglu': (reference.swiglu, [(2, 5, 9), (2, 5, 9)]),
+    'cross_entropy': (
+        lambda x, head: reference.cross_entropy(x, head, TARGETS_BT, weights_BT=1.0 + IDS_BT, z_loss=0.1)[0],
+        [(2, 5, 4), (4, 7)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', GRADIENTS)
+def test_gradients_in_float64_are_those_of_differences(case):
+    function, shapes = GRADIENTS[case]
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(_normal(seed, *shape), jnp.float64) for seed, shape in enumerate(shapes)]
+        jax.test_util.check_grads(jax.jit(function), arrays, order=1, modes=('rev',), atol=1e-7, rtol=1e-7, eps=1e-5)

@@ -26,7 +26,7 @@ def compute_dtype(config: ModelConfig, ops: Ops | None = None):
     """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
     if config.compute_dtype:
         return jnp.dtype(config.compute_dtype)
-    return jnp.dtype(jnp.bfloat16 if (ops or ops_lib.make_ops()).chip else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if (ops or ops_lib.make_ops(ops_lib.PLAIN)).chip else jnp.float32)
 
 
 def _stds(config: ModelConfig) -> tuple[float, float]:
@@ -181,11 +181,11 @@ def hidden(params: dict, tokens_BT, config: ModelConfig, *, ops: Ops | None = No
     """Final hidden states [B, T, D] in the compute dtype, and the updated cache.
 
     Tokens see only those of their own segment; a cache is of one segment and takes no ids.
-    Without `ops`: the default ones of the default device.
+    Without `ops`: plain JAX on the default device.
     """
     assert cache is None or segment_ids_BT is None
     llama = nnx.merge(_graphdef(config), nnx.State(params))
-    return llama(tokens_BT, ops or ops_lib.make_ops(model=config), positions_BT, segment_ids_BT, cache, remat=remat)
+    return llama(tokens_BT, ops or ops_lib.make_ops(ops_lib.PLAIN), positions_BT, segment_ids_BT, cache, remat=remat)
 
 
 def logits(params: dict, x_BTD):
@@ -214,7 +214,7 @@ def loss(
 
     nll is the mean next-token loss in nats.
     """
-    ops = ops or ops_lib.make_ops(model=config)
+    ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
     x_BTD, _ = hidden(params, tokens_BT, config, ops=ops, **how)
     head_DV = params['lm_head'].astype(x_BTD.dtype)
     return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss)
