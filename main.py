@@ -83,4 +83,5 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == '__main__':
+    runtime.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command takes it up again.')
     sys.exit(main(sys.argv))

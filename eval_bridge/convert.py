@@ -21,7 +21,7 @@ import numpy as np
 
 from eval_bridge import tokenizer_json, weight_files
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, model, tokenizer, workdir
+from tinyllama_jax import errors, model, runtime, tokenizer, workdir
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, ModelConfig
 
@@ -154,8 +154,9 @@ def _new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
+        with runtime.unfinished(partial):
+            yield partial
+            partial.rename(output)
     except OSError as error:
         raise errors.RunError(f'--output={output} could not be written: {error.strerror or error}.') from error
     finally:

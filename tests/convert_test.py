@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import shutil
+import subprocess
 import sys
 
 import hypothesis
@@ -16,6 +17,7 @@ from hypothesis import strategies
 
 from eval_bridge import convert, weight_files
 from tests import tiny_export
+from tests.conftest import ROOT
 from tinyllama_jax import errors, tokenizer
 from tinyllama_jax.config import ModelConfig
 
@@ -329,6 +331,35 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, format):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ['tokenizer.model']
+
+
+_INTERRUPTED = """
+import os, pathlib, signal, sys
+from eval_bridge import convert, weight_files
+from tinyllama_jax import runtime, workdir
+
+def interrupt(*_, **__):
+    assert len(os.listdir(sys.argv[2])) == 1  # the folder that is being made
+    os.kill(os.getpid(), signal.SIGINT)
+
+weight_files.write = workdir.write_record = interrupt
+runtime.end_on_ctrl_c('stopped')
+source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2], 'output')
+"""
+
+
+@pytest.mark.parametrize(
+    'program',
+    [
+        "convert.export(*convert.import_weights(source), source / 'tokenizer.model', output)",
+        "convert.import_run(str(source), output, None, '')",
+    ],
+)
+def test_ctrl_c_leaves_nothing_half_made(folder, tmp_path, program):
+    command = [sys.executable, '-c', _INTERRUPTED + program, folder, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and done.stderr.endswith('stopped\n'), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """The command line as a user meets it: exit statuses and one clear line for each kind of bad input."""
 
+import contextlib
+import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
 
 import main
+from eval_bridge import convert
+from tests import tiny_export
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -71,6 +78,72 @@ def test_the_line_reaches_the_shell():
     done = subprocess.run([sys.executable, 'main.py', 'train'], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'main.py: train needs --workdir=DIR, the folder of the run.\n'
+
+
+def _stopped(arguments, ready) -> None:
+    """Sends SIGINT to main.py once `ready(process id)` holds, and expects its line and status 130."""
+    process = subprocess.Popen(
+        [sys.executable, 'main.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not ready(process.pid):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, said = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ''), said
+    assert said.splitlines()[-1] == 'main.py: stopped by Ctrl-C; the same command takes it up again.'
+    assert 'Traceback' not in said and said.count('main.py') == 1
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc').exists(), reason='needs Linux')
+@pytest.mark.parametrize('command', main.COMMANDS)
+def test_ctrl_c_while_modules_are_imported_is_one_line_and_status_130(command, tmp_path):
+    flags = [DEMO] if command in ('prepare', 'train') else []
+    _stopped(
+        [command, f'--workdir={tmp_path}', *flags],
+        ready=lambda pid: '/numpy/' in pathlib.Path(f'/proc/{pid}/maps').read_text(),
+    )
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+    """(Hugging Face folder, workdir that it was imported to)"""
+    folder = tmp_path_factory.mktemp('imported')
+    source = tiny_export.write_export(folder)
+    convert.import_run(str(source), folder / 'run', None, 'main.py import')
+    return source, folder / 'run'
+
+
+@pytest.mark.parametrize(
+    ('command', 'waits_for'),
+    [
+        (f'prepare --workdir=NEW {DEMO} --config.data.python_corpus=false --config.data.sources.starcoder=none'
+         ' --config.data.sources.slimpajama.path=SOURCE/config.json --config.data.sources.slimpajama.format=text'
+         ' --config.data.tokenizer=PIPE', 'PIPE'),
+        ('import --input=SOURCE --workdir=NEW', 'SOURCE/config.json'),
+        ('evaluate --model=SOURCE --tasks=piqa', 'SOURCE/config.json'),
+        ('export --workdir=RUN --output=NEW', 'RUN/tokenizer.model'),
+        ('generate --workdir=RUN --prompt=a', 'RUN/tokenizer.model'),
+        ('report --workdir=RUN', 'RUN/metrics.jsonl'),
+    ],
+)  # fmt: skip
+def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported, tmp_path):
+    """The command waits for a file that is a named pipe, which tells when it has got there."""
+    for name, folder in zip(('SOURCE', 'RUN'), imported, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    pipe = tmp_path / waits_for
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    held = []
+
+    def is_read(_) -> bool:
+        with contextlib.suppress(OSError):  # nobody has opened it for reading yet
+            held.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(held)
+
+    arguments = [re.sub(r'=(SOURCE|RUN|NEW|PIPE)', rf'={tmp_path}/\1', argument) for argument in command.split()]
+    _stopped(arguments, ready=is_read)
+    os.close(held[0])
+    assert not (tmp_path / 'NEW').exists()
 
 
 def test_the_table_of_flags_is_whole_and_the_help_agrees():

@@ -3,10 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+from tests.conftest import ROOT
 from tinyllama_jax import runtime
 
 
@@ -17,8 +19,52 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
         assert signals.received is None
         os.kill(os.getpid(), number)
         assert signals.received == number
-        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # a second one acts as usual
+        assert signal.getsignal(number) == before  # a second one acts as before
     assert signal.getsignal(number) == before
+
+
+def _with_ctrl_c(program, *prefix):
+    """How a process ends that gets SIGINT when it has printed a line: (status, rest of stdout, stderr)."""
+    command = [*prefix, sys.executable, '-c', f'import pathlib, time\nfrom tinyllama_jax import runtime\n{program}']
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    output, said = process.communicate(timeout=60)
+    return process.returncode, output, said
+
+
+def test_ctrl_c_ends_the_process_with_a_line_and_without_what_is_unfinished(tmp_path):
+    (tmp_path / 'begun' / 'sub').mkdir(parents=True)
+    (tmp_path / 'done').mkdir()
+    program = f"""
+runtime.end_on_ctrl_c('stopped here')
+with runtime.unfinished(pathlib.Path({str(tmp_path / 'done')!r})):
+    pass
+try:
+    with runtime.unfinished(pathlib.Path({str(tmp_path / 'begun')!r})):
+        print('ready', flush=True)
+        time.sleep(60)
+except BaseException:
+    print('as a library may that swallows all it sees')
+"""
+    assert _with_ctrl_c(program) == (130, '', 'stopped here\n')
+    assert [path.name for path in tmp_path.iterdir()] == ['done']
+
+
+def test_a_job_in_the_background_still_ignores_ctrl_c():
+    program = "runtime.end_on_ctrl_c('stopped here')\nprint('ready', flush=True)\ntime.sleep(0.3)\nprint('done')"
+    assert _with_ctrl_c(program, 'sh', '-c', 'trap "" INT; exec "$0" "$@"') == (0, 'done\n', '')
+
+
+def test_where_it_is_asked_for_ctrl_c_is_a_keyboard_interrupt():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), runtime.keyboard_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_versions_name_what_decides_the_numbers():

@@ -82,6 +82,25 @@ def test_workers_end_with_prepare(tmp_path, end):
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
+@pytest.mark.parametrize('delay', [0.05, 0.3])
+def test_ctrl_c_at_a_terminal_while_workers_start_is_one_line(tmp_path, delay):
+    """A terminal sends it to every process of a command: here soon after the fork server was started."""
+    root = corpora.starcoder(tmp_path / 'words', files=3)
+    process = start(command(corpora.one_source(root), tmp_path / 'store', 2), start_new_session=True)
+    while process.poll() is None and not _commands_of_children(process.pid, 'forkserver'):
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == 'main.py: prepare was stopped; run it again to go on where it was.\n'
+
+
+def _commands_of_children(pid: int, part: str) -> list[str]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [text for child in children if part in (text := ' '.join(child.cmdline()))]
+
+
 def test_a_full_disk_ends_prepare_and_the_rest_is_done_later(tmp_path):
     root = corpora.write_zst(tmp_path / 'words' / 'a.jsonl.zst', [corpora.record(t) for t in corpora.texts(400)]).parent
     corpora.write_zst(root / 'b.jsonl.zst', [corpora.record('small')])

@@ -1,11 +1,13 @@
 """The process a command runs in: JAX's and malloc's settings, cores kept awake, stop signals, versions, the commit."""
 
+import atexit
 import contextlib
 import ctypes
 import importlib.metadata
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 
@@ -99,10 +101,53 @@ def commit() -> str | None:
         return None
 
 
+_unfinished = set()  # folders that Ctrl-C removes
+
+
+def end_on_ctrl_c(line: str) -> None:
+    """From now on Ctrl-C ends the process, with `line` on stderr and status 130, and removes what is `unfinished`.
+
+    KeyboardInterrupt would be raised wherever Python happens to be: in callbacks and plugins
+    that swallow it, in C++ that aborts, beside threads that crash while Python ends.
+    """
+
+    def end(number, _):
+        signal.signal(number, signal.SIG_IGN)
+        for folder in _unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.write(2, f'{line}\n'.encode())
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # of a job in the background
+        signal.signal(signal.SIGINT, end)
+        # The first of these callbacks comes last. After it Python would put the default back: death without a word.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def unfinished(folder: pathlib.Path):
+    """A context in which `folder` is being made, and Ctrl-C removes it."""
+    _unfinished.add(folder)
+    try:
+        yield
+    finally:
+        _unfinished.discard(folder)
+
+
+@contextlib.contextmanager
+def keyboard_interrupts():
+    """A context in which Ctrl-C raises KeyboardInterrupt, for work that has to be wound up."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class StopSignals:
     """A context in which SIGTERM and Ctrl-C set `received` (the signal's number) instead of killing the process.
 
-    A second signal of the same kind acts as usual, so that a stuck save can be broken off.
+    A second signal of the same kind acts as before, so that a stuck save can be broken off.
     """
 
     def __init__(self):
@@ -119,4 +164,4 @@ class StopSignals:
 
     def _note(self, number, _):
         self.received = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, self._previous[number])

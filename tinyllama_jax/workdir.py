@@ -147,9 +147,10 @@ def create(workdir: pathlib.Path, config: Config, state, tokenizer_path: pathlib
     """Begins a run with a given TrainState of step 0 (an import). Raises UsageError where the folder is not empty."""
     if workdir.exists() and any(workdir.iterdir()):
         raise errors.UsageError(f'--workdir={workdir} is not empty; import needs a new one.')
-    checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
-    checkpointer.save(0, state, checkpoint.make_meta(config, None, {}))
-    checkpointer.close()
-    if tokenizer_path is not None:
-        keep_tokenizer(workdir, tokenizer_path)
-    write_record(workdir, config, command)
+    with runtime.unfinished(workdir):
+        checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
+        checkpointer.save(0, state, checkpoint.make_meta(config, None, {}))
+        checkpointer.close()
+        if tokenizer_path is not None:
+            keep_tokenizer(workdir, tokenizer_path)
+        write_record(workdir, config, command)

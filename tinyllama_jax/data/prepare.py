@@ -20,7 +20,7 @@ from typing import Any
 import tqdm
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors, runtime, tokenizer
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
 
@@ -234,7 +234,8 @@ def _run(executor: tasks.Executor, plan: tasks.Plan, max_bad_share: float) -> No
             _check_bad_share(plan, task, result['bad'], bad[task.source], max_bad_share)
 
     try:
-        executor.run(on_done)
+        with runtime.keyboard_interrupts():
+            executor.run(on_done)
     except KeyboardInterrupt:
         raise errors.Stopped('prepare was stopped; run it again to go on where it was.', signal.SIGINT) from None
     finally:

@@ -6,6 +6,7 @@ completion marks, and one result a task, from which the manifest is made.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import json
@@ -213,7 +214,8 @@ class Executor(LocalPipelineExecutor):
         try:
             with concurrent.futures.ProcessPoolExecutor(workers, context, _follow, (leash,)) as pool:
                 try:
-                    futures = {pool.submit(_run_rank, self.path, self.tasks, rank): rank for rank in ranks}
+                    with _ctrl_c_held_back():
+                        futures = {pool.submit(_run_rank, self.path, self.tasks, rank): rank for rank in ranks}
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
                         on_done(futures[future])
@@ -229,13 +231,27 @@ class Executor(LocalPipelineExecutor):
             holder.close()
 
 
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Ctrl-C comes after this context, and to the processes started in it never: their parent ends them."""
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    for number in received:
+        signal.raise_signal(number)
+
+
 def _run_rank(path: Path, num_tasks: int, rank: int) -> None:
     Executor(path, num_tasks=num_tasks, workers=1).run_one(rank)
 
 
 def _follow(leash) -> None:
     """Lets this worker end at once when its parent lets go of the pipe's other end, or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets go
 
     def wait() -> None:
         leash.poll(None)
