@@ -5,7 +5,6 @@ by Triton and assembled by its ptxas. Ends with 1 if one of them spills register
 scratch or more shared memory than a block has, or rounds float32 to tf32.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import os
@@ -157,9 +156,7 @@ def usage(launched: Launch, chip: str) -> dict:
 
 def table(chips=launch.CHIPS) -> list[dict]:
     """The usage of every kernel on every chip."""
-    jobs = [(launched, chip) for chip in chips for launched in launches(chip)]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas and the disassembler are processes
-        return list(pool.map(lambda job: usage(*job), jobs))
+    return [usage(launched, chip) for chip in chips for launched in launches(chip)]
 
 
 def faults(row: dict) -> list[str]:

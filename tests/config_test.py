@@ -34,7 +34,7 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
         ('optimizer.schedule', 'wsd', 'decay_steps'),
         ('mesh.data', '-1', 'at most one is -1'),
         ('train.micro_batch_size', '3', 'not a multiple of micro_batch_size = 3'),
-        ('train.remat', 'some', 'is not one of full, none'),
+        ('train.remat', 'some', 'is not one of full, attention, none'),
     ],
 )
 def test_validation_names_the_field_and_its_value(path, text, message):

@@ -37,12 +37,17 @@ def normal(seed: int, *shape: int, scale: float = 1.0):
 
 def results(function, arrays, *, seed: int = 7):
     """Values of `function` and its gradients of `arrays` under random cotangents, as a flat list of numpy arrays."""
-    out, vjp = jax.vjp(function, *arrays)
-    leaves, structure = jax.tree.flatten(out)
+    shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arrays))
     rng = np.random.default_rng(seed)
-    cotangents = [jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    gradients = vjp(jax.tree.unflatten(structure, cotangents))
-    return [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (*leaves, *gradients)]
+    cotangents = [jnp.asarray(rng.standard_normal(shape.shape), shape.dtype) for shape in shapes]
+
+    @jax.jit  # one program; operation by operation there are dozens to compile
+    def both(arrays, cotangents):
+        out, vjp = jax.vjp(function, *arrays)
+        found = *jax.tree.leaves(out), *vjp(jax.tree.unflatten(structure, cotangents))
+        return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found]
+
+    return list(map(np.asarray, both(list(arrays), cotangents)))
 
 
 def errors(found, wanted, floor: float = 1e-3) -> list[float]:

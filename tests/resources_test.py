@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -16,7 +17,11 @@ from kernels import resources  # noqa: E402
 OPS = ('attention', 'rms_norm', 'rope', 'swiglu', 'cross_entropy')
 
 
-@pytest.mark.parametrize('chip', launch.CHIPS)
+# The compiler is the same on both versions of Python; one of them goes through all chips.
+CHIPS = launch.CHIPS if sys.version_info < (3, 12) else launch.CHIPS[-1:]
+
+
+@pytest.mark.parametrize('chip', CHIPS)
 def test_no_kernel_spills_or_asks_for_more_than_the_chip_has(chip):
     rows = resources.table([chip])
     assert not {f'{row["kernel"]} on {chip}': resources.faults(row) for row in rows if resources.faults(row)}
