@@ -44,10 +44,10 @@ def results(function, arrays, *, seed: int = 7):
     @jax.jit  # one program; operation by operation there are dozens to compile
     def both(arrays, cotangents):
         out, vjp = jax.vjp(function, *arrays)
-        found = *jax.tree.leaves(out), *vjp(jax.tree.unflatten(structure, cotangents))
-        return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found]
+        return *jax.tree.leaves(out), *vjp(jax.tree.unflatten(structure, cotangents))
 
-    return list(map(np.asarray, both(list(arrays), cotangents)))
+    found = map(np.asarray, both(list(arrays), cotangents))  # rounded here: inside, XLA may leave a rounding out
+    return [x.astype(np.promote_types(x.dtype, np.float32)) for x in found]
 
 
 def errors(found, wanted, floor: float = 1e-3) -> list[float]:
