@@ -2,4 +2,4 @@
 # Benchmarks on one GPU: bench/gpu.sh [RESULTS] [--only=PHASE,...] [--smoke]. PYTHON names the interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHONPATH=$root exec "${PYTHON:-python3}" -P -m bench.gpu "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "${PYTHON:-python3}" -P -m bench.gpu "$@"

@@ -187,11 +187,12 @@ def in_process(module: str, phase: str, setting: Setting, *, limit_s: float, env
     file = setting.work / f'{phase}.outcome.json'
     file.unlink(missing_ok=True)
     command = [sys.executable, '-P', '-m', module, f'--phase={phase}', f'--work={setting.work}']
+    path = filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))
     start = time.perf_counter()
     try:
         run = subprocess.run(
             command + ['--smoke'] * setting.smoke,
-            env={**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})},
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(path), **(env or {})},
             timeout=limit_s,
         )
         error = f'the process of {phase} ended with status {run.returncode} and no result'

@@ -49,19 +49,30 @@ def make_rows(setting: record.Setting, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, setting.model.vocab_size, shape, dtype=np.uint16)
 
 
-def compiled_step(config: Config, setting: record.Setting, remats: tuple[str, ...]) -> Trainer:
-    """The step with the first of `remats` whose predicted peak fits the device, or with the last."""
+def fitting(compile_, remats: tuple[str, ...]) -> Trainer:
+    """`compile_` of the first of `remats` whose predicted peak fits the device, or of the last."""
     limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
     for remat in remats:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
-        mesh = make_mesh(config)
-        state = step_lib.abstract_state(config, mesh)
-        rows = jax.ShapeDtypeStruct(make_rows(setting, 1)[0].shape, np.uint16)
-        compiled = step_lib.jit_train_step(config, mesh).lower(state, rows, None).compile()
+        compiled = compile_(remat)
         memory = record.compiler_memory(compiled)
         if not limit or (memory['predicted_peak_bytes'] or 0) <= _MARGIN * limit:
             break
-    return Trainer(lambda state, rows_ABR: compiled(state, rows_ABR, None), remat, memory)
+    return Trainer(compiled, remat, memory)
+
+
+def compiled_step(config: Config, setting: record.Setting, remats: tuple[str, ...]) -> Trainer:
+    """The product's train step with the first of `remats` that fits."""
+    mesh = make_mesh(config)
+    state = step_lib.abstract_state(config, mesh)
+    rows = jax.ShapeDtypeStruct(make_rows(setting, 1)[0].shape, np.uint16)
+
+    def compiled(remat: str):
+        chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+        whole = step_lib.jit_train_step(chosen, mesh).lower(state, rows, None).compile()
+        return whole
+
+    trainer = fitting(compiled, remats)
+    return dataclasses.replace(trainer, step=lambda state, rows_ABR: trainer.step(state, rows_ABR, None))
 
 
 def step(setting: record.Setting) -> dict:
@@ -105,7 +116,7 @@ def _measured(setting: record.Setting, variants: dict) -> dict:
         rows[name] = {'ops': name, 'remat': trainer.remat, 'first_loss': losses[0], 'second_loss': losses[1]}
         rows[name] |= trainer.memory | {'peak_bytes_so_far': record.peak_bytes()}
     failures += loss_failures({name: [row['first_loss'], row['second_loss']] for name, row in rows.items()})
-    seconds = _take_turns(trainers, state, batches, setting)
+    seconds = take_turns(trainers, state, batches, setting)
     tokens, kind = setting.batch * setting.model.seq_len, jax.devices()[0].device_kind
     for name, row in rows.items():
         row |= speed(setting, tokens / statistics.median(seconds[name]), kind)
@@ -131,7 +142,9 @@ def speed(setting: record.Setting, tokens_per_second: float, kind: str) -> dict[
     }
 
 
-def _take_turns(trainers: dict[str, Trainer], state, batches, setting: record.Setting) -> dict[str, list[float]]:
+def take_turns(
+    trainers: dict[str, Trainer], state, batches, setting: record.Setting, *, repeats: int = 5, count: int = 1
+) -> dict[str, list[float]]:
     """Seconds a step; all train the one state on, of which each step gives the memory back."""
     holder = [state]
 
@@ -142,7 +155,7 @@ def _take_turns(trainers: dict[str, Trainer], state, batches, setting: record.Se
 
     del state
     calls = {name: functools.partial(call, trainer) for name, trainer in trainers.items()}
-    seconds = record.in_turns(calls, repeats=1 if setting.smoke else 5, count=1)
+    seconds = record.in_turns(calls, repeats=1 if setting.smoke else repeats, count=count)
     return {name: [each / len(batches) for each in values] for name, values in seconds.items()}
 
 
