@@ -15,8 +15,8 @@ from tinyllama_jax import selftest, sharding
 
 
 def self_test(setting: gpu_record.Setting) -> dict:
-    """Every kernel against plain JAX, at the run's shapes, as before a training."""
-    config = setting.config()
+    """Every kernel against plain JAX, at the run's shapes, as before a training; in the smoke run attention alone."""
+    config = gpu_step.train_config(setting)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     ops = ops_lib.make_ops(config.kernels, mesh, model=config.model)
     errors = selftest.check(config, ops)

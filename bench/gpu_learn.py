@@ -85,7 +85,7 @@ def learn_config(setting: record.Setting, dtype: str) -> config_lib.Config:
             model=dataclasses.replace(model, compute_dtype=dtype),
             kernels=config_lib.KernelConfig(**kernels),
             optimizer=config_lib.OptimizerConfig(
-                peak_learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=steps // 10
+                peak_learning_rate=1e-2 if setting.smoke else 1e-3, final_learning_rate=1e-4, warmup_steps=steps // 10
             ),
             train=config_lib.TrainConfig(
                 num_steps=steps,

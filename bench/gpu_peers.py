@@ -63,13 +63,9 @@ def _fresh_state(setting: record.Setting, config, mesh) -> step_lib.TrainState:
     return jax.jit(make, out_shardings=step_lib.state_shardings(config, mesh), donate_argnums=0)(params)
 
 
-def _our_config(setting: record.Setting):
-    return setting.config('xla', attention='interpret') if setting.smoke else setting.config()
-
-
 def _jax_trainers(setting: record.Setting, mesh) -> dict[str, gpu_step.Trainer]:
     """Ours and plain JAX's steps, which train one and the same state on."""
-    config = _our_config(setting)
+    config = gpu_step.train_config(setting)
     trainers = {'ours': gpu_step.compiled_step(config, setting, ('none', 'attention', 'full'))}
     attentions = {'xla': ('full',)} if setting.smoke else {'cudnn': ('none', 'full'), 'xla': ('full',)}
     state = step_lib.abstract_state(config, mesh)
@@ -93,7 +89,7 @@ def _out_shardings(state, mesh):
 
 
 def _jax_token_losses(setting: record.Setting, params, row_BR) -> dict[str, np.ndarray]:
-    config = _our_config(setting)
+    config = gpu_step.train_config(setting)
     ops = ops_lib.make_ops(config.kernels, gpu_step.make_mesh(config), model=config.model)
 
     def ours(params, row_BR):
@@ -111,7 +107,7 @@ def jax_peers(setting: record.Setting, turn: int) -> dict:
     """A turn of ours and plain JAX; the first also makes the weights and checks the losses."""
     if not turn:
         save_weights(setting)
-    config = _our_config(setting)
+    config = gpu_step.train_config(setting)
     mesh, batches = gpu_step.make_mesh(config), list(gpu_step.make_rows(setting, CHECKED_STEPS))
     trainers, rows, state = _jax_trainers(setting, mesh), {}, _fresh_state(setting, config, mesh)
     if not turn:
@@ -157,6 +153,7 @@ def torch_peers(setting: record.Setting, turn: int) -> dict:
         optimizer = torch_peer.make_optimizer(net, config)
         losses = [float(train(rows_BR, optimizer)) for rows_BR in batches]
         row = rows[f'Hugging Face {how}, {name}'] = {'remat': remat, 'losses': losses if not turn else []}
+        row['attention'] = train.implementation
         if not setting.smoke:
             row['kernels'] = torch_peer.attention_kernels(functools.partial(train, batches[0], optimizer))
             row['peak_bytes_so_far'] = torch.cuda.max_memory_allocated()

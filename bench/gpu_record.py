@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,19 +189,33 @@ def in_process(module: str, phase: str, setting: Setting, *, limit_s: float, env
     file.unlink(missing_ok=True)
     command = [sys.executable, '-P', '-m', module, f'--phase={phase}', f'--work={setting.work}']
     path = filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), **(env or {})}
     start = time.perf_counter()
-    try:
-        run = subprocess.run(
-            command + ['--smoke'] * setting.smoke,
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(path), **(env or {})},
-            timeout=limit_s,
-        )
-        error = f'the process of {phase} ended with status {run.returncode} and no result'
-    except subprocess.TimeoutExpired:
-        error = f'{phase} took longer than {limit_s:.0f} s and was killed'
+    status = _status(command + ['--smoke'] * setting.smoke, environment, limit_s)
     if file.exists():
         return json.loads(file.read_text())
+    error = f'the process of {phase} ended with status {status} and no result'
+    if status is None:
+        error = f'{phase} took longer than {limit_s:.0f} s and was killed'
     return {'status': 'failed', 'seconds': round(time.perf_counter() - start, 1), 'error': error, 'results': {}}
+
+
+def _status(command: list[str], env: dict[str, str], limit_s: float) -> int | None:
+    """The exit status of a command; None if it took too long and was killed, with the processes that it started."""
+    nested = 'TINYLLAMA_BENCH_PHASE' in env  # a phase's own processes stay in its group, and end with it
+    env = {**env, 'TINYLLAMA_BENCH_PHASE': '1'}
+    process = subprocess.Popen(command, env=env, start_new_session=not nested)
+    try:
+        return process.wait(limit_s)
+    except BaseException as error:
+        if nested:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
 
 
 def parsed(module: str, doc: str, phases, arguments=None) -> argparse.Namespace:

@@ -14,26 +14,40 @@ from torch.nn import attention as torch_attention
 
 from tinyllama_jax.config import Config, ModelConfig
 
-_CAUSAL = 'causal_sdpa'
+_CAUSAL, _CAUSAL_REPEATED = 'causal_sdpa', 'causal_sdpa_repeated'
 _KERNELS = ('flash', 'fmha', 'cudnn', 'sdpa', 'attention')  # parts of the names of attention kernels
 
 
 def _causal_attention(module, query, key, value, attention_mask, *, scaling=None, **_):
     """SDPA told that it is causal. Hugging Face's own builds a mask under torch.compile before torch 2.14."""
-    how = {'is_causal': True, 'scale': scaling}
-    try:
-        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **how)
-    except RuntimeError:  # a backend that knows no groups
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, **how)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _repeated_attention(module, query, key, value, attention_mask, *, scaling=None, **_):
+    """The same for a backend that knows no groups of query heads."""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _knows_groups(backend, device: str) -> bool:
+    """Whether a backend runs grouped-query attention, forward and backward."""
+    q, k, v = (torch.ones(1, heads, 64, 64, dtype=torch.bfloat16, device=device) for heads in (4, 2, 2))
+    try:
+        with torch_attention.sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q.requires_grad_(), k, v, is_causal=True, enable_gqa=True)
+        out.sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def make_net(config: ModelConfig, weights: dict[str, torch.Tensor], device: str) -> transformers.LlamaForCausalLM:
     """Hugging Face's Llama in float32 with the weights of `state_dict`; the residual stream runs in bfloat16."""
     assert config.rope_base == 10_000 and config.rope_scaling == 1  # its defaults
     transformers.AttentionInterface.register(_CAUSAL, _causal_attention)
+    transformers.AttentionInterface.register(_CAUSAL_REPEATED, _repeated_attention)
     theirs = transformers.LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.hidden_dim,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
@@ -87,11 +101,12 @@ class Trainer:
     def __init__(self, net, config: Config, *, cudnn: bool, compiled: bool):
         self.net, self.device = net, str(next(net.parameters()).device)
         self.clip_norm = config.optimizer.clip_norm
-        self.implementation = _CAUSAL if cudnn else 'sdpa'
-        backend = (
-            torch_attention.SDPBackend.CUDNN_ATTENTION if 'cuda' in self.device else torch_attention.SDPBackend.MATH
-        )
-        self.backend = functools.partial(torch_attention.sdpa_kernel, backend) if cudnn else contextlib.nullcontext
+        backends = torch_attention.SDPBackend
+        backend = backends.CUDNN_ATTENTION if 'cuda' in self.device else backends.MATH
+        self.implementation, self.backend = 'sdpa', contextlib.nullcontext
+        if cudnn:
+            self.implementation = _CAUSAL if _knows_groups(backend, self.device) else _CAUSAL_REPEATED
+            self.backend = functools.partial(torch_attention.sdpa_kernel, backend)
 
         def loss_of(tokens_BT, targets_BT):
             with torch.autocast(net.device.type, torch.bfloat16):
