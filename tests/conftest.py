@@ -8,6 +8,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = '--xla_force_host_platform_device_count'
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them the processes they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All of this must be set before jax and the Hugging Face libraries are imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
