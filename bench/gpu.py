@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from bench import gpu_ops, gpu_record, gpu_step
+from bench import gpu_attention, gpu_ops, gpu_record, gpu_step
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import selftest, sharding
 
@@ -25,12 +25,12 @@ def self_test(setting: gpu_record.Setting) -> dict:
 
 PHASES = {
     'self_test': self_test,
-    'attention': gpu_ops.attention,
+    'attention': gpu_attention.attention,
     'streaming': gpu_ops.streaming,
     'cross_entropy': gpu_ops.cross_entropy,
     'step': gpu_step.step,
     'resume': gpu_step.resume,
-    'sweep': gpu_ops.sweep,
+    'sweep': gpu_attention.sweep,
     'unrolled': gpu_step.unrolled,
 }
 _HIDDEN = {'resume_first': gpu_step.resume_first, 'resume_second': gpu_step.resume_second}

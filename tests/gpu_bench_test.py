@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from bench import gpu, gpu_learn, gpu_peers, gpu_record
+from configs import tinyllama_120m
 from kernels import dispatch
 from tests.conftest import ROOT
 from tests.kernel_checks import needs_triton
+from tinyllama_jax import config, flops
 
 # What the product needs elsewhere, and an image with JAX, Triton, torch and transformers alone has not.
 MISSING = (
@@ -135,3 +137,10 @@ def test_the_language_has_something_to_learn():
     assert rows.max() < 4_096
     # From one token to the next there is less to guess than from the frequencies alone.
     assert pairs - gpu_learn.unigram_entropy(rows) < gpu_learn.unigram_entropy(rows) - 1
+
+
+def test_the_small_run_has_the_parameters_it_says():
+    small = config.validated(tinyllama_120m.get_config())
+    assert round(sum(flops.parameter_counts(small.model).values()) / 1e6, 1) == 124.7
+    with pytest.raises(ValueError, match='no variant'):
+        tinyllama_120m.get_config('large')
