@@ -16,9 +16,11 @@ COMMANDS = {  # what each calls, and the flags it takes besides --config and --w
     'export': ('eval_bridge.convert:export_run', 'step output dtype format'),
     'import': ('eval_bridge.convert:import_run', 'input model'),
     'generate': ('tinyllama_jax.generate:generate_run', 'step prompt max_new_tokens temperature top_k top_p seed'),
-    'report': ('tinyllama_jax.report:report', ''),
+    'report': ('tinyllama_jax.report:report_run', ''),
 }
+_USAGE = f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR'
 FLAGS = flags.FLAGS
+flags.DEFINE_bool('help', False, 'Show this.')
 flags.DEFINE_string('config', None, 'Experiment file, with an optional variant: configs/tinyllama_1b.py[:original].')
 flags.DEFINE_string('workdir', None, 'The folder of the run.')
 flags.DEFINE_integer('step', None, 'evaluate, export, generate: the checkpoint to use; the newest by default.')
@@ -31,7 +33,7 @@ flags.DEFINE_list('tasks', [], 'evaluate: task names, separated by commas.')
 flags.DEFINE_string('include_path', None, 'evaluate: a folder with task files of your own.')
 flags.DEFINE_integer('limit', None, 'evaluate: only the first so many examples of each task.')
 flags.DEFINE_bool('log_samples', False, 'evaluate: keep every example with its log-likelihoods.')
-flags.DEFINE_multi_string('prompt', [], 'generate: a text to continue; may be given several times.')
+flags.DEFINE_multi_string('prompt', [], 'generate: a text to continue')
 flags.DEFINE_integer('max_new_tokens', 128, 'generate: at most so many tokens.')
 flags.DEFINE_float('temperature', 0.0, 'generate: 0 takes the likeliest token.')
 flags.DEFINE_integer('top_k', None, 'generate: sample from the k likeliest tokens.')
@@ -49,8 +51,6 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
         call(config, workdir, command=command_line)
     elif command == 'import':
         call(options['input'] or options['model'], workdir, config, command_line)
-    elif command == 'report':
-        print(call(workdir, config))
     else:
         call(workdir, config, **options)
 
@@ -68,8 +68,11 @@ def main(argv: list[str]) -> int | None:
     try:
         arguments, overrides = experiment.split_overrides(argv[1:])
         command, *rest = FLAGS([argv[0], *arguments])[1:] or ['']
+        if FLAGS.help:
+            print(f'{_USAGE} [--config.x.y=value ...]\n{FLAGS.main_module_help()}')
+            return None
         if rest or command not in COMMANDS:
-            raise errors.UsageError(f'usage: main.py {"|".join(COMMANDS)} --config=FILE --workdir=DIR')
+            raise errors.UsageError(f'{_USAGE} (--help lists the flags)')
         _check_flags(command)
         if not FLAGS.workdir and not (command == 'evaluate' and FLAGS.model):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')

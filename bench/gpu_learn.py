@@ -14,7 +14,6 @@ import json
 import sys
 import time
 
-import jax
 import numpy as np
 
 from bench import gpu_record as record
@@ -109,12 +108,10 @@ def learn(setting: record.Setting, dtype: str) -> dict:
     mesh, batches = gpu_step.make_mesh(config), _batches(config)
     train_step, state = step_lib.jit_train_step(config, mesh), step_lib.init_state(config, mesh)
     losses, start = [], time.perf_counter()
-    # Float32 products are otherwise made of TensorFloat-32 ones, with bfloat16's range of errors but for 3 bits.
-    with jax.default_matmul_precision('highest' if dtype == 'float32' else 'default'):
-        for rows_ABR in batches:
-            state, metrics = train_step(state, rows_ABR, None)
-            losses.append(metrics['loss'])
-        losses = [float(loss) for loss in losses]
+    for rows_ABR in batches:
+        state, metrics = train_step(state, rows_ABR, None)
+        losses.append(metrics['loss'])
+    losses = [float(loss) for loss in losses]
     seconds, tokens = time.perf_counter() - start, batches.shape[0] * batches.shape[2] * config.model.seq_len
     found = {'losses': losses, 'final_loss': float(np.mean(losses[-TAIL:])), 'tokens': tokens, 'seconds': seconds}
     (setting.work / f'{dtype}.json').write_text(json.dumps(found))

@@ -115,7 +115,7 @@ class JaxLM(TemplateLM):
         results = [(0.0, True)] * len(rows)
         # disable=None: no bar where stderr is no terminal.
         bar = tqdm.tqdm(total=len(rows), desc='Log-likelihoods', disable=disable_tqdm or None)
-        with bar, jax.default_matmul_precision(self._config.compute_dtype):
+        with bar:
             for T, batch_rows, indices in self._batches(rows):
                 scores = self._score_batch([rows[index] for index in indices], batch_rows, T)
                 for index, score in zip(indices, scores, strict=True):
@@ -167,10 +167,9 @@ class JaxLM(TemplateLM):
         """A text for each (context, generation arguments), ended before the first stop sequence."""
         bar = tqdm.tqdm([request.args for request in requests], desc='Generating', disable=disable_tqdm or None)
         texts = []
-        with jax.default_matmul_precision(self._config.compute_dtype):
-            for context, arguments in bar:
-                texts.append(self._generate(context, arguments))
-                self.cache_hook.add_partial('generate_until', (context, arguments), texts[-1])
+        for context, arguments in bar:
+            texts.append(self._generate(context, arguments))
+            self.cache_hook.add_partial('generate_until', (context, arguments), texts[-1])
         return texts
 
     def _generate(self, context: str, arguments: dict) -> str:

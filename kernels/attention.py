@@ -53,6 +53,16 @@ def _visible(queries, keys, query_segments, keys_segments, DIAGONAL: tl.constexp
 
 
 @triton.jit
+def _visible_keys(
+    queries, query_segments, keys, segments_ptr,
+    T: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """`_visible` with the keys' segments loaded."""
+    key_segments = _row_values(segments_ptr, keys, T, EVEN) if SEGMENTS else keys
+    return _visible(queries[:, None], keys[None, :], query_segments[:, None], key_segments[None, :], DIAGONAL, SEGMENTS)
+
+
+@triton.jit
 def _attend(
     out, total, top, q, k_ptr, v_ptr, segments_ptr, queries, query_segments, start, stop,
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
@@ -64,10 +74,7 @@ def _attend(
         k = _tile(k_ptr, keys, ROW, H, T, EVEN or not DIAGONAL)
         scores = tl.dot(q, tl.trans(k), input_precision='ieee') * SCALE
         if DIAGONAL or SEGMENTS:
-            key_segments = _row_values(segments_ptr, keys, T, EVEN) if SEGMENTS else keys
-            seen = _visible(
-                queries[:, None], keys[None, :], query_segments[:, None], key_segments[None, :], DIAGONAL, SEGMENTS
-            )
+            seen = _visible_keys(queries, query_segments, keys, segments_ptr, T, EVEN, DIAGONAL, SEGMENTS)
             scores = tl.where(seen, scores, -1.0e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -152,10 +159,7 @@ def _gather_dq(
         v = _tile(v_ptr, keys, ROW, H, T, EVEN or not DIAGONAL)
         weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision='ieee') * SCALE - top[:, None] - log[:, None])
         if DIAGONAL or SEGMENTS:
-            key_segments = _row_values(segments_ptr, keys, T, EVEN) if SEGMENTS else keys
-            seen = _visible(
-                queries[:, None], keys[None, :], query_segments[:, None], key_segments[None, :], DIAGONAL, SEGMENTS
-            )
+            seen = _visible_keys(queries, query_segments, keys, segments_ptr, T, EVEN, DIAGONAL, SEGMENTS)
             weights = tl.where(seen, weights, 0.0)
         dscores = weights * (tl.dot(dout, tl.trans(v), input_precision='ieee') - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision='ieee')

@@ -80,6 +80,13 @@ def test_the_line_reaches_the_shell():
     assert done.stderr == 'main.py: train needs --workdir=DIR, the folder of the run.\n'
 
 
+def test_help_lists_the_flags():
+    done = subprocess.run([sys.executable, 'main.py', 'train', '--help'], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('usage: main.py prepare|train|')
+    assert '--workdir: The folder of the run.' in done.stdout
+
+
 def _stopped(arguments, ready) -> None:
     """Sends SIGINT to main.py once `ready(process id)` holds, and expects its line and status 130."""
     process = subprocess.Popen(
@@ -149,7 +156,7 @@ def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported,
 def test_the_table_of_flags_is_whole_and_the_help_agrees():
     own = {flag.name: flag.help for flag in flags.FLAGS.get_flags_for_module(main)}
     taken = {name for _, names in main.COMMANDS.values() for name in names.split()}
-    assert taken | {'config', 'workdir'} == own.keys()
+    assert taken | {'config', 'workdir', 'help'} == own.keys()
     for name in taken:
         takers = {command for command, (_, names) in main.COMMANDS.items() if name in names.split()}
         assert set(re.findall(rf'\b({"|".join(main.COMMANDS)})(?=[,:])', own[name])) == takers, name

@@ -129,6 +129,18 @@ def test_the_step_for_a_gpu_holds_exactly_the_expected_kernels(remat, mesh):
     assert not re.search(scores, program)
 
 
+@kernel_checks.needs_triton
+@pytest.mark.parametrize('kernels', [KernelConfig(), ops.PLAIN], ids=['triton', 'xla'])
+@pytest.mark.parametrize(('dtype', 'precision'), [('float32', 'HIGHEST'), ('bfloat16', 'DEFAULT')])
+def test_products_have_the_precision_of_the_compute_dtype(dtype, precision, kernels):
+    config = dataclasses.replace(_config(compute_dtype=dtype), kernels=kernels)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    program = _lowered(config, mesh, 'sm_90', lowering_platforms=('cuda',)).as_text()
+    products = re.findall(r'stablehlo\.dot_general.*', program)
+    wanted = f'precision = [{precision}, {precision}]'
+    assert products and [product for product in products if wanted not in product] == []
+
+
 def test_the_step_for_a_cpu_holds_no_kernel():
     program = _lowered(_config(), sharding.make_mesh(MeshConfig(), jax.devices()[:1])).as_text()
     assert 'triton' not in program and 'callback' not in program

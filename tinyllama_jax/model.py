@@ -29,6 +29,11 @@ def compute_dtype(config: ModelConfig, ops: Ops | None = None):
     return jnp.dtype(jnp.bfloat16 if (ops or ops_lib.make_ops(ops_lib.PLAIN)).chip else jnp.float32)
 
 
+def matmul_precision(dtype):
+    """A context in which products of `dtype` are of its precision: GPUs would make float32's of TensorFloat-32."""
+    return jax.default_matmul_precision(jnp.dtype(dtype).name)
+
+
 def _stds(config: ModelConfig) -> tuple[float, float]:
     """Standard deviations of (embedding, head and input projections; the two residual outputs)."""
     if config.init == 'original':
@@ -184,14 +189,17 @@ def hidden(params: dict, tokens_BT, config: ModelConfig, *, ops: Ops | None = No
     Without `ops`: plain JAX on the default device.
     """
     assert cache is None or segment_ids_BT is None
+    ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
     llama = nnx.merge(_graphdef(config), nnx.State(params))
-    return llama(tokens_BT, ops or ops_lib.make_ops(ops_lib.PLAIN), positions_BT, segment_ids_BT, cache, remat=remat)
+    with matmul_precision(compute_dtype(config, ops)):
+        return llama(tokens_BT, ops, positions_BT, segment_ids_BT, cache, remat=remat)
 
 
 def logits(params: dict, x_BTD):
     """Float32 logits [B, T, V] of final hidden states."""
     head_DV = params['lm_head'].astype(x_BTD.dtype)
-    return jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=jnp.float32)
+    with matmul_precision(x_BTD.dtype):
+        return jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
 def forward(params: dict, tokens_BT, config: ModelConfig):
@@ -217,4 +225,5 @@ def loss(
     ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
     x_BTD, _ = hidden(params, tokens_BT, config, ops=ops, **how)
     head_DV = params['lm_head'].astype(x_BTD.dtype)
-    return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss)
+    with matmul_precision(x_BTD.dtype):
+        return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss)

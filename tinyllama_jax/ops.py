@@ -24,7 +24,7 @@ _PARTITIONS = {
     'swiglu': ((HIDDEN, HIDDEN), HIDDEN),
     'cross_entropy': ((TOKENS, VOCABULARY, TOKENS, TOKENS), P()),
 }
-# What evaluation and generation use: any head dim, float32 at full speed, one token at a time.
+# What evaluation and generation use: any head dim, one token at a time.
 PLAIN = KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla'))
 
 

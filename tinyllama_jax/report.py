@@ -49,6 +49,11 @@ class _Run:
         return self.config.train.global_batch_size * self.config.model.seq_len
 
 
+def report_run(folder: pathlib.Path, config: Config | None) -> None:
+    """Writes a workdir's report and prints where it is; see `report`."""
+    print(report(folder, config))
+
+
 def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.Path:
     """Writes FOLDER/report/ and returns the path of its index.html.
 

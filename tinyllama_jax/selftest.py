@@ -45,7 +45,8 @@ def _error(key, op: str, config: Config, ops: Ops):
     """The largest error of an op's values and gradients."""
     plain = Ops(tuple((name, 'xla') for name in dispatch.OPS), None, ops.mesh)
     arrays, function = _case(key, op, config, ops)
-    results = _results(lambda *arrays: function(ops, *arrays), arrays)
+    with model.matmul_precision(model.compute_dtype(config.model, ops)):
+        results = _results(lambda *arrays: function(ops, *arrays), arrays)
     with jax.default_matmul_precision('highest'):
         wanted = _results(lambda *arrays: function(plain, *arrays), [x.astype(jnp.float32) for x in arrays])
     return jnp.max(jnp.stack([_worst_row(*pair) for pair in zip(results, wanted, strict=True)]))
