@@ -18,7 +18,7 @@ def self_test(setting: gpu_record.Setting) -> dict:
     """Every kernel against plain JAX, at the run's shapes, as before a training; in the smoke run attention alone."""
     config = gpu_step.train_config(setting)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    ops = ops_lib.make_ops(config.kernels, mesh, model=config.model)
+    ops = ops_lib.for_run(config, mesh)
     errors = selftest.check(config, ops)
     return {'ops': ops.table(), 'rows': [{'op': op, 'error': error} for op, error in errors.items()]}
 

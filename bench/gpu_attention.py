@@ -18,7 +18,7 @@ from bench import gpu_ops
 from bench import gpu_record as record
 from kernels import dispatch, launch, reference
 
-# (BLOCK_Q, BLOCK_K, warps, stages) of each attention kernel; BLOCK_Q divides BLOCK_K in dkv, BLOCK_K BLOCK_Q in dq.
+# (BLOCK_Q, BLOCK_K, warps, stages) of each attention kernel; BLOCK_Q divides BLOCK_K in dkv.
 TILES = {
     'forward': (
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),

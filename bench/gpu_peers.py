@@ -90,7 +90,7 @@ def _out_shardings(state, mesh):
 
 def _jax_token_losses(setting: record.Setting, params, row_BR) -> dict[str, np.ndarray]:
     config = gpu_step.train_config(setting)
-    ops = ops_lib.make_ops(config.kernels, gpu_step.make_mesh(config), model=config.model)
+    ops = ops_lib.for_run(config, gpu_step.make_mesh(config))
 
     def ours(params, row_BR):
         row_BR = row_BR.astype(jnp.int32)
@@ -139,7 +139,7 @@ def torch_peers(setting: record.Setting, turn: int) -> dict:
         raise record.Skipped(f'{error.name} is not installed') from None
     config, batches = setting.config(), list(gpu_step.make_rows(setting, CHECKED_STEPS)[:, 0])
     device = 'cpu' if setting.smoke else 'cuda'
-    how, remat = 'eager' if setting.smoke else 'compiled', 'none'
+    how = 'eager' if setting.smoke else 'compiled'
     initial = torch_peer.state_dict(load_weights(setting), config.model.num_layers)
     net = torch_peer.make_net(config.model, initial, device)
     if not turn:
@@ -148,12 +148,12 @@ def torch_peers(setting: record.Setting, turn: int) -> dict:
     for name, cudnn in (('cudnn attention', True), ('default attention', False)):
         optimizer = torch_peer.make_optimizer(net, config)
         train = torch_peer.Trainer(net, config, cudnn=cudnn, compiled=not setting.smoke)
-        remat = _until_it_fits(torch, net, functools.partial(train, batches[0], optimizer), remat)
+        _make_it_fit(torch, train, batches[0], optimizer)
         net.load_state_dict(initial)
         optimizer = torch_peer.make_optimizer(net, config)
         losses = [float(train(rows_BR, optimizer)) for rows_BR in batches]
-        row = rows[f'Hugging Face {how}, {name}'] = {'remat': remat, 'losses': losses if not turn else []}
-        row['attention'] = train.implementation
+        row = rows[f'Hugging Face {how}, {name}'] = {'remat': 'full' if train.recomputes else 'none'}
+        row |= {'losses': losses if not turn else [], 'attention': train.implementation}
         if not setting.smoke:
             row['kernels'] = torch_peer.attention_kernels(functools.partial(train, batches[0], optimizer))
             row['peak_bytes_so_far'] = torch.cuda.max_memory_allocated()
@@ -170,18 +170,17 @@ def _train_all(train, batches, optimizer):
     return loss
 
 
-def _until_it_fits(torch, net, train, remat: str) -> str:
-    """Takes a step, which compiles it; if it does not fit, once more with the layers recomputed. What is recomputed."""
+def _make_it_fit(torch, train, rows_BR, optimizer) -> None:
+    """Takes a step, which compiles it; if it does not fit, once more with the layers recomputed."""
     try:
-        train()
-        return remat
+        train(rows_BR, optimizer)
+        return
     except torch.cuda.OutOfMemoryError:
         pass  # outside of this block the failed step's arrays are gone
-    net.zero_grad(set_to_none=True)
+    train.net.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    net.gradient_checkpointing_enable()
-    train()
-    return 'full'
+    train.recomputes = True
+    train(rows_BR, optimizer)
 
 
 def _save_token_losses(setting: record.Setting, name: str, losses: np.ndarray) -> None:

@@ -96,11 +96,14 @@ _LAYER = {
 
 
 class Trainer:
-    """One way to train a net: attention on cuDNN (`cudnn`) or as Hugging Face and torch choose, compiled or not."""
+    """One way to train a net: attention on cuDNN (`cudnn`) or as Hugging Face and torch choose, compiled or not.
+
+    Several share a net, which each puts into its own state; `recomputes`: layers are run again in the backward pass.
+    """
 
     def __init__(self, net, config: Config, *, cudnn: bool, compiled: bool):
         self.net, self.device = net, str(next(net.parameters()).device)
-        self.clip_norm = config.optimizer.clip_norm
+        self.clip_norm, self.recomputes = config.optimizer.clip_norm, False
         backends = torch_attention.SDPBackend
         backend = backends.CUDNN_ATTENTION if 'cuda' in self.device else backends.MATH
         self.implementation, self.backend = 'sdpa', contextlib.nullcontext
@@ -119,6 +122,8 @@ class Trainer:
         """One optimiser step; the loss, still on its way."""
         if self.net.config._attn_implementation != self.implementation:
             self.net.set_attn_implementation(self.implementation)
+        if self.net.is_gradient_checkpointing != self.recomputes:
+            (self.net.gradient_checkpointing_enable if self.recomputes else self.net.gradient_checkpointing_disable)()
         with self.backend():
             loss = self.loss_of(*_split(rows_BR, self.device))
             loss.backward()

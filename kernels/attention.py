@@ -135,15 +135,21 @@ def attention_forward_kernel(
 def attention_delta_kernel(
     out_ptr, dout_ptr, delta_ptr, T: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """delta [B, N, T] = sum over H of out * dout: what the softmax's gradient takes off each row."""
+    """delta [B, N, T] = sum over H of out * dout: what the softmax's gradient takes off each row.
+
+    It is read off the diagonal of a matrix product, so that it is summed as the products that it is taken from
+    are: where a row sees one key, the two are equal and nothing is left.
+    """
     EVEN: tl.constexpr = T % BLOCK_Q == 0
     b = (tl.program_id(1) // N).to(tl.int64)
     n = tl.program_id(1) % N
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     head = (b * T * N + n) * H
-    out = _tile(out_ptr + head, rows, N * H, H, T, EVEN).to(tl.float32)
-    dout = _tile(dout_ptr + head, rows, N * H, H, T, EVEN).to(tl.float32)
-    tl.store(delta_ptr + (b * N + n) * T + rows, tl.sum(out * dout, 1), mask=rows < T)
+    out = _tile(out_ptr + head, rows, N * H, H, T, EVEN)
+    dout = _tile(dout_ptr + head, rows, N * H, H, T, EVEN)
+    pairs = tl.dot(dout, tl.trans(out), input_precision='ieee')
+    delta = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
+    tl.store(delta_ptr + (b * N + n) * T + rows, delta, mask=rows < T)
 
 
 @triton.jit

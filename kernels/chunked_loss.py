@@ -4,6 +4,9 @@ A few large chunks keep the matrix products large; as the gradient is made while
 are there, nothing is computed twice. What is done to the logits row by row is passed in (`Rows`):
 plain JAX (cpu.py) or Triton kernels (cross_entropy.py).
 
+The log-sum-exp of a row is kept as its two terms, top (the row's maximum) and log (of the sum): added up
+they would lose digits where logits are large.
+
 The vocabulary may be split over devices (`vocab_axis`): rows' maxima and sums are then taken over
 all of them, and each makes its part of the head's gradient and its share of x's.
 
@@ -28,8 +31,8 @@ class Rows(Protocol):
         """Each row's maximum, sum of exp(logit - maximum), logit at the target (0 if outside V); what to keep."""
         ...
 
-    def gradient(self, kept, top_C, targets_C, lse_C, growth_C, weight_C, dtype) -> Any:
-        """growth * exp(logits - lse), less weight at the target, as [C, V] of `dtype`."""
+    def gradient(self, kept, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype) -> Any:
+        """growth * exp(logits - top - log), less weight at the target, as [C, V] of `dtype`; own_top: of `sums`."""
         ...
 
 
@@ -73,9 +76,9 @@ def _loss_fwd(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
     def add(sums, chunk):
         parts, dhead_DV = sums
         x_CD, targets_C, weights_C = chunk
-        added, (kept, top_C, lse_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
-        growth_C = weights_C * (1 + 2 * z_loss * lse_C)
-        dlogits_CV = rows.gradient(kept, top_C, targets_C, lse_C, growth_C, weights_C, x_CD.dtype)
+        added, (kept, own_top_C, top_C, log_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
+        growth_C = weights_C * (1 + 2 * z_loss * (top_C + log_C))
+        dlogits_CV = rows.gradient(kept, own_top_C, targets_C, top_C, log_C, growth_C, weights_C, x_CD.dtype)
         dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
         dx_CD = jnp.dot(dlogits_CV, head_DV.T, preferred_element_type=jnp.float32) / total
         return (jax.tree.map(jnp.add, parts, added), dhead_DV), dx_CD.astype(x_CD.dtype)
@@ -105,19 +108,20 @@ def _zeros(weights_nC):
 
 
 def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
-    """A chunk's (negative log-likelihood, z-loss) and (what the rows keep, their maxima, their log-sum-exp)."""
+    """A chunk's (negative log-likelihood, z-loss), and what the rows' gradient takes: kept, own_top, top, log."""
     x_CD, targets_C, weights_C = chunk
     logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
-    top_C, total_C, picked_C, kept = rows.sums(logits_CV, targets_C)
-    lse_C, picked_C = _over_the_vocabulary(top_C, total_C, picked_C, vocab_axis)
-    nll, z = jnp.sum(weights_C * (lse_C - picked_C)), z_loss * jnp.sum(weights_C * jnp.square(lse_C))
-    return (nll, z), (kept, top_C, lse_C)
+    own_top_C, total_C, picked_C, kept = rows.sums(logits_CV, targets_C)
+    top_C, log_C, picked_C = _over_the_vocabulary(own_top_C, total_C, picked_C, vocab_axis)
+    nll = jnp.sum(weights_C * (top_C - picked_C + log_C))
+    z = z_loss * jnp.sum(weights_C * jnp.square(top_C + log_C))
+    return (nll, z), (kept, own_top_C, top_C, log_C)
 
 
-def _over_the_vocabulary(top_C, total_C, picked_C, vocab_axis):
-    """(log-sum-exp, target's logit) from those of each device's part of the vocabulary."""
+def _over_the_vocabulary(own_top_C, total_C, picked_C, vocab_axis):
+    """(top, log, target's logit) of the whole vocabulary from those of each device's part."""
     if not vocab_axis:
-        return top_C + jnp.log(total_C), picked_C
-    top_of_all_C = jax.lax.pmax(top_C, vocab_axis)
-    total_C = jax.lax.psum(total_C * jnp.exp(top_C - top_of_all_C), vocab_axis)
-    return top_of_all_C + jnp.log(total_C), jax.lax.psum(picked_C, vocab_axis)
+        return own_top_C, jnp.log(total_C), picked_C
+    top_C = jax.lax.pmax(own_top_C, vocab_axis)
+    total_C = jax.lax.psum(total_C * jnp.exp(own_top_C - top_C), vocab_axis)
+    return top_C, jnp.log(total_C), jax.lax.psum(picked_C, vocab_axis)

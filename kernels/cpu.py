@@ -24,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import chunked_loss, reference, varying
 
@@ -156,8 +157,8 @@ def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
         sum_BKR1 = _row_sum(weights_BKRS)
         out_BKRH = _matmul(weights_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, : block.stop]) / sum_BKR1
         outs.append(_unrows(out_BKRH, block))
-        stats.append(max_BKR1 + jnp.log(sum_BKR1))
-    out_BTNH = _by_time(outs).astype(q_BTNH.dtype)
+        stats.append(checkpoint_name(max_BKR1 + jnp.log(sum_BKR1), 'attention_lse'))
+    out_BTNH = checkpoint_name(_by_time(outs).astype(q_BTNH.dtype), 'attention_out')
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, out_BTNH, stats)
 
 
@@ -269,8 +270,8 @@ class _Rows:
         picked_C = jnp.take_along_axis(logits_CV, jnp.where(here_C, targets_C, 0)[:, None], axis=-1)[:, 0]
         return top_C1[:, 0], _row_sum(exp_CV)[:, 0], jnp.where(here_C, picked_C, 0.0), exp_CV
 
-    def gradient(self, exp_CV, top_C, targets_C, lse_C, growth_C, weight_C, dtype):
+    def gradient(self, exp_CV, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype):
         hit_CV = targets_C[:, None] == jnp.arange(exp_CV.shape[1])[None, :]
-        factor_C = growth_C * jnp.exp(top_C - lse_C)
+        factor_C = growth_C * jnp.exp(own_top_C - top_C - log_C)
         dlogits_CV = exp_CV * factor_C[:, None] - jnp.where(hit_CV, weight_C[:, None], 0.0)
         return jax.lax.optimization_barrier(dlogits_CV.astype(dtype))

@@ -40,18 +40,19 @@ def cross_entropy_sums_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits_ptr, targets_ptr, lse_ptr, growth_ptr, weight_ptr, dlogits_ptr, V: tl.constexpr, BLOCK: tl.constexpr
-):
-    """BLOCK of a row of growth * exp(logits - lse), less weight at the target."""
+    logits_ptr, targets_ptr, top_ptr, log_ptr, growth_ptr, weight_ptr, dlogits_ptr,
+    V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of a row of growth * exp(logits - top - log), less weight at the target."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * V + columns, mask=columns < V, other=-1.0e30)
-    dlogits = tl.load(growth_ptr + row) * tl.exp(logits - tl.load(lse_ptr + row))
+    dlogits = tl.load(growth_ptr + row) * tl.exp(logits - tl.load(top_ptr + row) - tl.load(log_ptr + row))
     dlogits = tl.where(columns == tl.load(targets_ptr + row), dlogits - tl.load(weight_ptr + row), dlogits)
     tl.store(dlogits_ptr + row * V + columns, dlogits.to(dlogits_ptr.dtype.element_ty), mask=columns < V)
 
 
-def cross_entropy(x_BTD, head_DV, targets_BT, weights_BT, z_loss, vocab_axis, target: launch.Target):
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT, z_loss, vocab_axis, target: launch.Target):
     """(loss, parts) as `reference.cross_entropy`."""
     rows = _Rows(target)
     return chunked_loss.cross_entropy(
@@ -70,10 +71,10 @@ class _Rows:
         inputs = (logits_CV, targets_C)
         return *self.target.call(cross_entropy_sums_kernel, inputs, (value,) * 3, grid=(C,), tile=tile, V=V), logits_CV
 
-    def gradient(self, logits_CV, top_C, targets_C, lse_C, growth_C, weight_C, dtype):
+    def gradient(self, logits_CV, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype):
         C, V = logits_CV.shape
         tile = self.target.tile('cross_entropy_gradient')
-        inputs = (logits_CV, targets_C, lse_C, growth_C, weight_C)
+        inputs = (logits_CV, targets_C, top_C, log_C, growth_C, weight_C)
         dlogits_CV = jax.ShapeDtypeStruct((C, V), dtype)
         grid = (C, -(-V // tile.sizes['BLOCK']))
         return self.target.call(cross_entropy_gradient_kernel, inputs, (dlogits_CV,), grid=grid, tile=tile, V=V)[0]

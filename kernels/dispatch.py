@@ -14,17 +14,15 @@ dim, F feed-forward, V vocabulary. dtypes: float32 and bfloat16; `xla` takes any
 """
 
 import importlib
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 
-from kernels import cpu, launch, reference
+from kernels import checks, cpu, launch, reference
 
 OPS = ('attention', 'rms_norm', 'rope', 'swiglu', 'cross_entropy')
 CHIPS = launch.CHIPS
-HEAD_DIMS = (64, 128)
-_MOST_COLUMNS = 16_384  # of a row that a program holds in registers
-_DTYPES = ('float32', 'bfloat16')
 # {(chip, op): implementation} where a committed measurement (bench/results/) found another one faster than Triton.
 _MEASURED: dict[tuple[str, str], str] = {}
 
@@ -35,78 +33,92 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def implementation(op: str, *, impl: str | None = None, chip: str | None = None) -> str:
-    """The implementation that `impl` stands for on `chip`. Raises ValueError where it cannot run."""
+    """The implementation that `impl` stands for on `chip`.
+
+    Raises ValueError where it cannot run, ImportError where what it needs is not installed.
+    """
     if impl is None:
         impl = 'xla' if chip is None else _MEASURED.get((chip, op), 'triton')
-    _require(impl in implementations(op), op, f'impl={impl!r} is not one of {", ".join(implementations(op))}')
+    known, place = implementations(op), 'a CPU (chip=None)' if chip is None else chip
+    checks.require(impl in known, op, f'impl={impl!r} is not one of {", ".join(known)}')
     if impl == 'triton':
-        _require(
-            chip in CHIPS, op, f"impl='triton' runs on chips {', '.join(CHIPS)}, not on {_name(chip)}; choose 'xla'"
-        )
-    _require(impl != 'cudnn' or chip is not None, op, f"impl='cudnn' runs on GPUs, not on {_name(chip)}; choose 'xla'")
+        chips = ', '.join(CHIPS)
+        checks.require(chip in CHIPS, op, f"impl='triton' runs on chips {chips}, not on {place}; choose 'xla'")
+    checks.require(impl != 'cudnn' or chip is not None, op, f"impl='cudnn' runs on GPUs, not on {place}; choose 'xla'")
+    for package in {'triton': ('triton', 'jax_triton'), 'interpret': ('triton',)}.get(impl, ()):
+        if not importlib.util.find_spec(package):
+            raise ImportError(
+                f'{op}: impl={impl!r} needs {package}, which is not installed; install requirements-kernels.txt, '
+                "or choose 'xla'"
+            )
     return impl
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None, impl=None, chip=None):
     """Causal grouped-query attention, scaled by 1 / sqrt(H): [B, T, N, H] in q's dtype.
 
-    Query head n reads key-value head n // (N / K). With `segment_ids_BT` a position attends to
-    its own segment only. Triton: FlashAttention-2 (Dao, 2023). Raises ValueError for shapes,
-    dtypes, head dims or an implementation that do not go.
+    Query head n reads key-value head n // (N / K). With `segment_ids_BT` (integers) a position
+    attends to its own segment only. Triton: FlashAttention-2 (Dao, 2023). Raises ValueError for
+    shapes, dtypes, head dims or an implementation that do not go.
     """
-    impl = implementation('attention', impl=impl, chip=chip)
-    _check_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, impl)
+    op, masked = 'attention', segment_ids_BT is not None
+    impl = implementation(op, impl=impl, chip=chip)
+    dtype = checks.floats(op, 'BTNH', q=q_BTNH)
+    dtypes = {'q': dtype, 'k': checks.floats(op, 'BSKH', k=k_BSKH, v=v_BSKH)}
+    checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
+    checks.heads(op, q_BTNH, k_BSKH)
+    checks.implementation(op, impl, dtype, head_dim=q_BTNH.shape[3], segment_ids=masked)
+    if masked:
+        checks.numbers(op, 'segment ids', segment_ids_BT, q_BTNH.shape[:2], 'BT')
     if impl == 'xla':
         return _plain(chip).attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT)
     if impl == 'cudnn':
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation='cudnn')
-    segments = None if segment_ids_BT is None else segment_ids_BT.astype(jnp.int32)
-    return _kernels('attention').attention(q_BTNH, k_BSKH, v_BSKH, segments, _target(impl, chip))
+    segments = segment_ids_BT.astype(jnp.int32) if masked else None
+    return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segments, _target(impl, chip))
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None, impl=None, chip=None):
     """x / sqrt(mean(x^2) + eps) * scale: [B, T, D] in x's dtype (Zhang and Sennrich, 2019).
 
-    With `residual_BTD`: (that of the sum x + residual, the sum), in one pass.
+    The scale is of x's dtype or float32. With `residual_BTD`: (that of the sum x + residual, the
+    sum), in one pass. Raises ValueError as `attention` does.
     """
-    impl = implementation('rms_norm', impl=impl, chip=chip)
-    _check_dtypes('rms_norm', impl, x=x_BTD, residual=residual_BTD)
-    _check_shapes('rms_norm', 'BTD', x=x_BTD, residual=residual_BTD)
-    _require(scale_D.shape == x_BTD.shape[2:], 'rms_norm', f'scale {scale_D.shape} is not [D] of x {x_BTD.shape}')
+    op = 'rms_norm'
+    impl = implementation(op, impl=impl, chip=chip)
+    dtype = checks.floats(op, 'BTD', x=x_BTD, residual=residual_BTD)
+    checks.shaped(op, 'scale', scale_D, x_BTD.shape[2:], 'D')
+    scale_dtype = scale_D.dtype.name
+    checks.require(scale_dtype in (dtype, 'float32'), op, f'scale is {scale_dtype}, not float32 or {dtype} as x is')
+    checks.implementation(op, impl, dtype, columns=x_BTD.shape[2])
     if impl == 'xla':
         return _plain(chip).rms_norm(x_BTD, scale_D, eps=eps, residual_BTD=residual_BTD)
-    D = x_BTD.shape[2]
-    _require(D <= _MOST_COLUMNS, 'rms_norm', f'rows of {D} do not fit a program; {_MOST_COLUMNS} at most')
-    return _kernels('rms_norm').rms_norm(x_BTD, scale_D, residual_BTD, eps, _target(impl, chip))
+    return _kernels(op).rms_norm(x_BTD, scale_D, residual_BTD, float(eps), _target(impl, chip))
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
     """Rotary position embedding, half rotation, of queries or keys: [B, T, N, H] in x's dtype (Su et al., 2021).
 
-    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H).
+    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H). Raises ValueError as `attention` does.
     """
-    impl = implementation('rope', impl=impl, chip=chip)
-    _check_dtypes('rope', impl, x=x_BTNH)
-    _check_shapes('rope', 'BTNH', x=x_BTNH)
-    _require(
-        positions_BT.shape == x_BTNH.shape[:2],
-        'rope',
-        f'positions {positions_BT.shape} are not [B, T] of {x_BTNH.shape}',
-    )
-    _check_head_dim('rope', x_BTNH.shape[3], impl)
+    op = 'rope'
+    impl = implementation(op, impl=impl, chip=chip)
+    dtype = checks.floats(op, 'BTNH', x=x_BTNH)
+    checks.shaped(op, 'positions', positions_BT, x_BTNH.shape[:2], 'BT')
+    checks.implementation(op, impl, dtype, head_dim=x_BTNH.shape[3])
     if impl == 'xla':
         return _plain(chip).rope(x_BTNH, positions_BT, base=base, scaling=scaling)
-    return _kernels('rope').rope(x_BTNH, positions_BT, base, scaling, _target(impl, chip))
+    return _kernels(op).rope(x_BTNH, positions_BT, float(base), float(scaling), _target(impl, chip))
 
 
 def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):
-    """silu(gate) * up: [B, T, F] in the inputs' dtype (Shazeer, 2020)."""
-    impl = implementation('swiglu', impl=impl, chip=chip)
-    _check_dtypes('swiglu', impl, gate=gate_BTF, up=up_BTF)
-    _check_shapes('swiglu', 'BTF', gate=gate_BTF, up=up_BTF)
+    """silu(gate) * up: [B, T, F] in the inputs' dtype (Shazeer, 2020). Raises ValueError as `attention` does."""
+    op = 'swiglu'
+    impl = implementation(op, impl=impl, chip=chip)
+    checks.implementation(op, impl, checks.floats(op, 'BTF', gate=gate_BTF, up=up_BTF))
     if impl == 'xla':
         return _plain(chip).swiglu(gate_BTF, up_BTF)
-    return _kernels('swiglu').swiglu(gate_BTF, up_BTF, _target(impl, chip))
+    return _kernels(op).swiglu(gate_BTF, up_BTF, _target(impl, chip))
 
 
 def cross_entropy(
@@ -114,27 +126,26 @@ def cross_entropy(
 ):  # fmt: skip
     """(mean loss, {'nll', 'z_loss'}) of a linear head, float32 scalars; by chunks, so that whole logits never exist.
 
-    The loss is the sum of its parts: nll, the mean negative log-likelihood of `targets_BT` in
-    nats, and `z_loss` times the mean squared log-sum-exp (PaLM, section 5). Only the loss has a
+    The loss is the sum of its parts: nll, the mean negative log-likelihood of `targets_BT` (integers)
+    in nats, and `z_loss` times the mean squared log-sum-exp (PaLM, section 5). Only the loss has a
     gradient, which is made in the forward pass. `weights_BT` (constants) weight the means; a
     target outside [0, V) is not to be given. `vocab_axis` names the mapped axis that V is split over.
+    Raises ValueError as `attention` does.
     """
-    impl = implementation('cross_entropy', impl=impl, chip=chip)
-    _check_dtypes('cross_entropy', impl, x=x_BTD, head=head_DV)
-    _check_shapes('cross_entropy', 'BTD', x=x_BTD)
-    _check_shapes('cross_entropy', 'DV', head=head_DV)
-    fits = head_DV.shape[0] == x_BTD.shape[2] and targets_BT.shape == x_BTD.shape[:2]
-    _require(
-        fits,
-        'cross_entropy',
-        f'x {x_BTD.shape}, head {head_DV.shape} and targets {targets_BT.shape} do not go together',
-    )
+    op = 'cross_entropy'
+    impl = implementation(op, impl=impl, chip=chip)
+    dtypes = {'x': checks.floats(op, 'BTD', x=x_BTD), 'head': checks.floats(op, 'DV', head=head_DV)}
+    checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
+    checks.require(head_DV.shape[0] == x_BTD.shape[2], op, f'x {x_BTD.shape} and head {head_DV.shape} differ in D')
+    checks.numbers(op, 'targets', targets_BT, x_BTD.shape[:2], 'BT')
+    if weights_BT is not None:
+        checks.shaped(op, 'weights', weights_BT, x_BTD.shape[:2], 'BT')
+    checks.implementation(op, impl, dtypes['x'])
+    options = {'weights_BT': weights_BT, 'z_loss': float(z_loss), 'vocab_axis': vocab_axis}
     if impl == 'xla':
-        return cpu.cross_entropy(
-            x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss, vocab_axis=vocab_axis
-        )
-    function, target = _kernels('cross_entropy').cross_entropy, _target(impl, chip)
-    return function(x_BTD, head_DV, targets_BT.astype(jnp.int32), weights_BT, z_loss, vocab_axis, target)
+        return cpu.cross_entropy(x_BTD, head_DV, targets_BT, **options)
+    targets_BT, target = targets_BT.astype(jnp.int32), _target(impl, chip)
+    return _kernels(op).cross_entropy(x_BTD, head_DV, targets_BT, **options, target=target)
 
 
 def linear(x, w, *, chip=None):
@@ -151,57 +162,5 @@ def _target(impl: str, chip) -> launch.Target:
 
 
 def _kernels(op: str):
-    """The module of an op's Triton kernels, which needs Triton."""
-    try:
-        return importlib.import_module(f'kernels.{op}')
-    except ImportError as error:
-        raise ImportError(
-            f"{op}: its kernels need Triton ({error}); install requirements-kernels.txt, or choose impl='xla'"
-        ) from error
-
-
-def _name(chip) -> str:
-    return 'a CPU (chip=None)' if chip is None else chip
-
-
-def _require(condition: bool, op: str, message: str) -> None:
-    if not condition:
-        raise ValueError(f'{op}: {message}')
-
-
-def _check_dtypes(op: str, impl: str, **arrays) -> None:
-    """All floating and alike; kernels take float32 and bfloat16, cuDNN bfloat16."""
-    dtypes = {name: array.dtype.name for name, array in arrays.items() if array is not None}
-    _require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
-    dtype = next(iter(dtypes.values()))
-    _require(jnp.issubdtype(dtype, jnp.floating), op, f'dtype {dtype} is not a float')
-    allowed = {'xla': (dtype,), 'cudnn': ('bfloat16',)}.get(impl, _DTYPES)
-    _require(dtype in allowed, op, f'impl={impl!r} takes {" and ".join(allowed)}, not {dtype}')
-
-
-def _check_shapes(op: str, axes: str, **arrays) -> None:
-    shapes = {name: array.shape for name, array in arrays.items() if array is not None}
-    fits = len(set(shapes.values())) == 1 and len(next(iter(shapes.values()))) == len(axes)
-    _require(fits, op, f'shapes {shapes} are not [{", ".join(axes)}]')
-    _require(0 not in next(iter(shapes.values())), op, f'shapes {shapes} hold nothing')
-
-
-def _check_head_dim(op: str, H: int, impl: str) -> None:
-    _require(H % 2 == 0, op, f'head dim {H} is not even')
-    _require(impl == 'xla' or H in HEAD_DIMS, op, f'impl={impl!r} takes head dims {HEAD_DIMS}, not {H}')
-
-
-def _check_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, impl: str) -> None:
-    op = 'attention'
-    _check_dtypes(op, impl, q=q_BTNH, k=k_BSKH, v=v_BSKH)
-    _check_shapes(op, 'BTNH', q=q_BTNH)
-    _check_shapes(op, 'BSKH', k=k_BSKH, v=v_BSKH)
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    _require(k_BSKH.shape == (B, T, K, H), op, f'q {q_BTNH.shape} and k {k_BSKH.shape} differ in B, T or H')
-    _require(N % K == 0, op, f'{N} query heads are not a multiple of {K} key-value heads')
-    _check_head_dim(op, H, impl)
-    if segment_ids_BT is not None:
-        _require(impl != 'cudnn', op, "impl='cudnn' takes no segment ids; choose 'triton' or 'xla'")
-        _require(
-            segment_ids_BT.shape == (B, T), op, f'segment ids {segment_ids_BT.shape} are not [B, T] of q {q_BTNH.shape}'
-        )
+    """The module of an op's kernels; it imports Triton, which the other implementations do without."""
+    return importlib.import_module(f'kernels.{op}')

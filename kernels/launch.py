@@ -16,6 +16,7 @@ CHIPS = ('sm_80', 'sm_90')  # A100; H100 and H200
 _MULTIPROCESSORS: dict[str | None, int] = {'sm_80': 108, 'sm_90': 132}
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 _INTERPRETED_PROGRAMS = 3
+_MOST_PROGRAMS = 65_535  # of a grid's second axis (CUDA C++ Programming Guide, table 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ _INTERPRETED = _pairs(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 64, 4,
 
 # The same on every chip: these only stream memory.
 _ROWS = {
-    'attention_delta': Tile({'BLOCK_Q': 128}, warps=4),
+    'attention_delta': Tile({'BLOCK_Q': 64}, warps=4),
     'rms_norm_forward': Tile({}, warps=4),
     'rms_norm_backward': Tile({}, warps=4),
     'rope': Tile({'BLOCK': 64}, warps=4),
@@ -67,7 +68,7 @@ _ROWS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What kernels run on: a chip of `CHIPS`, or this CPU with `interpret`."""
+    """What kernels run on: a chip of `CHIPS`, or this CPU with `interpret` (by a chip's tiles, if one is named)."""
 
     chip: str | None = None
     interpret: bool = False
@@ -75,7 +76,7 @@ class Target:
     @property
     def programs(self) -> int:
         """How many programs a kernel is given that goes over many rows in each."""
-        return _INTERPRETED_PROGRAMS if self.interpret else _PROGRAMS_PER_MULTIPROCESSOR * _MULTIPROCESSORS[self.chip]
+        return _PROGRAMS_PER_MULTIPROCESSOR * _MULTIPROCESSORS[self.chip] if self.chip else _INTERPRETED_PROGRAMS
 
     def tile(self, kernel: str) -> Tile:
         """The tile shape of a kernel that streams memory."""
@@ -83,12 +84,14 @@ class Target:
 
     def attention_tile(self, kernel: str, dtype, head_dim: int, *, segments: bool = False) -> Tile:
         """The tile shape of an attention kernel for this chip."""
-        tiles = _INTERPRETED if self.interpret else _ATTENTION[self.chip, jnp.dtype(dtype).name, head_dim]
+        tiles = _ATTENTION[self.chip, jnp.dtype(dtype).name, head_dim] if self.chip else _INTERPRETED
         return tiles.get(f'{kernel}_segments' if segments else kernel, tiles[kernel])
 
     def call(self, kernel, inputs, outputs, *, grid, tile: Tile, **constants):
         """The kernel's outputs, as `outputs` (ShapeDtypeStructs) say; its parameters are inputs, outputs, constants."""
         constants |= tile.sizes
+        if max(grid[1:], default=0) > _MOST_PROGRAMS:
+            raise ValueError(f'{kernel.__name__}: batch x heads is {grid[1]}; {_MOST_PROGRAMS} at most')
         if self.interpret:
             results = _interpret(kernel, inputs, outputs, grid, constants)
         else:
@@ -110,7 +113,8 @@ def _interpret(kernel, inputs, outputs, grid, constants):
 
     def run(*arrays):
         arrays = [np.ascontiguousarray(array) for array in arrays]
-        results = [np.zeros(output.shape, output.dtype) for output in outputs]
+        # Not a number: what a kernel does not write shows.
+        results = [np.full(output.shape, np.nan, output.dtype) for output in outputs]
         interpreter.run(kernel, grid, *arrays, *results, **constants)
         return tuple(results)
 

@@ -5,11 +5,13 @@ by Triton and assembled by its ptxas. Ends with 1 if one of them spills register
 scratch or more shared memory than a block has, or rounds float32 to tf32.
 """
 
+import atexit
 import dataclasses
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,7 +106,8 @@ def _rows(chip: str, dtype: str) -> list[Launch]:
         return rope.rope(x, jnp.zeros((_B, _T), jnp.int32), 10_000.0, 1.0, target)
 
     def loss(target, x, head):
-        return cross_entropy.cross_entropy(x, head, jnp.zeros((_B, _T), jnp.int32), None, 0.0, None, target)[0]
+        targets_BT, options = jnp.zeros((_B, _T), jnp.int32), {'weights_BT': None, 'z_loss': 0.0, 'vocab_axis': None}
+        return cross_entropy.cross_entropy(x, head, targets_BT, **options, target=target)[0]
 
     return [
         *_recorded(chip, dtype, normed, x, scale),
@@ -126,8 +129,9 @@ def compiled(launched: Launch, chip: str):
         constexprs={(names.index(name),): value for name, value in launched.constants.items()},
         attrs={(i,): [['tt.divisibility', 16]] for i in range(len(pointers))},
     )
-    # Importing jax-triton sets it to nothing, which Triton takes for a path.
-    os.environ['TRITON_CACHE_DIR'] = os.environ.get('TRITON_CACHE_DIR') or tempfile.mkdtemp(prefix='triton-')
+    if not os.environ.get('TRITON_CACHE_DIR'):  # importing jax-triton sets it to nothing, which Triton takes for a path
+        os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp(prefix='triton-')
+        atexit.register(shutil.rmtree, os.environ['TRITON_CACHE_DIR'], ignore_errors=True)
     target = GPUTarget('cuda', int(chip.removeprefix('sm_')), 32)
     options = {'num_warps': launched.tile.warps, 'num_stages': launched.tile.stages}
     return triton.compile(source, target=target, options=options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import dispatch, launch
 from tests import kernel_checks
 from tests.kernel_checks import normal
 
@@ -60,15 +60,26 @@ def test_any_shape(B, T, K, G, segments):
 
 
 @pytest.mark.parametrize('segments', [False, True], ids=['', 'segments'])
-@pytest.mark.parametrize('kind', ['large', 'zeros', 'equal'])
+@pytest.mark.parametrize('kind', ['10', '30', '100', '1000', 'queries', 'zeros', 'equal'])
 def test_extremes(kind, segments):
+    q, k, v = _inputs(1, 70, 2, 1, 64)
     arrays = {
-        'large': _inputs(1, 70, 2, 1, 64, scale=30.0),  # logits of some thousands: every softmax picks one key
-        'zeros': [0 * x for x in _inputs(1, 70, 2, 1, 64)],
-        'equal': [jnp.broadcast_to(x[:, :1], x.shape) for x in _inputs(1, 70, 2, 1, 64)],
-    }[kind]
-    ids_BT = _segments(1, 70) if segments else None
-    kernel_checks.check_extreme('attention', arrays, segment_ids_BT=ids_BT, floor=_floor(arrays))
+        'queries': [1e4 * q, k, v],
+        'zeros': [0 * q, 0 * k, 0 * v],
+        'equal': [jnp.broadcast_to(x[:, :1], x.shape) for x in (q, k, v)],
+    }
+    # Logits of some hundreds to millions: every softmax picks one key.
+    arrays = arrays[kind] if kind in arrays else [float(kind) * x for x in (q, k, v)]
+    ids_BT = jnp.repeat(jnp.arange(3), jnp.array([20, 30, 20]))[None] if segments else None
+    kernel_checks.check_extreme('attention', arrays, segment_ids_BT=ids_BT)
+
+
+@pytest.mark.parametrize('chip', launch.CHIPS)
+@pytest.mark.parametrize('H', [64, 128])
+def test_the_chips_tiles_give_the_same(chip, H, monkeypatch):
+    monkeypatch.setattr(dispatch, '_target', lambda impl, _: launch.Target(chip, interpret=True))
+    ids_BT = _segments(1, 200)
+    kernel_checks.check_bfloat16('attention', _inputs(1, 200, 2, 1, H), segment_ids_BT=ids_BT)
 
 
 def test_segments_do_not_see_each_other():

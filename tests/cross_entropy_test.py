@@ -50,7 +50,7 @@ def test_any_shape(B, T, V):
 
 
 @IMPLS
-@pytest.mark.parametrize('scale', [0.0, 1e3])
+@pytest.mark.parametrize('scale', [0.0, 10.0, 30.0, 100.0, 1e3])
 def test_extremes(impl, scale):
     kernel_checks.check_extreme('cross_entropy', _inputs(scale=scale), targets_BT=_targets(), impl=impl, z_loss=1e-4)
 

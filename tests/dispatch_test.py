@@ -1,5 +1,7 @@
 """The choice of an implementation, and what the ops refuse."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,13 +88,27 @@ BAD = {
     'rank': (lambda: dispatch.attention(Q[0], K, K), r'attention: shapes .* are not \[B, T, N, H\]'),
     'segments': (lambda: dispatch.attention(Q, K, K, segment_ids_BT=POSITIONS[0]), r'segment ids \(4,\) are not'),
     'positions': (lambda: dispatch.rope(Q, POSITIONS[0], base=1e4), r'rope: positions \(4,\) are not \[B, T\]'),
-    'scale': (lambda: dispatch.rms_norm(X, SCALE[:5], eps=1e-5), r'rms_norm: scale \(5,\) is not \[D\]'),
+    'scale': (lambda: dispatch.rms_norm(X, SCALE[:5], eps=1e-5), r'rms_norm: scale \(5,\) are not \[D\] = \(64,\)'),
     'residual': (lambda: dispatch.rms_norm(X, SCALE, eps=1e-5, residual_BTD=X[:, :2]), r'rms_norm: shapes .*residual'),
     'columns': (lambda: dispatch.rms_norm(WIDE, WIDE[0, 0], eps=1e-5, impl='interpret'), '16384 at most'),
     'gate and up': (lambda: dispatch.swiglu(X, X[:, :2]), r'swiglu: shapes .*\(1, 2, 64\)'),
     'nothing': (lambda: dispatch.swiglu(X[:, :0], X[:, :0]), 'swiglu: shapes .* hold nothing'),
-    'head': (lambda: dispatch.cross_entropy(X, HEAD[:5], POSITIONS), r'cross_entropy: x .*, head \(5, 9\)'),
-    'targets': (lambda: dispatch.cross_entropy(X, HEAD, POSITIONS[0]), r'cross_entropy: .* targets \(4,\)'),
+    'head': (lambda: dispatch.cross_entropy(X, HEAD[:5], POSITIONS), r'cross_entropy: x .* and head \(5, 9\) differ'),
+    'targets': (lambda: dispatch.cross_entropy(X, HEAD, POSITIONS[0]), r'targets \(4,\) are not \[B, T\]'),
+    'float targets': (lambda: dispatch.cross_entropy(X, HEAD, 0.5 * POSITIONS), 'targets are float32, not integers'),
+    'weights': (
+        lambda: dispatch.cross_entropy(X, HEAD, POSITIONS, weights_BT=jnp.ones((4, 1))),
+        r'cross_entropy: weights \(4, 1\) are not \[B, T\] = \(1, 4\)',
+    ),
+    'float segments': (
+        lambda: dispatch.attention(Q, K, K, segment_ids_BT=0.5 * POSITIONS), 'segment ids are float32, not integers'
+    ),
+    'scale dtype': (
+        lambda: dispatch.rms_norm(X, SCALE.astype(jnp.float16), eps=1e-5), 'rms_norm: scale is float16, not float32'
+    ),
+    'programs': (
+        lambda: dispatch.attention(*[jnp.zeros((1 << 16, 1, 1, 64))] * 3, impl='interpret'), 'is 65536; 65535 at most'
+    ),
 }  # fmt: skip
 
 
@@ -104,8 +120,8 @@ def test_bad_input_is_refused_with_the_op_and_the_values(call):
 
 
 def test_without_triton_a_kernel_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'kernels.swiglu', None)
-    with pytest.raises(ImportError, match=r'swiglu: its kernels need Triton .*requirements-kernels.txt'):
+    monkeypatch.setitem(sys.modules, 'triton', None)
+    with pytest.raises(ImportError, match=r"swiglu: impl='interpret' needs triton, .*requirements-kernels.txt"):
         CALLS['swiglu'](impl='interpret')
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 
 import jax
 import jax.ad_checkpoint
@@ -83,7 +84,7 @@ def _config(**changes):
 
 def _lowered(config, mesh, chip=None, **options):
     """The train step's program, as lowered for the chip (a CPU without one)."""
-    the_ops = ops.make_ops(config.kernels, mesh, model=config.model, chip=chip)
+    the_ops = ops.for_run(config, mesh, chip=chip)
     rows = sharding.batch_sharding(mesh, leading=1)
     arguments = (
         step_lib.abstract_state(config, mesh),
@@ -98,10 +99,13 @@ def _lowered(config, mesh, chip=None, **options):
 def test_no_activation_is_gathered(mesh, kernels):
     config = dataclasses.replace(_config(), kernels=kernels)
     program = _lowered(config, sharding.make_mesh(MESHES[mesh])).compile().as_text()
-    gathered = re.findall(r'= \(?\w+\[([\d,]*)\].*? all-gather(?:-start)?\(', program)
+    gathered = re.findall(r'= (\(?\w+\[.*?) all-gather(?:-start)?\(', program)
     assert gathered, 'the weights are split and have to be gathered'
-    seq_len = str(config.model.seq_len)
-    assert not [shape for shape in gathered if seq_len in shape.split(',')], gathered
+    shapes = jax.eval_shape(lambda: model.init_params(config.model, jax.random.key(0)))
+    sizes = {math.prod(leaf.shape[path[0].key == 'layers' :]) for path, leaf in jax.tree.leaves_with_path(shapes)}
+    found = [math.prod(map(int, shape.split(','))) for shape in re.findall(r'\w\[([\d,]+)\]', ' '.join(gathered))]
+    tensor = MESHES[mesh].tensor  # which keeps its part of a weight
+    assert {size * tensor for size in found} <= sizes | {size * tensor for size in sizes}
     assert ' all-to-all(' not in program
 
 
@@ -127,6 +131,8 @@ def test_the_step_for_a_gpu_holds_exactly_the_expected_kernels(remat, mesh):
     assert not re.findall(r'stablehlo\.(logistic|rsqrt|exponential|maximum)\b.*tensor<(?:\d+x){2,}', program)
     scores = rf'tensor<[\dx]*{MODEL.seq_len}x{MODEL.seq_len}x'
     assert not re.search(scores, program)
+    angles = re.findall(r'stablehlo\.(?:cosine|sine) .*tensor<[\dx]*?x(\d+x\d+)xf32>', program)
+    assert set(angles) == {f'1x{MODEL.head_dim // 2}'}, 'the angles of a position are for all heads'
 
 
 @kernel_checks.needs_triton
@@ -139,6 +145,13 @@ def test_products_have_the_precision_of_the_compute_dtype(dtype, precision, kern
     products = re.findall(r'stablehlo\.dot_general.*', program)
     wanted = f'precision = [{precision}, {precision}]'
     assert products and [product for product in products if wanted not in product] == []
+
+
+def test_attention_is_not_recomputed_on_a_cpu_either():
+    mesh, products = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), {}
+    for remat in AGAIN:
+        products[remat] = _lowered(_config(remat=remat), mesh).as_text().count('stablehlo.dot_general')
+    assert products['none'] < products['attention'] == products['full'] - 2, 'scores and their sum of values'
 
 
 def test_the_step_for_a_cpu_holds_no_kernel():
@@ -173,8 +186,32 @@ def test_a_layer_keeps_at_most_64_kib_a_token_without_remat(capsys):
 def test_a_choice_that_cannot_run_names_the_field():
     with pytest.raises(errors.UsageError, match=r"config\.kernels\.rope: impl='triton' runs on chips .*; choose 'xla'"):
         ops.make_ops(KernelConfig(rope='triton'))
-    with pytest.raises(errors.UsageError, match=r'config\.kernels\.attention: interpret takes .*head_dim is 8'):
-        ops.make_ops(KernelConfig(attention='interpret'), model=tiny.MODEL)
+
+
+@pytest.mark.parametrize(
+    ('chip', 'kernels', 'changes', 'message'),
+    [
+        (None, {'attention': 'interpret'}, {'head_dim': 8}, 'kernels.attention: .* head dims .*, not 8'),
+        ('sm_90', {'attention': 'cudnn'}, {'compute_dtype': 'float32'}, 'attention: .* takes bfloat16, not float32'),
+        ('sm_90', {'attention': 'cudnn'}, {'document_mask': True}, 'attention: .* takes no segment ids'),
+        ('sm_90', {'attention': 'cudnn'}, {'remat': 'attention'}, 'train.remat=attention .* attention is cudnn'),
+        ('sm_90', {}, {'embed_dim': 20_000}, 'kernels.rms_norm: rows of 20000'),
+    ],
+)
+def test_a_run_that_its_ops_cannot_do_names_the_field(chip, kernels, changes, message):
+    document_mask = changes.pop('document_mask', False)
+    config = _config(**({'compute_dtype': 'bfloat16'} | changes))
+    config = dataclasses.replace(config, kernels=KernelConfig(**kernels))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=document_mask))
+    with pytest.raises(errors.UsageError, match=message):
+        ops.for_run(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), chip=chip)
+
+
+@pytest.mark.parametrize('missing', ['triton', 'jax_triton'])
+def test_without_triton_a_run_for_a_gpu_says_what_to_install(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(errors.UsageError, match=rf'config\.kernels\.attention: .*{missing}, which is not installed'):
+        ops.make_ops(chip='sm_90')
 
 
 def test_the_table_names_every_op():

@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(
 
 def _ops(config=CONFIG):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    return ops.make_ops(config.kernels, mesh, model=config.model)
+    return ops.for_run(config, mesh)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

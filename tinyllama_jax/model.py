@@ -23,10 +23,8 @@ _REMAT = {'full': None, 'attention': jax.checkpoint_policies.save_only_these_nam
 
 
 def compute_dtype(config: ModelConfig, ops: Ops | None = None):
-    """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
-    if config.compute_dtype:
-        return jnp.dtype(config.compute_dtype)
-    return jnp.dtype(jnp.bfloat16 if (ops or ops_lib.make_ops(ops_lib.PLAIN)).chip else jnp.float32)
+    """The dtype of activations, on the default device without `ops`; as `ops.compute_dtype`."""
+    return ops_lib.compute_dtype(config, (ops or ops_lib.make_ops(ops_lib.PLAIN)).chip)
 
 
 def matmul_precision(dtype):

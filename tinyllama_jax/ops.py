@@ -4,6 +4,7 @@ XLA would gather a kernel's inputs and run it whole on every device; so every op
 implementation, is called inside `jax.shard_map`, the only one in this project.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch, reference
+from kernels import checks, dispatch, reference
 from tinyllama_jax import errors, sharding
-from tinyllama_jax.config import KernelConfig, ModelConfig
+from tinyllama_jax.config import Config, KernelConfig, ModelConfig
 from tinyllama_jax.sharding import BATCH, HEADS, HIDDEN, TOKENS, VOCABULARY, VOCABULARY_AXIS
 
 # op: (partitions of its arrays, partition of its results)
@@ -30,7 +31,7 @@ PLAIN = KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla'))
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """The ops as a run has chosen them; make it with `make_ops`. Arguments and results are `kernels.dispatch`'s."""
+    """The ops as a run has chosen them; made by `for_run` or `make_ops`; arguments and results: `kernels.dispatch`."""
 
     implementations: tuple[tuple[str, str], ...]  # (op, its implementation's name), hashable as a static argument is
     chip: str | None  # the GPU's compute capability, as sm_90; None for a CPU
@@ -127,33 +128,49 @@ def chip_of(device) -> str | None:
     return f'sm_{device.compute_capability.replace(".", "")}' if device.platform in ('gpu', 'cuda') else None
 
 
+def compute_dtype(model: ModelConfig, chip: str | None):
+    """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
+    return jnp.dtype(model.compute_dtype or ('bfloat16' if chip else 'float32'))
+
+
 def make_ops(
     kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
     mesh: Mesh | None = None,
     *,
-    model: ModelConfig | None = None,
     chip: str | None = None,
 ) -> Ops:
     """The ops that `kernels` names, or the defaults of the mesh's chip; without a mesh, for the default device.
 
     `chip` stands in for that of the devices, to lower a program for a GPU that is not there.
-    Raises UsageError for an implementation that cannot run there, or not for `model`.
+    Raises UsageError for an implementation that cannot run there.
     """
     chip = chip or chip_of(mesh.devices.flat[0] if mesh else jax.devices()[0])
     chosen = []
     for op in dispatch.OPS:
-        try:
+        with _naming_the_field(op):
             chosen.append((op, dispatch.implementation(op, impl=getattr(kernels, op), chip=chip)))
-        except (ValueError, ImportError) as error:
-            raise errors.UsageError(f'config.kernels.{op}: {str(error).removeprefix(op + ": ")}.') from None
-        if model and op in ('attention', 'rope') and chosen[-1][1] in ('triton', 'interpret'):
-            _check_head_dim(op, chosen[-1][1], model.head_dim)
     return Ops(tuple(chosen), chip, mesh)
 
 
-def _check_head_dim(op: str, impl: str, head_dim: int) -> None:
-    if head_dim not in dispatch.HEAD_DIMS:
+def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
+    """`make_ops` of a run. Raises UsageError, too, for an implementation that cannot do what the run asks of it."""
+    ops, model = make_ops(config.kernels, mesh, chip=chip), config.model
+    what = {'head_dim': model.head_dim, 'columns': model.embed_dim, 'segment_ids': config.data.document_mask}
+    for op, impl in ops.implementations:
+        with _naming_the_field(op):
+            checks.implementation(op, impl, compute_dtype(model, ops.chip).name, **what)
+    attention = dict(ops.implementations)['attention']
+    if config.train.remat == 'attention' and attention not in ('triton', 'interpret') and ops.chip:
         raise errors.UsageError(
-            f'config.kernels.{op}: {impl} takes {dispatch.HEAD_DIMS}, but config.model.head_dim is {head_dim}; '
-            f'choose another, or --config.kernels.{op}=xla.'
+            f'config.train.remat=attention keeps what the triton attention names, and attention is {attention}: it '
+            'would be recomputed all the same. Choose full or none.'
         )
+    return ops
+
+
+@contextlib.contextmanager
+def _naming_the_field(op: str):
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise errors.UsageError(f'config.kernels.{op}: {str(error).removeprefix(op + ": ")}.') from None

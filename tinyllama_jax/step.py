@@ -128,7 +128,7 @@ def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config, ops
 
 def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
     """`train_step` compiled for a mesh, its state donated."""
-    ops = ops or ops_lib.make_ops(config.kernels, mesh, model=config.model)
+    ops = ops or ops_lib.for_run(config, mesh)
     specs = state_shardings(config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
     return jax.jit(
@@ -141,7 +141,7 @@ def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
 
 def jit_eval_step(config: Config, mesh: Mesh, ops: Ops | None = None):
     """`eval_step` compiled for a mesh."""
-    ops = ops or ops_lib.make_ops(config.kernels, mesh, model=config.model)
+    ops = ops or ops_lib.for_run(config, mesh)
     batch = sharding.batch_sharding(mesh)
     params = state_shardings(config, mesh).params
     return jax.jit(

@@ -57,7 +57,7 @@ class _Run:
         tokens = store.TokenStore(config.data.store_path(folder), prepare_command)
         self.data = pipeline.make_dataset(config, tokens)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.ops = ops.make_ops(config.kernels, self.mesh, model=config.model)
+        self.ops = ops.for_run(config, self.mesh)
         self.eval_step = step_lib.jit_eval_step(config, self.mesh, self.ops)
         self.accumulation = accumulation_steps(config, sharding.batch_shards(self.mesh))
         self.checkpointer = checkpoint.Checkpointer(
