@@ -21,7 +21,7 @@ import numpy as np
 
 from eval_bridge import tokenizer_json, weight_files
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, model, runtime, tokenizer, workdir
+from tinyllama_jax import config_tree, errors, model, runtime, tokenizer, workdir
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, ModelConfig
 
@@ -367,7 +367,7 @@ def import_run(source: str | None, folder: pathlib.Path, config: Config | None, 
     if config is None:
         config = Config(model=found)
     ours, theirs = (workdir.weights_settings(config_lib.to_dict(shape)) for shape in (config.model, found))
-    for field, (wanted, there) in config_lib.differences(ours, theirs, 'config.model').items():
+    for field, (wanted, there) in config_tree.differences(ours, theirs, 'config.model').items():
         raise errors.UsageError(f'{field} is {wanted}, but {source} has {there}; set --{field}={there}.')
     pieces = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(

@@ -35,22 +35,23 @@ _QUERY_BLOCK = 128
 _MOST_BLOCKS = 16  # bounds compile time
 
 
-@jax.custom_vjp
-def linear(x, w):
-    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype."""
-    return _linear_fwd(x, w)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x, w, gradient_dtype=None):
+    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; as `reference.linear`."""
+    return _linear_fwd(x, w, gradient_dtype)[0]
 
 
-def _linear_fwd(x, w):
-    y = _rows(x) @ w.reshape(math.prod(x.shape[2:]), -1)
+def _linear_fwd(x, w, _):
+    y = _rows(x) @ w.astype(x.dtype).reshape(math.prod(x.shape[2:]), -1)
     return y.reshape(x.shape[:2] + w.shape[x.ndim - 2 :]), (x, w)
 
 
-def _linear_bwd(residuals, dy):
+def _linear_bwd(gradient_dtype, residuals, dy):
     x, w = residuals
     rows_dy = _rows(dy)
-    w_matrix = w.reshape(-1, rows_dy.shape[1])
-    return (rows_dy @ w_matrix.T).reshape(x.shape), (_rows(x).T @ rows_dy).reshape(w.shape)
+    w_matrix = w.astype(x.dtype).reshape(-1, rows_dy.shape[1])
+    dw = jnp.matmul(_rows(x).T, rows_dy, preferred_element_type=gradient_dtype or x.dtype)
+    return (rows_dy @ w_matrix.T).reshape(x.shape), dw.astype(w.dtype).reshape(w.shape)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)

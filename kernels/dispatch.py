@@ -19,7 +19,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, cpu, launch, reference
+from kernels import checks, cpu, embedding, launch, reference
 
 OPS = ('attention', 'rms_norm', 'rope', 'swiglu', 'cross_entropy')
 CHIPS = launch.CHIPS
@@ -148,9 +148,17 @@ def cross_entropy(
     return _kernels(op).cross_entropy(x_BTD, head_DV, targets_BT, **options, target=target)
 
 
-def linear(x, w, *, chip=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs], a library's matrix product everywhere: [B, T, *outputs]."""
-    return _plain(chip).linear(x, w)
+def linear(x, w, *, gradient_dtype=None, chip=None):
+    """x [B, T, *inputs] times w [*inputs, *outputs], a library's matrix product everywhere: [B, T, *outputs].
+
+    w is rounded to x's dtype; its gradient leaves the product in `gradient_dtype` (x's by default).
+    """
+    return _plain(chip).linear(x, w, gradient_dtype)
+
+
+def embed(table_VD, tokens_BT, *, chip=None):
+    """Rows [B, T, D] of the table, zeros for tokens outside it; the gradient has one order of adding everywhere."""
+    return embedding.embed(table_VD, tokens_BT, by_sorting=chip is not None)
 
 
 def _plain(chip):

@@ -6,6 +6,8 @@ Softmax, norms, rotary angles and the loss are computed in float32 (float64 inpu
 float64); results return in the inputs' dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -46,9 +48,35 @@ def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     return jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def linear(x, w):
-    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype."""
-    return jnp.tensordot(x, w, axes=x.ndim - 2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x, w, gradient_dtype=None):
+    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; w is rounded to it.
+
+    w's gradient leaves its matrix product, and is added up between devices, in `gradient_dtype` (x's by default).
+    """
+    return _linear_fwd(x, w, gradient_dtype)[0]
+
+
+def _linear_fwd(x, w, _):
+    return jnp.tensordot(x, w.astype(x.dtype), axes=x.ndim - 2, precision=_precision(x)), (x, w)
+
+
+def _linear_bwd(gradient_dtype, residuals, dy):
+    x, w = residuals
+    inputs, outputs = x.ndim - 2, dy.ndim - 2
+    back = (tuple(range(2, 2 + outputs)), tuple(range(inputs, inputs + outputs)))
+    dx = jnp.tensordot(dy, w.astype(x.dtype), axes=back, precision=_precision(x))
+    dtype = gradient_dtype or x.dtype
+    dw = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), precision=_precision(x), preferred_element_type=dtype)
+    return dx, dw.astype(w.dtype)
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _precision(x):
+    """Of x's dtype: by themselves GPUs make float32 products of TensorFloat-32."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):

@@ -44,7 +44,7 @@ def _cases():
             lambda ops, *args: ops.cross_entropy(*args, targets_BT, weights_BT=weights_BT, z_loss=1e-3)[0],
             [x, normal(8, D, V)],
         ),
-        'embed': (lambda ops, table: ops.embed(table, targets_BT), [normal(9, 64, D)]),
+        'embed': (lambda ops, table: ops.embed(table, targets_BT, jnp.float32), [normal(9, 64, D)]),
     }  # fmt: skip
 
 

@@ -37,29 +37,39 @@ def test_a_mesh_that_does_not_fit_names_the_field():
         step_lib.state_shardings(tiny.CONFIG, mesh)
 
 
+MESHES = {
+    'fsdp': MeshConfig(fsdp=8),
+    'hybrid': MeshConfig(data=2, fsdp=4),
+    'replicas': MeshConfig(data=8, fsdp=1),
+    'zero-1': MeshConfig(data=2, fsdp=4, zero=1),
+    'tensor': MeshConfig(data=2, fsdp=2, tensor=2),
+    'four': MeshConfig(data=2, fsdp=2),
+    'tensor-zero-1': MeshConfig(data=2, fsdp=2, tensor=2, zero=1),
+}
+
+
 @pytest.mark.parametrize(
-    ('mesh_config', 'masked'),
-    [
-        (MeshConfig(fsdp=8), False),
-        (MeshConfig(data=2, fsdp=2, tensor=2), False),
-        (MeshConfig(data=2, fsdp=2, tensor=2), True),
-    ],
-    ids=['fsdp', 'data-fsdp-tensor', 'masked'],
+    ('mesh', 'options'),
+    [(mesh, {}) for mesh in MESHES if mesh != 'four']
+    + [('tensor', {'masked': True}), ('four', {'accumulation': 2, 'gradient_dtype': 'float32', 'remat': 'names'})],
 )
-def test_losses_equal_those_of_one_device(mesh_config, masked):
-    one = _losses(sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), masked)
-    np.testing.assert_allclose(_losses(sharding.make_mesh(mesh_config), masked), one, atol=1e-5, rtol=0)
+def test_losses_equal_those_of_one_device(mesh, options):
+    one = _losses(MeshConfig(fsdp=1), jax.devices()[:1], masked=options.get('masked', False))
+    devices = jax.devices()[: 4 if mesh == 'four' else 8]
+    np.testing.assert_allclose(_losses(MESHES[mesh], devices, **options), one, atol=1e-5, rtol=0)
 
 
-def _losses(mesh, masked):
+def _losses(mesh_config, devices, *, masked=False, accumulation=1, **train):
     config = dataclasses.replace(
         tiny.CONFIG,
+        mesh=mesh_config,
         data=dataclasses.replace(tiny.CONFIG.data, document_mask=masked, restart_positions=masked),
-        train=dataclasses.replace(tiny.CONFIG.train, micro_batch_size=1),
+        train=dataclasses.replace(tiny.CONFIG.train, micro_batch_size=1, **train),
     )
+    mesh = sharding.make_mesh(mesh_config, devices)
     state, train_step = step_lib.init_state(config, mesh), step_lib.jit_train_step(config, mesh)
     losses = []
-    for rows_ABR in tiny.batches(4):
+    for rows_ABR in tiny.batches(4, accumulation=accumulation):
         state, scalars = train_step(state, rows_ABR, tiny.segment_ids(rows_ABR) if masked else None)
         losses.append(float(scalars['loss']))
     return losses

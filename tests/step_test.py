@@ -60,7 +60,9 @@ def test_accumulation_changes_nothing_but_rounding():
         np.testing.assert_allclose([s[name] for s in parts], [s[name] for s in whole], rtol=1e-5)
 
 
-@pytest.mark.parametrize('fields', [{'remat': 'full'}, {'scan_layers': False}, {'scan_layers': False, 'remat': 'full'}])
+@pytest.mark.parametrize(
+    'fields', [{'remat': 'full'}, {'remat': 'names'}, {'scan_layers': False}, {'scan_layers': False, 'remat': 'full'}]
+)
 def test_remat_and_unrolling_change_nothing_but_rounding(fields):
     _, expected, _ = _run(tiny.CONFIG, tiny.batches(5))
     _, got, _ = _run(_changed(**fields), tiny.batches(5))

@@ -11,8 +11,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinyllama_jax import errors
-from tinyllama_jax.config import Config, from_dict, validated
+from tinyllama_jax import config_tree, errors
+from tinyllama_jax.config import Config, validated
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -56,7 +56,7 @@ def resolve(
     if experiment:
         config = load_experiment(experiment)
     elif record and record.exists():
-        config = from_dict(json.loads(record.read_text())['config'])
+        config = config_tree.from_dict(json.loads(record.read_text())['config'])
     elif overrides or required:
         raise errors.UsageError('--config=FILE is missing, for example --config=configs/demo.py.')
     else:

@@ -13,13 +13,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.ops import Ops
 
+_ATTENTION = ('attention_out', 'attention_lse')
 # Policies of jax.checkpoint by the names in config.train.remat.
-_REMAT = {'full': None, 'attention': jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse')}
+_REMAT = {
+    'full': None,
+    'attention': jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+    'names': jax.checkpoint_policies.save_only_these_names(*_ATTENTION, 'qkv', 'attended', 'mlp'),
+}
 
 
 def compute_dtype(config: ModelConfig, ops: Ops | None = None):
@@ -69,19 +75,18 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, ops: Ops, positions_BT, segment_ids_BT=None, cache=None):
         """Attended [B, T, D] and the cache with this layer's new keys and values (None without one)."""
-        q_DNH, k_DKH, v_DKH, o_NHD = (w[...].astype(x_BTD.dtype) for w in (self.q, self.k, self.v, self.o))
         rotate = functools.partial(
             ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
         )
-        q_BTNH = rotate(ops.linear(x_BTD, q_DNH))
-        k_BTKH = rotate(ops.linear(x_BTD, k_DKH))
-        v_BTKH = ops.linear(x_BTD, v_DKH)
+        q_BTNH = checkpoint_name(rotate(ops.linear(x_BTD, self.q[...])), 'qkv')
+        k_BTKH = checkpoint_name(rotate(ops.linear(x_BTD, self.k[...])), 'qkv')
+        v_BTKH = checkpoint_name(ops.linear(x_BTD, self.v[...]), 'qkv')
         if cache is None:
             out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT)
         else:
             cache = _write_cache(cache, k_BTKH, v_BTKH, positions_BT[0, 0])
             out_BTNH = ops.cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT)
-        return ops.linear(out_BTNH, o_NHD), cache
+        return checkpoint_name(ops.linear(out_BTNH, self.o[...]), 'attended'), cache
 
 
 def _write_cache(cache, k_BTKH, v_BTKH, start):
@@ -102,9 +107,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD, ops: Ops):
         """Fed forward [B, T, D]."""
-        gate_DF, up_DF, down_FD = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        hidden_BTF = ops.swiglu(ops.linear(x_BTD, gate_DF), ops.linear(x_BTD, up_DF))
-        return ops.linear(hidden_BTF, down_FD)
+        gate_BTF, up_BTF = (checkpoint_name(ops.linear(x_BTD, w[...]), 'mlp') for w in (self.gate, self.up))
+        return ops.linear(ops.swiglu(gate_BTF, up_BTF), self.down[...])
 
 
 class Layer(nnx.Module):
@@ -140,8 +144,7 @@ class Llama(nnx.Module):
         """Final hidden states [B, T, D] and the updated cache (None without one)."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        # Gathering in float32 keeps the embedding's gradient a float32 sum.
-        x_BTD = ops.embed(self.embed[...], tokens_BT).astype(compute_dtype(self.config, ops))
+        x_BTD = ops.embed(self.embed[...], tokens_BT, compute_dtype(self.config, ops))
 
         def body(x_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
@@ -222,6 +225,5 @@ def loss(
     """
     ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
     x_BTD, _ = hidden(params, tokens_BT, config, ops=ops, **how)
-    head_DV = params['lm_head'].astype(x_BTD.dtype)
     with matmul_precision(x_BTD.dtype):
-        return ops.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, z_loss=z_loss)
+        return ops.cross_entropy(x_BTD, params['lm_head'], targets_BT, weights_BT=weights_BT, z_loss=z_loss)

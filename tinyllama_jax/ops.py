@@ -6,16 +6,17 @@ implementation, is called inside `jax.shard_map`, the only one in this project.
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels import checks, dispatch, reference
+from kernels import checks, dispatch, reference, varying
 from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
-from tinyllama_jax.sharding import BATCH, HEADS, HIDDEN, TOKENS, VOCABULARY, VOCABULARY_AXIS
+from tinyllama_jax.sharding import BATCH, EMBEDDING, HEAD, HEADS, HIDDEN, TOKENS, VOCABULARY_AXIS, WEIGHTS_AXIS
 
 # op: (partitions of its arrays, partition of its results)
 _PARTITIONS = {
@@ -23,7 +24,8 @@ _PARTITIONS = {
     'rms_norm': ((TOKENS, P(), TOKENS), TOKENS),
     'rope': ((HEADS, TOKENS), HEADS),
     'swiglu': ((HIDDEN, HIDDEN), HIDDEN),
-    'cross_entropy': ((TOKENS, VOCABULARY, TOKENS, TOKENS), P()),
+    'cross_entropy': ((TOKENS, HEAD, TOKENS, TOKENS), P()),
+    'embed': ((EMBEDDING, TOKENS), TOKENS),
 }
 # What evaluation and generation use: any head dim, one token at a time.
 PLAIN = KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla'))
@@ -36,6 +38,8 @@ class Ops:
     implementations: tuple[tuple[str, str], ...]  # (op, its implementation's name), hashable as a static argument is
     chip: str | None  # the GPU's compute capability, as sm_90; None for a CPU
     mesh: Mesh | None  # None: one device
+    whole_weights: bool = False  # weights come whole to each device (ZeRO-1), and need not be gathered
+    gradient_dtype: str | None = None  # of weights' gradients as they are added up between devices; none: the weights'
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
         """Causal grouped-query attention over whole sequences [B, T, N, H]."""
@@ -70,20 +74,21 @@ class Ops:
         return self._on_each_device('swiglu', local, gate_BTF, up_BTF)
 
     def cross_entropy(self, x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
-        """(mean loss over all devices, its parts), scalars."""
+        """(mean loss over all devices, its parts), scalars; the head is rounded to x's dtype."""
         options = {'z_loss': z_loss, **self._how('cross_entropy')}
         if not self._sharded():
+            head_DV = head_DV.astype(x_BTD.dtype)
             return dispatch.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, **options)
 
         def local(x, head, targets, weights):
+            head = self._gathered(head, x.dtype, 0)
             losses = dispatch.cross_entropy(
                 x, head, targets, weights_BT=weights, vocab_axis=vocab_axis, **options
             )  # fmt: skip
             share = jnp.sum(weights) / jnp.maximum(jax.lax.psum(jnp.sum(weights), batch), 1e-9)
             return jax.tree.map(lambda loss: jax.lax.psum(loss * share, batch), losses)
 
-        batch = tuple(axis for axis in BATCH if self.mesh.shape[axis] > 1)
-        vocab_axis = VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
+        batch, vocab_axis = self._batch_axes(), self._vocab_axis()
         weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT
         return self._on_each_device('cross_entropy', local, x_BTD, head_DV, targets_BT, weights_BT)
 
@@ -92,18 +97,24 @@ class Ops:
         names = ', '.join(f'{op} {name}' for op, name in self.implementations)
         return f'ops on {self.chip or "CPU"}: {names}'
 
-    def embed(self, table_VD, tokens_BT):
-        """Rows of the table, [B, T, D]. Left to itself XLA would gather the tokens and their rows, not the table."""
+    def embed(self, table_VD, tokens_BT, dtype):
+        """Rows of the table, [B, T, D] in `dtype`."""
         if not self._sharded():
-            return table_VD[tokens_BT]
-        whole, split = (NamedSharding(self.mesh, spec) for spec in (P(), TOKENS))
-        return jax.lax.with_sharding_constraint(
-            jax.lax.with_sharding_constraint(table_VD, whole)[tokens_BT], split
-        )  # fmt: skip
+            return dispatch.embed(table_VD, tokens_BT, chip=self.chip).astype(dtype)
+
+        def local(table, tokens):
+            table = self._gathered(table, dtype, 1)
+            if not vocab_axis:
+                return dispatch.embed(table, tokens, chip=self.chip)
+            tokens = tokens - jax.lax.axis_index(vocab_axis) * table.shape[0]
+            return jax.lax.psum(dispatch.embed(table, tokens, chip=self.chip), vocab_axis)
+
+        vocab_axis = self._vocab_axis()
+        return self._on_each_device('embed', local, table_VD, tokens_BT)
 
     def linear(self, x, w):
         """x [B, T, *inputs] times w [*inputs, *outputs]; a library's matrix product, which XLA partitions."""
-        return dispatch.linear(x, w, chip=self.chip)
+        return dispatch.linear(x, w, gradient_dtype=self.gradient_dtype, chip=self.chip)
 
     def cached_attention(self, q_BTNH, k_BSKH, v_BSKH, positions_BT):
         """Attention over a key-value cache."""
@@ -115,12 +126,51 @@ class Ops:
     def _sharded(self) -> bool:
         return self.mesh is not None and self.mesh.size > 1
 
+    def _batch_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in BATCH if self.mesh.shape[axis] > 1)
+
+    def _vocab_axis(self) -> str | None:
+        return VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
+
+    def _gathered(self, w, dtype, dim: int):
+        """A device's part of a weight as the whole of it in `dtype`, but for what other axes split."""
+        split = not self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
+        return _gather(w, dim if split else None, self._batch_axes(), dtype, self.gradient_dtype or dtype)
+
     def _on_each_device(self, op: str, local, *arrays):
         if not self._sharded():
             return local(*arrays)
-        specs = jax.tree.map(lambda spec: sharding.split_axes(spec, self.mesh), _PARTITIONS[op])
+        whole = (WEIGHTS_AXIS,) if self.whole_weights else ()
+        specs = jax.tree.map(
+            lambda spec: sharding.split_axes(spec, self.mesh, whole if spec in (EMBEDDING, HEAD) else ()),
+            _PARTITIONS[op],
+        )
         in_specs, out_specs = specs
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(w, dim: int | None, batch_axes: tuple[str, ...], dtype, gradient_dtype):
+    """w in `dtype`, whole along `dim` (None: as it is); its gradient is scattered first, and then added up."""
+    return _gather_fwd(w, dim, batch_axes, dtype, gradient_dtype)[0]
+
+
+def _gather_fwd(w, dim, batch_axes, dtype, _):
+    like, w = jnp.zeros_like(w, shape=()), w.astype(dtype)
+    if dim is not None:
+        w = jax.lax.all_gather(w, WEIGHTS_AXIS, axis=dim, tiled=True)
+    return varying.along(batch_axes, w), like  # of w's dtype
+
+
+def _gather_bwd(dim, batch_axes, _, gradient_dtype, like, dw):
+    dw = dw.astype(gradient_dtype)
+    if dim is not None:
+        dw = jax.lax.psum_scatter(dw, WEIGHTS_AXIS, scatter_dimension=dim, tiled=True)
+        batch_axes = tuple(axis for axis in batch_axes if axis != WEIGHTS_AXIS)
+    return ((jax.lax.psum(dw, batch_axes) if batch_axes else dw).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def chip_of(device) -> str | None:
@@ -155,6 +205,9 @@ def make_ops(
 def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
     """`make_ops` of a run. Raises UsageError, too, for an implementation that cannot do what the run asks of it."""
     ops, model = make_ops(config.kernels, mesh, chip=chip), config.model
+    ops = dataclasses.replace(
+        ops, whole_weights=config.mesh.zero == 1, gradient_dtype=config.train.gradient_dtype
+    )  # fmt: skip
     what = {'head_dim': model.head_dim, 'columns': model.embed_dim, 'segment_ids': config.data.document_mask}
     for op, impl in ops.implementations:
         with _naming_the_field(op):

@@ -19,22 +19,24 @@ from tinyllama_jax.config import MeshConfig
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that split the batch
 VOCABULARY_AXIS = 'tensor'
+WEIGHTS_AXIS = 'fsdp'  # splits weights, which are gathered where they are used
 
 # Partitions of what the ops work on.
 TOKENS = P(BATCH)  # [B, T, ...]
 HEADS = P(BATCH, None, 'tensor', None)  # [B, T, N or K, H]
 HIDDEN = P(BATCH, None, 'tensor')  # [B, T, F]
-VOCABULARY = P(None, VOCABULARY_AXIS)  # [D, V]
+EMBEDDING = P(VOCABULARY_AXIS, WEIGHTS_AXIS)  # [V, D]
+HEAD = P(WEIGHTS_AXIS, VOCABULARY_AXIS)  # [D, V]
 
 # (end of the parameter's path, partition); a leading None is the stacked layer axis.
 PARAM_RULES = (
-    (r'embed$', P('tensor', 'fsdp')),
+    (r'embed$', EMBEDDING),
     (r'attention/[qkv]$', P(None, 'fsdp', 'tensor', None)),
     (r'attention/o$', P(None, 'tensor', None, 'fsdp')),
     (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor')),
     (r'mlp/down$', P(None, 'tensor', 'fsdp')),
     (r'scale$', P()),
-    (r'lm_head$', P('fsdp', 'tensor')),
+    (r'lm_head$', HEAD),
 )
 
 
@@ -53,12 +55,16 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh, *, whole: bool = False):
     """The NamedSharding of every array of a tree of parameters or optimiser state; scalars are replicated.
 
-    Raises ValueError for an array no rule matches, UsageError where a dimension does not divide.
+    `whole`: that of weights as each device holds them through a step under ZeRO-1. Raises
+    ValueError for an array no rule matches, UsageError where a dimension does not divide.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), tree)
+    specs = jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), tree)
+    if not whole:
+        return specs
+    return jax.tree.map(lambda s: NamedSharding(mesh, split_axes(s.spec, mesh, (WEIGHTS_AXIS,))), specs)
 
 
 def _sharding(path, leaf, mesh: Mesh) -> NamedSharding:
@@ -86,12 +92,12 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, BATCH))
 
 
-def split_axes(spec: P, mesh: Mesh) -> P:
-    """`spec` without the axes of one device, along which nothing differs and nothing is to be summed."""
+def split_axes(spec: P, mesh: Mesh, without: tuple[str, ...] = ()) -> P:
+    """`spec` without these axes, and those of one device, along which nothing differs and nothing is to be summed."""
 
     def kept(axes):
-        names = tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[name] > 1)
-        return names or None
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for name in names if mesh.shape[name] > 1 and name not in without) or None
 
     return P(*map(kept, spec))
 

@@ -77,15 +77,36 @@ def _restarted_positions(segment_ids_BT):
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
 
 
+def _step_weights(params, config: Config, ops: Ops):
+    """The parameters as a step's passes read them: themselves, or under ZeRO-1 a whole copy on each device."""
+    if not (ops.whole_weights and ops.mesh.size > 1):
+        return params
+    dtype = config.train.gradient_dtype or model.compute_dtype(config.model, ops)  # gradients have the weights' own
+
+    def gathered(w, split, whole):
+        if split == whole:
+            return w
+        w = jax.lax.with_sharding_constraint(w.astype(dtype), split)  # or it would be gathered first, in float32
+        return jax.lax.with_sharding_constraint(w, whole)
+
+    split, whole = (sharding.shardings(params, ops.mesh, whole=whole) for whole in (False, True))
+    return jax.tree.map(gathered, params, split, whole)
+
+
 def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops):
     """The loss's parts and its gradient, means over all A x B sequences; the sum over A is kept in float32."""
+    weights = _step_weights(params, config, ops)
     options = {'ops': ops, 'z_loss': config.train.z_loss, 'remat': config.train.remat}
 
     def one(rows_BR, segment_ids_BR):
         documents = _documents(segment_ids_BR, config)
         grads, parts = jax.grad(model.loss, has_aux=True)(
-            params, *_split(rows_BR), config.model, **options, **documents
+            weights, *_split(rows_BR), config.model, **options, **documents
         )  # fmt: skip
+        if weights is not params:
+            split = sharding.shardings(params, ops.mesh)
+            grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, split)
+            grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
         return parts, grads
 
     if rows_ABR.shape[0] == 1:
@@ -122,7 +143,7 @@ def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config, ops
     """Weighted mean loss of a batch; a weight of 0 marks a padding row."""
     inputs_BT, targets_BT = _split(rows_BR)
     weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
-    documents = _documents(segment_ids_BR, config)
+    documents, params = _documents(segment_ids_BR, config), _step_weights(params, config, ops)
     return model.loss(params, inputs_BT, targets_BT, config.model, ops=ops, weights_BT=weights_BT, **documents)[0]
 
 

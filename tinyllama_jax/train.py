@@ -13,7 +13,19 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, errors, flops, metrics, ops, runtime, selftest, sharding, validation, workdir
+from tinyllama_jax import (
+    checkpoint,
+    config_tree,
+    errors,
+    flops,
+    metrics,
+    ops,
+    runtime,
+    selftest,
+    sharding,
+    validation,
+    workdir,
+)  # fmt: skip
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -75,7 +87,7 @@ class _Run:
         self.validations = metrics.Writer(folder / 'validation.jsonl', start_step=self.start)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_len
         self.progress = metrics.Progress(self.start, config.train.num_steps, tokens_per_step=self.tokens_per_step)
-        changed = config_lib.differences(before['config'], record['config'], 'config') if before else {}
+        changed = config_tree.differences(before['config'], record['config'], 'config') if before else {}
         for field, (old, new) in changed.items():
             self.progress.say(f'changed since the last start: {field} was {old}, is {new}')
 
@@ -87,14 +99,14 @@ class _Run:
         return state, meta['step']
 
     def _check_resumable(self, meta: dict) -> None:
-        saved = checkpoint.fixed_settings(config_lib.from_dict(meta['config']))
+        saved = checkpoint.fixed_settings(config_tree.from_dict(meta['config']))
         wanted = checkpoint.fixed_settings(self.config)
         if meta['data'] is None:  # imported, not trained yet: only the weights' shapes and meaning bind
             saved, wanted = ({'model': workdir.weights_settings(settings['model'])} for settings in (saved, wanted))
-        found = config_lib.differences(saved, wanted, 'config')
+        found = config_tree.differences(saved, wanted, 'config')
         if not found and meta['data'] not in (None, self.data.fingerprint):
-            changed = config_lib.differences(
-                config_lib.completed(meta['config'])['data'], config_lib.to_dict(self.config.data), 'config.data'
+            changed = config_tree.differences(
+                config_tree.completed(meta['config'])['data'], config_lib.to_dict(self.config.data), 'config.data'
             )
             found = changed or {'data (the store behind it)': (meta['data'][:12], self.data.fingerprint[:12])}
         for field, (old, new) in found.items():

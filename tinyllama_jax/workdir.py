@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, errors, metrics, model, runtime
+from tinyllama_jax import checkpoint, config_tree, errors, metrics, model, runtime
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 
@@ -51,7 +51,7 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return record | {'config': config_lib.completed(record['config'])}
+    return record | {'config': config_tree.completed(record['config'])}
 
 
 def same_losses(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
@@ -74,7 +74,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     record = read_record(workdir)
     if record is None:
         raise errors.UsageError(f'--workdir={workdir}: there is no config.json; run main.py train or import first.')
-    return config_lib.from_dict(record['config'])
+    return config_tree.from_dict(record['config'])
 
 
 def weights_settings(model: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def weights_settings(model: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_contradiction(workdir: pathlib.Path, config: Config) -> None:
     """Raises UsageError if a configuration given beside a workdir is not the workdir's own."""
-    found = config_lib.differences(config_lib.to_dict(read_config(workdir)), config_lib.to_dict(config), 'config')
+    found = config_tree.differences(config_lib.to_dict(read_config(workdir)), config_lib.to_dict(config), 'config')
     for field, (old, new) in found.items():
         raise errors.UsageError(f'{field} is {old} in {workdir}/config.json but {new} was given; leave it out.')
 

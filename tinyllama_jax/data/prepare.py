@@ -19,8 +19,7 @@ from typing import Any
 
 import tqdm
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, runtime, tokenizer
+from tinyllama_jax import config_tree, errors, runtime, tokenizer
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
 
@@ -91,7 +90,7 @@ def _source_settings(source: SourceConfig, splits: Mapping[str, list[readers.Inp
 
 
 def _check_same(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
-    differing = sorted(config_lib.differences(manifest['settings'], settings))
+    differing = sorted(config_tree.differences(manifest['settings'], settings))
     if not differing:
         made = manifest['sources']
         differing = [

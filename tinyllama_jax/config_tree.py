@@ -1,0 +1,41 @@
+"""Configurations read back from the plain dictionaries that files hold (`config.to_dict`), and compared."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from tinyllama_jax import errors
+from tinyllama_jax.config import Config, to_dict
+
+
+def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `to_dict`; a missing field takes its default. Raises UsageError on an unknown one."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise errors.UsageError(f'{kind.__name__} has no field {unknown[0]!r}; was it written by another version?')
+    return kind(**{name: _from_plain(value, hints[name]) for name, value in values.items()})
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)
+    if typing.get_origin(hint) is Mapping:
+        return {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved `to_dict` tree with the settings that are newer than it, at their defaults."""
+    return to_dict(from_dict(config))
+
+
+def differences(old: Any, new: Any, prefix: str = '') -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (old, new) of every leaf in which two `to_dict` trees differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix: (old, new)}
+    found = {}
+    for key in {**old, **new}:
+        found |= differences(old.get(key), new.get(key), f'{prefix}.{key}' if prefix else key)
+    return found
