@@ -16,6 +16,7 @@ from absl import flags
 import main
 from eval_bridge import convert
 from tests import tiny_export
+from tinyllama_jax import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -102,7 +103,7 @@ def _stopped(arguments, ready) -> None:
 
 
 @pytest.mark.skipif(not pathlib.Path('/proc').exists(), reason='needs Linux')
-@pytest.mark.parametrize('command', main.COMMANDS)
+@pytest.mark.parametrize('command', commands.COMMANDS)
 def test_ctrl_c_while_modules_are_imported_is_one_line_and_status_130(command, tmp_path):
     flags = [DEMO] if command in ('prepare', 'train') else []
     _stopped(
@@ -155,11 +156,11 @@ def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported,
 
 def test_the_table_of_flags_is_whole_and_the_help_agrees():
     own = {flag.name: flag.help for flag in flags.FLAGS.get_flags_for_module(main)}
-    taken = {name for _, names in main.COMMANDS.values() for name in names.split()}
+    taken = {name for _, names in commands.COMMANDS.values() for name in names.split()}
     assert taken | {'config', 'workdir', 'help'} == own.keys()
     for name in taken:
-        takers = {command for command, (_, names) in main.COMMANDS.items() if name in names.split()}
-        assert set(re.findall(rf'\b({"|".join(main.COMMANDS)})(?=[,:])', own[name])) == takers, name
+        takers = {command for command, (_, names) in commands.COMMANDS.items() if name in names.split()}
+        assert set(re.findall(rf'\b({"|".join(commands.COMMANDS)})(?=[,:])', own[name])) == takers, name
 
 
 def test_flags_that_others_rely_on_exist():

@@ -14,8 +14,12 @@ class Rows:
     def __init__(self, *, masked=False):
         self.masked = masked
 
-    def validation(self, source):
-        rows_NR = np.arange(20, dtype=np.uint16).reshape(10, 2) if source == 'some' else np.zeros((0, 2), np.uint16)
+    def validation_size(self, source):
+        return 10 if source == 'some' else 0
+
+    def validation(self, source, chosen):
+        assert source == 'some'
+        rows_NR = np.arange(20, dtype=np.uint16).reshape(10, 2)[chosen]
         return rows_NR, rows_NR * np.array([0, 1], np.uint16) // 10 if self.masked else None
 
 
@@ -36,3 +40,16 @@ def test_segment_ids_go_with_their_rows(batch):
         return ((rows_BR[:, 0] + 100 * segment_ids_BR[:, 1]) * weights_B).sum() / weights_B.sum()
 
     assert validation.losses(eval_step, None, Rows(masked=True), batch) == {'some': pytest.approx(9 + 50)}
+
+
+@pytest.mark.parametrize('columns', [slice(0, 4), slice(4, 8)])
+def test_a_process_reads_its_columns_only(columns):
+    def eval_step(params, rows_BR, segment_ids_BR, weights_B):
+        read.extend(rows_BR[weights_B > 0, 0])
+        assert rows_BR.shape == (4, 2)
+        return 1.0
+
+    read = []
+    assert validation.losses(eval_step, None, Rows(), 8, columns=columns) == {'some': 1.0}
+    numbers = [number for number in range(10) if columns.start <= number % 8 < columns.stop]
+    assert read == [2 * number for number in numbers]

@@ -94,7 +94,7 @@ class Checkpointer:
         if not read_only:
             with checkpoint_errors.Writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            for half in self.folder.glob('*.orbax-checkpoint-tmp'):
+            for half in self.folder.glob('*.orbax-checkpoint-tmp') if jax.process_index() == 0 else ():
                 shutil.rmtree(half)
                 print(f'{half}: removed half a checkpoint, of a save that was broken off.', file=sys.stderr)
         with checkpoint_errors.reading(self.folder, 'the list of checkpoints'):

@@ -143,6 +143,9 @@ class TrainConfig:
     mfu: str = 'C'  # convention of the reported MFU: C (causal), F (full attention), N (all parameters)
     profile_step: int | None = None  # first step of a profiler window
     profile_steps: int = 3
+    join_timeout_s: float = 300.0  # for all processes to come to the coordinator
+    stuck_timeout_s: float = 45.0  # the others wait so long for one process, and the run ends with 75 (docs/cluster.md)
+    hang_timeout_s: float = 1_800.0  # no process goes on for so long: likewise; 0: neither is watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +191,7 @@ _MAY_BE_ZERO = {
     'data.eos_per_document', 'data.holdout_share', 'data.holdout_min_rows', 'data.max_bad_share',
     'optimizer.final_learning_rate', 'optimizer.warmup_steps', 'optimizer.decay_steps',
     'optimizer.stuck_until_step', 'optimizer.beta1', 'optimizer.beta2', 'optimizer.weight_decay',
-    'train.eval_every_steps', 'train.z_loss', 'seed',
+    'train.eval_every_steps', 'train.z_loss', 'train.hang_timeout_s', 'seed',
 }  # fmt: skip
 
 

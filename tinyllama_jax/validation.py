@@ -1,28 +1,41 @@
 """Validation loss per source: the same rows at every step and for every seed."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from tinyllama_jax.data import pipeline
 
 
-def losses(eval_step, params, data: pipeline.Dataset, batch: int) -> dict[str, float]:
-    """Mean next-token loss, in nats, over each source's validation rows (if it has any), `batch` at a time."""
+def losses(
+    eval_step: Callable,
+    params: Any,
+    data: pipeline.Dataset,
+    batch: int,
+    *,
+    columns: slice = slice(None),
+    put: Callable[[Any], Any] = lambda x: x,
+) -> dict[str, float]:
+    """Mean next-token loss, in nats, over each source's validation rows (if it has any), `batch` at a time.
+
+    A process of several reads its `columns` of each batch only, and `put` makes arrays of all processes of them.
+    """
     found = {}
+    first, last, _ = columns.indices(batch)
     for name in data.sources:
-        (rows_NR, segment_ids_NR), total = data.validation(name), 0.0
-        if not len(rows_NR):  # a source too small to hold a row out, or told to hold none out
-            continue
-        for start in range(0, len(rows_NR), batch):
-            rows_BR, segment_ids_BR = (_part(x_NR, start, batch) for x_NR in (rows_NR, segment_ids_NR))
-            weights_B = (np.arange(start, start + batch) < len(rows_NR)).astype(np.float32)
-            total += float(eval_step(params, rows_BR, segment_ids_BR, weights_B)) * weights_B.sum()
-        found[name] = float(total / len(rows_NR))
+        size, total = data.validation_size(name), 0.0
+        for start in range(0, size, batch):
+            rows_NR, segment_ids_NR = data.validation(name, slice(start + first, start + last))
+            rows_BR, segment_ids_BR = (_padded(x_NR, last - first) for x_NR in (rows_NR, segment_ids_NR))
+            weights_B = (np.arange(start + first, start + last) < size).astype(np.float32)
+            loss = eval_step(params, *put((rows_BR, segment_ids_BR, weights_B)))
+            total += float(loss) * min(batch, size - start)
+        if size:
+            found[name] = float(total / size)
     return found
 
 
-def _part(x_NR: np.ndarray | None, start: int, batch: int) -> np.ndarray | None:
-    """`batch` rows from `start` on, the last ones zeros where there are no more."""
-    if x_NR is None:
-        return None
-    x_BR = x_NR[start : start + batch]
-    return np.pad(x_BR, ((0, batch - len(x_BR)), (0, 0)))
+def _padded(x_NR: np.ndarray | None, batch: int) -> np.ndarray | None:
+    """`batch` rows, the last ones zeros where there are no more."""
+    return None if x_NR is None else np.pad(x_NR, ((0, batch - len(x_NR)), (0, 0)))

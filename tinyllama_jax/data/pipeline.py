@@ -187,16 +187,20 @@ class Dataset:
         finally:
             iterator.close()
 
-    def validation(self, source: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def validation_size(self, source: str) -> int:
+        """How many validation rows a source has, at most config.train.eval_rows; 0 where none are held out."""
+        return len(self._rows[source].validation_rows(self._config.train.eval_rows)[1])
+
+    def validation(self, source: str, chosen: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
         """Validation rows [n, R] of a source and their segment ids (None without config.data.document_mask).
 
-        Never trained on, in a fixed order, n <= config.train.eval_rows.
+        Never trained on, in a fixed order; only those `chosen` are read.
         """
         split, rows = self._rows[source].validation_rows(self._config.train.eval_rows)
-        rows_NR = self._store.read_rows(source, split, rows, self._seq_len)
+        rows_NR = self._store.read_rows(source, split, rows[chosen], self._seq_len)
         if not self._config.data.document_mask:
             return rows_NR, None
-        return rows_NR, self._store.segment_ids(source, split, rows, self._seq_len)
+        return rows_NR, self._store.segment_ids(source, split, rows[chosen], self._seq_len)
 
     def seen(self, step: int) -> dict[str, int]:
         """Rows of each source that were consumed before `step`."""

@@ -1,0 +1,37 @@
+"""The commands and flags of main.py: what a command calls, which flags it takes, what a flag means. No code."""
+
+COMMANDS = {  # what each calls, and the flags it takes besides --config and --workdir
+    'prepare': ('tinyllama_jax.data.prepare:prepare', ''),
+    'train': ('tinyllama_jax.train:train', 'coordinator num_processes process_id'),
+    'evaluate': ('eval_bridge.evaluate:evaluate_run', 'model step tasks include_path limit log_samples output'),
+    'export': ('eval_bridge.convert:export_run', 'step output dtype format'),
+    'import': ('eval_bridge.convert:import_run', 'input model'),
+    'generate': ('tinyllama_jax.generate:generate_run', 'step prompt max_new_tokens temperature top_k top_p seed'),
+    'report': ('tinyllama_jax.report:report_run', ''),
+}
+
+# Flag -> how absl defines it: kind, default, an enum's choices, help (which begins with the commands that take it).
+OPTIONS = {
+    'help': ('bool', False, 'Show this.'),
+    'config': ('string', None, 'Experiment file, with an optional variant: configs/tinyllama_1b.py[:original].'),
+    'workdir': ('string', None, 'The folder of the run.'),
+    'coordinator': ('string', None, 'train: HOST:PORT of process 0, where neither Slurm nor Kubernetes tells.'),
+    'num_processes': ('integer', None, 'train: how many processes there are, with --coordinator.'),
+    'process_id': ('integer', None, 'train: which of them this is, from 0 on.'),
+    'step': ('integer', None, 'evaluate, export, generate: the checkpoint to use; the newest by default.'),
+    'output': ('string', None, 'export: a new folder; evaluate: a JSON file.'),
+    'dtype': ('enum', 'float32', ['float32', 'bfloat16'], 'export: the type of the weights.'),
+    'format': ('enum', 'safetensors', ['safetensors', 'pytorch'], 'export: the file format of the weights.'),
+    'input': ('string', None, 'import: a Hugging Face Llama folder.'),
+    'model': ('string', None, 'evaluate: a Hugging Face Llama folder instead of a workdir; import: --input.'),
+    'tasks': ('list', [], 'evaluate: task names, separated by commas.'),
+    'include_path': ('string', None, 'evaluate: a folder with task files of your own.'),
+    'limit': ('integer', None, 'evaluate: only the first so many examples of each task.'),
+    'log_samples': ('bool', False, 'evaluate: keep every example with its log-likelihoods.'),
+    'prompt': ('multi_string', [], 'generate: a text to continue'),
+    'max_new_tokens': ('integer', 128, 'generate: at most so many tokens.'),
+    'temperature': ('float', 0.0, 'generate: 0 takes the likeliest token.'),
+    'top_k': ('integer', None, 'generate: sample from the k likeliest tokens.'),
+    'top_p': ('float', None, 'generate: sample from the likeliest tokens that make up this probability.'),
+    'seed': ('integer', 0, 'generate: of the sampling.'),
+}
