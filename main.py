@@ -18,12 +18,14 @@ for _name, (_kind, *_arguments) in commands.OPTIONS.items():
 def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None:
     """Calls what a command stands for; imports only what it needs."""
     path, names = commands.COMMANDS[command]
-    call, options = pkgutil.resolve_name(path), {name: FLAGS[name].value for name in names.split()}
+    options = {name: FLAGS[name].value for name in names.split()}
+    if command == 'train':  # what the processes of a run disagree on is said before the slow imports
+        with cluster.joined(place.find(**options), config) as members:
+            pkgutil.resolve_name(path)(config, workdir, command=command_line, members=members)
+        return
+    call = pkgutil.resolve_name(path)
     if command == 'prepare':
         call(config.data, config.data.store_path(workdir))
-    elif command == 'train':
-        with cluster.joined(place.find(**options), config) as members:
-            call(config, workdir, command=command_line, members=members)
     elif command == 'import':
         call(options['input'] or options['model'], workdir, config, command_line)
     else:

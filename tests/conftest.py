@@ -61,3 +61,16 @@ def _run_main(*arguments, devices: int = 1, timeout: float = 300) -> subprocess.
 def run_main():
     """run_main('train', '--workdir=...', devices=1): main.py as a user runs it; a CompletedProcess with its text."""
     return _run_main
+
+
+@pytest.fixture(scope='session')
+def tiny_store(tmp_path_factory) -> pathlib.Path:
+    """A prepared store of tests/tiny_experiment.py, which finds its corpus by $CORPUS."""
+    from tests import tiny, tiny_experiment
+    from tinyllama_jax.data import prepare
+
+    folder = tmp_path_factory.mktemp('tiny')
+    tiny.write_corpus(folder / 'corpus')
+    os.environ['CORPUS'] = str(folder / 'corpus')
+    prepare.prepare(tiny_experiment.get_config().data, folder / 'store')
+    return folder / 'store'

@@ -144,7 +144,7 @@ class TrainConfig:
     profile_step: int | None = None  # first step of a profiler window
     profile_steps: int = 3
     join_timeout_s: float = 300.0  # for all processes to come to the coordinator
-    stuck_timeout_s: float = 45.0  # the others wait so long for one process, and the run ends with 75 (docs/cluster.md)
+    stuck_timeout_s: float = 40.0  # the others wait so long for one process, and the run ends with 75 (docs/cluster.md)
     hang_timeout_s: float = 1_800.0  # no process goes on for so long: likewise; 0: neither is watched
 
 

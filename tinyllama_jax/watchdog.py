@@ -94,7 +94,7 @@ class Hub:
         self._place, self._config, self._members = place, config, {}
         self._connections: dict[socket.socket, _Connection] = {}
         self._gathers: dict[str, dict[int, str]] = {}
-        self._ended = False
+        self._ended: dict | None = None  # what all were told at the end
         self._listener = _listen(place.address[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -183,7 +183,9 @@ class Hub:
     def _welcome(self, connection: '_Connection', message: dict, now: float) -> None:
         host, count, number = message['host'], message['processes'], message['hello']
         usage = errors.UsageError.exit_code
-        if number in self._members:
+        if self._ended:
+            connection.send(self._ended)
+        elif number in self._members:
             line = (
                 f'two processes have the id {number}: one on {self._members[number].host}, one on {host}; give each an '
                 f'id of its own, and each run a coordinator of its own (this one is {self._place.coordinator}).'
@@ -219,7 +221,7 @@ class Hub:
         if newcomer:
             newcomer.send(message)
         self._send(message)
-        self._ended = True
+        self._ended = message
 
     def _send(self, message: dict) -> None:
         for connection in self._connections.values():

@@ -1,0 +1,271 @@
+"""Several real processes train as one does, save together, and end together, naming who is lost, stuck or other."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.conftest import DEVICES, ROOT
+from tests.processes import Processes
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import errors, experiment, metrics, place, train
+from tinyllama_jax.cluster import Members
+
+STEPS = 12
+EXPERIMENT = f'--config={ROOT}/tests/tiny_experiment.py:{STEPS}'
+ONCE = pytest.mark.skipif(sys.version_info >= (3, 12), reason='costly, and run on Python 3.11')
+SETTINGS = {'train.micro_batch_size': '1', 'train.checkpoint_every_steps': '4', 'train.eval_every_steps': '6'}
+
+
+def _arguments(store, **more):
+    settings = SETTINGS | {'data.store': str(store)} | {name.replace('__', '.'): value for name, value in more.items()}
+    return [EXPERIMENT, *(f'--config.{name}={value}' for name, value in settings.items())]
+
+
+def _losses(folder):
+    return [record['loss'] for record in metrics.read_records(folder / 'metrics.jsonl')]
+
+
+@pytest.fixture(scope='module')
+def one(tiny_store, tmp_path_factory):
+    """The workdir of this one process's run, on eight devices."""
+    folder = tmp_path_factory.mktemp('one')
+    config = experiment.load_experiment(f'{ROOT}/tests/tiny_experiment.py:{STEPS}')
+    for name, value in {**SETTINGS, 'data.store': str(tiny_store)}.items():
+        config = experiment.override(config, name, value)
+    train.train(config, folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def two(tiny_store, tmp_path_factory):
+    """(workdir, processes) of an uninterrupted run of two processes with four devices each."""
+    folder = tmp_path_factory.mktemp('two') / 'run'
+    main = ('-m', 'tests.one_process')
+    with Processes(folder, _arguments(tiny_store), main=main, READS=f'{folder}.reads') as processes:
+        assert processes.wait() == [0, 0], processes.lines(0) + processes.lines(1)
+    return folder, processes
+
+
+def test_two_processes_train_as_one(one, two):
+    folder, processes = two
+    assert _losses(folder) == pytest.approx(_losses(one), abs=1e-5) and len(_losses(folder)) == STEPS
+    for mine, theirs in zip(*(metrics.read_records(f / 'validation.jsonl') for f in (one, folder)), strict=True):
+        assert theirs['loss'] == pytest.approx(mine['loss'], abs=1e-5)
+    assert '2 hosts (host-0, host-1), 2 processes, 8 x cpu, mesh data 1, fsdp 8, tensor 1; ' in processes.lines(0)
+
+
+def test_only_the_first_process_writes_and_speaks(two):
+    folder, processes = two
+    assert 'step 12/12: loss' in processes.lines(0)
+    assert not re.search('^(step|main.py|trained|2 hosts|ops on)', processes.lines(1), re.MULTILINE)
+    assert len(list((folder / 'tensorboard' / 'metrics').iterdir())) == 1
+
+
+def test_each_process_reads_only_its_slice_of_the_data(two):
+    folder, _ = two
+    rows = []
+    for host in ('host-0', 'host-1'):
+        reads = map(json.loads, folder.with_name(f'run.reads.{host}').read_text().splitlines())
+        rows.append([(source, split, row) for source, split, numbers in reads for row in numbers])
+    trained = [len([row for row in read if row[1] == 'train']) for read in rows]
+    assert abs(trained[0] - trained[1]) <= 8 and not set(rows[0]) & set(rows[1])
+    validated = sum(map(len, rows)) - STEPS * 8
+    assert validated == 2 * sum(_validation_rows(folder)), 'twice, and no row by both'
+
+
+def _validation_rows(folder):
+    record = json.loads((folder / 'config.json').read_text())
+    from tinyllama_jax.data import pipeline, store
+
+    config = config_lib.from_dict(record['config'])
+    data = pipeline.make_dataset(config, store.TokenStore(config.data.store))
+    return [data.validation_size(name) for name in data.sources]
+
+
+def test_the_step_times_of_each_host_are_logged(two):
+    records = metrics.read_records(two[0] / 'metrics.jsonl')
+    times = [record['step_seconds'] for record in records if 'step_seconds' in record]
+    assert len(times) >= STEPS - 4
+    for found in times:
+        assert set(found) == {'host-0', 'host-1'}
+        assert all(0 < host['min'] <= host['max'] < 120 for host in found.values())
+
+
+@ONCE
+def test_after_a_lost_process_and_a_stop_signal_the_losses_are_the_same_digits(tiny_store, two, tmp_path):
+    folder, arguments = tmp_path / 'run', _arguments(tiny_store)
+    with Processes(folder, arguments) as processes:
+        processes.wait_for_step(folder, 5)
+        processes.running[1].send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert processes.wait(timeout=60, without=[1]) == [75]
+        assert time.monotonic() - stopped < 60
+        assert 'main.py: process 1 on host-1 is lost: not heard of for 20 s' in processes.lines(0)
+    with Processes(folder, arguments) as processes:
+        processes.wait_for_step(folder, 6)
+        processes.running[1].send_signal(signal.SIGTERM)  # one of them only
+        assert processes.wait() == [143, 143]
+        said = [processes.lines(i).splitlines()[-1] for i in range(2)]
+        assert said[0] == said[1] and 'stopped and saved at step' in said[0]
+    with Processes(folder, arguments) as processes:
+        assert processes.wait() == [0, 0], processes.lines(0)
+    assert _losses(folder) == _losses(two[0])
+    assert (folder / 'validation.jsonl').read_text() == (two[0] / 'validation.jsonl').read_text()
+
+
+@ONCE
+def test_four_processes_train_as_one_and_name_a_killed_coordinator_with_its_host(tiny_store, one, tmp_path):
+    folder = tmp_path / 'run'
+    with Processes(folder, _arguments(tiny_store), 4) as processes:
+        processes.wait_for_step(folder, 3)
+        processes.running[0].kill()
+        assert processes.wait(timeout=60) == [-signal.SIGKILL, 75, 75, 75]
+        for i in (1, 2, 3):
+            assert f'process 0 on host-0 (the coordinator, {processes.address}) is lost: its' in processes.lines(i)
+            assert 'Traceback' not in processes.lines(i)
+    losses = _losses(folder)
+    assert losses == pytest.approx(_losses(one)[: len(losses)], abs=1e-5)
+
+
+def test_a_killed_process_is_named_even_while_the_others_still_gather(tiny_store, tmp_path):
+    """Process 2 never comes, so that none gets as far as JAX."""
+    each = [('--num_processes=3',)] * 2
+    with Processes(tmp_path / 'run', _arguments(tiny_store), 2, each=each) as processes:
+        deadline = time.monotonic() + 30
+        while not _connected(processes.running[1].pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        processes.running[1].kill()
+        assert processes.wait(timeout=60) == [75, -signal.SIGKILL]
+        assert 'main.py: process 1 on host-1 is lost: its connection closed' in processes.lines(0)
+
+
+def _connected(pid: int) -> bool:
+    """Whether a process has a TCP connection, by Linux's /proc."""
+    tables = ''.join(pathlib.Path(f'/proc/{pid}/net/{name}').read_text() for name in ('tcp', 'tcp6'))
+    established = {fields[9] for fields in map(str.split, tables.splitlines()) if fields[3] == '01'}
+    links = [os.readlink(link) for link in pathlib.Path(f'/proc/{pid}/fd').iterdir()]
+    return any(link == f'socket:[{inode}]' for link in links for inode in established)
+
+
+@ONCE
+def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_store, tmp_path):
+    arguments = _arguments(tiny_store, train__stuck_timeout_s='3', train__eval_every_steps='4')
+    with Processes(tmp_path / 'run', arguments, main=('-m', 'tests.one_process'), STUCK='host-1') as processes:
+        assert processes.wait() == [75, 75]
+    for i in range(2):
+        stacks, line = processes.lines(i).rsplit('main.py: ', 1)
+        assert 'process 1 on host-1 is stuck in a hook: the others have waited for ' in line
+        assert f'process {i} on host-{i}, every thread' in stacks
+        assert 'in _validate' in stacks if i else 'in loop' in stacks
+
+
+def _ends(processes, status, message):
+    """Holds that all end with this status and say this."""
+    count = len(processes.running)
+    assert processes.wait(timeout=60) == [status] * count, ''.join(map(processes.lines, range(count)))
+    for i in range(count):
+        assert message in processes.lines(i)
+        assert 'Traceback' not in processes.lines(i)
+
+
+def test_hosts_that_disagree_on_the_configuration_are_named(tiny_store, tmp_path):
+    each = [(), ('--config.seed=7',), ()]
+    with Processes(tmp_path / 'run', _arguments(tiny_store), 3, each=each) as processes:
+        _ends(
+            processes,
+            2,
+            'the hosts disagree on config.seed: 1 in process 0 on host-0, 2 on host-2, 7 in process 1 on host-1.',
+        )
+    assert not (tmp_path / 'run').exists()
+
+
+def test_two_processes_with_one_id_are_named(tiny_store, tmp_path):
+    each = [(), (), ('--process_id=1',)]
+    with Processes(tmp_path / 'run', _arguments(tiny_store), 3, each=each) as processes:
+        _ends(processes, 2, 'two processes have the id 1: one on host-')
+
+
+def test_processes_told_of_different_numbers_are_named(tiny_store, tmp_path):
+    each = [(), ('--num_processes=3',)]
+    with Processes(tmp_path / 'run', _arguments(tiny_store), each=each) as processes:
+        _ends(processes, 2, 'process 1 on host-1 was told of 3 processes, process 0 on host-0 of 2')
+
+
+def test_a_process_that_does_not_come_is_named(tiny_store, tmp_path):
+    each = [('--num_processes=2',)]
+    with Processes(tmp_path / 'run', _arguments(tiny_store, train__join_timeout_s='2'), 1, each=each) as processes:
+        _ends(
+            processes, 75, f'only 1 of 2 processes came to {processes.address} within 2 s; missing: 1 (there: 0 on host'
+        )
+
+
+def test_a_coordinator_that_cannot_be_reached_is_given_up_with_its_address(tiny_store, tmp_path):
+    each = [('--num_processes=2', '--process_id=1')]
+    with Processes(tmp_path / 'run', _arguments(tiny_store, train__join_timeout_s='2'), 1, each=each) as processes:
+        _ends(
+            processes, 75, f'process 1 on host-0: the coordinator {processes.address} could not be reached within 2 s'
+        )
+
+
+def test_hosts_with_different_numbers_of_devices_are_named(tiny_store, tmp_path):
+    environments = [{}, {'XLA_FLAGS': f'{DEVICES}=3'}]
+    with Processes(tmp_path / 'run', _arguments(tiny_store), environments=environments) as processes:
+        _ends(
+            processes,
+            2,
+            'the hosts disagree on devices: 4 x cpu in process 0 on host-0, 3 x cpu in process 1 on host-1. Start',
+        )
+
+
+@ONCE
+def test_hosts_with_different_data_are_named(tiny_store, tmp_path):
+    folders = [tmp_path / name for name in 'ab']
+    for folder in folders:
+        shutil.copytree(tiny_store, folder / 'store')
+    manifest = folders[1] / 'store' / 'manifest.json'
+    content = json.loads(manifest.read_text())
+    content['sources']['prose']['splits']['train']['files'][0]['sha256'] = 'of another file'
+    manifest.write_text(json.dumps(content))
+    with Processes(tmp_path / 'run', _arguments('store'), folders=folders) as processes:
+        _ends(processes, 2, 'the hosts disagree on data: ')
+        assert 'in process 0 on host-0, ' in processes.lines(1)
+
+
+class Gathered(Members):
+    """The first of some processes whose values are given."""
+
+    def __init__(self, *values):
+        super().__init__(place.Place('a', 'a:1', len(values)), None)
+        self.hosts, self._values = [f'host-{i}' for i in range(len(values))], values
+
+    def gather(self, name, value):
+        return list(self._values)
+
+
+def test_the_first_difference_is_told_with_every_value_and_who_has_it():
+    with pytest.raises(
+        errors.UsageError, match='on versions.jax: 1 in process 0 on host-0, 2 on host-2, None in process 1'
+    ):
+        Gathered({'versions': {'jax': 1}}, {'versions': {}}, {'versions': {'jax': 1}}).agree(versions={})
+    Gathered({'a': [1, 2]}, {'a': [1, 2]}).agree(a=[1, 2])
+
+
+def test_of_many_hosts_the_first_few_are_told():
+    with pytest.raises(
+        errors.UsageError, match='x in process 0 on host-0, 1 on host-1, 2 on host-2, 3 on host-3 and 5 more'
+    ):
+        Gathered(*[{'commit': 'x'}] * 9, {'commit': 'y'}).agree(commit='x')
+
+
+def test_alone_a_process_agrees_with_itself(tmp_path):
+    alone = Members(place.find(environment={}), None)
+    alone.agree(anything=1)
+    assert alone.gather('a', 1) == [1] and alone.primary and str(alone).endswith(', 1 process')

@@ -1,0 +1,78 @@
+"""Who is lost and who is stuck, by what the hub has heard and when; the real processes are in cluster_test.py."""
+
+import dataclasses
+
+import pytest
+
+from tinyllama_jax import watchdog
+from tinyllama_jax.config import TrainConfig
+
+CONFIG = TrainConfig(stuck_timeout_s=45, hang_timeout_s=600)
+
+
+def _members(*marks, marked=0.001, doing='waiting for a step'):
+    """Members with these marks, set at this time and heard of ever since."""
+    members = {i: watchdog.Member(f'host-{i}', 0.0) for i in range(len(marks))}
+    for member, count in zip(members.values(), marks, strict=True):
+        member.mark(count, doing, marked)
+    return members
+
+
+def _heard(members, now):
+    for member in members.values():
+        member.heard = now
+    return members
+
+
+def test_a_process_that_is_silent_for_too_long_is_named_with_its_host():
+    members = _heard(_members(50, 50, 50), 100.0)
+    assert watchdog.silent(members, 100 + watchdog.LOST_SECONDS) is None
+    members[0].heard = members[2].heard = 120.0
+    assert watchdog.silent(members, 121.0) == (
+        'process 1 on host-1 is lost: not heard of for 20 s (stopped, or the host or its network is down)'
+    )
+    members[1].left = True
+    assert watchdog.silent(members, 121.0) is None
+
+
+def test_of_many_lost_processes_the_first_few_are_named():
+    line = watchdog.silent(_members(*range(20)), 100.0)
+    assert line.startswith('processes 0 on host-0, 1 on host-1, 2 on host-2, 3 on host-3, 4 on host-4, 5 on host-5, ')
+    assert '7 on host-7 and 12 more are lost' in line
+
+
+def test_a_process_that_keeps_the_others_waiting_is_stuck():
+    members = _members(50, 47, 50)
+    members[1].doing = 'a hook'
+    assert watchdog.stuck(members, CONFIG, 45.0) is None
+    assert watchdog.stuck(members, CONFIG, 46.0) == (
+        'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
+    )
+    members[2].mark(51, 'the step', 40.0)
+    assert watchdog.stuck(members, CONFIG, 46.0) is None, 'one of the others goes on'
+
+
+def test_where_none_is_behind_all_are_stuck_but_only_after_the_time_for_a_hang():
+    members = _members(50, 50, doing='validation')
+    assert watchdog.stuck(members, CONFIG, 600.0) is None
+    assert watchdog.stuck(members, CONFIG, 601.0) == (
+        'processes 0 on host-0, 1 on host-1 are stuck in validation: no step for 601 s'
+    )
+    assert watchdog.stuck(members, dataclasses.replace(CONFIG, hang_timeout_s=0), 9_999.0) is None
+
+
+@pytest.mark.parametrize(('marks', 'limit'), [((3, 1), 1_800), ((1, 1), 1_800), ((50, 49), 45)])
+def test_while_the_first_steps_compile_more_time_is_given(marks, limit):
+    assert watchdog.stuck(_members(*marks), CONFIG, limit) is None
+    assert watchdog.stuck(_members(*marks), CONFIG, limit + 1) is not None
+
+
+def test_a_process_that_repeats_its_marks_has_not_gone_on():
+    members = _members(50)
+    members[0].mark(50, 'validation', 500.0)
+    assert 'no step for 601 s' in watchdog.stuck(members, CONFIG, 601.0)
+
+
+@pytest.mark.parametrize('line', [b'GET / HTTP/1.1', b'[1]', b'\xff', b''])
+def test_what_is_not_of_the_protocol_is_no_message(line):
+    assert watchdog.parsed(line) is None
