@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int | None:
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
         config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
-        runtime.set_up_jax()
+        exact = command == 'train' and config.train.deterministic
+        runtime.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact else None)
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
     except (flags.Error, errors.Failure) as error:
         print(f'main.py: {error}', file=sys.stderr)

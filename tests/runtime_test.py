@@ -88,6 +88,40 @@ def test_without_an_nvidia_device_jax_is_told_so(device, platforms, tmp_path, mo
     assert os.environ.get('JAX_PLATFORMS') == platforms
 
 
+FLAG = 'xla_gpu_enable_latency_hiding_scheduler'
+
+
+@pytest.fixture
+def with_a_gpu(tmp_path, monkeypatch):
+    """A process that sees an NVIDIA device, and whose environment says nothing of GPUs."""
+    (tmp_path / 'nvidiactl').touch()
+    monkeypatch.setattr(runtime, '_NVIDIA_DEVICES', (str(tmp_path / 'nvidiactl'),))
+    for name in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR', *runtime._GPU_ENVIRONMENT):
+        monkeypatch.setenv(name, '')  # so that the old value comes back
+        monkeypatch.delenv(name)
+
+
+def test_settings_for_gpus_are_known_to_xla_and_shown(with_a_gpu, tmp_path):
+    runtime.set_up_jax(deterministic=True, compiled=tmp_path)
+    flags = os.environ['XLA_FLAGS'].split()
+    assert '--xla_gpu_exclude_nondeterministic_ops=true' in flags and f'--{FLAG}=true' in flags
+    assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path)
+    assert all(flag in runtime.gpu_settings() for flag in flags)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION='0.9'" in runtime.gpu_settings()
+    program = 'import jax; jax.numpy.zeros(1) + 1'  # an unknown flag ends the process
+    subprocess.run([sys.executable, '-c', program], check=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+
+
+def test_the_environment_s_own_settings_win(with_a_gpu, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', f'--{FLAG}=false --xla_dump_to=x')
+    monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.5')
+    runtime.set_up_jax()
+    flags = os.environ['XLA_FLAGS'].split()
+    assert flags[:2] == [f'--{FLAG}=false', '--xla_dump_to=x'] and f'--{FLAG}=true' not in flags
+    assert not any('nondeterministic' in flag for flag in flags)
+    assert os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
+
+
 def _policies() -> list[int]:
     policies = []
     for thread in os.listdir('/proc/self/task'):

@@ -133,6 +133,9 @@ class TrainConfig:
     # Of weights' gradients as they leave their products and are added up between devices; none: the compute dtype.
     # float32 doubles what gradients take and move.
     gradient_dtype: str | None = None
+    # On GPUs: no operation whose sums come in any order, and what autotuning chose is kept in WORKDIR/compiled for the
+    # next start. On CPUs it is always so.
+    deterministic: bool = True
     z_loss: float = 0.0  # weight of the mean squared log-sum-exp of the logits (PaLM: 1e-4); the paper has none
     log_every_steps: int = 10
     eval_every_steps: int = 5_000  # validation loss per source; 0: only at the end

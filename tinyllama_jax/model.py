@@ -208,17 +208,8 @@ def forward(params: dict, tokens_BT, config: ModelConfig):
     return logits(params, hidden(params, tokens_BT, config)[0])
 
 
-def loss(
-    params: dict,
-    tokens_BT,
-    targets_BT,
-    config: ModelConfig,
-    *,
-    ops: Ops | None = None,
-    weights_BT=None,
-    z_loss=0.0,
-    **how,
-):
+def loss(params: dict, tokens_BT, targets_BT, config: ModelConfig, *, ops: Ops | None = None, weights_BT=None,
+         z_loss=0.0, **how):  # fmt: skip
     """(what training minimises, its parts {nll, z_loss}), float32 scalars; `how` is `hidden`'s.
 
     nll is the mean next-token loss in nats.

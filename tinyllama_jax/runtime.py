@@ -15,22 +15,56 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore'
 _NVIDIA_DEVICES = ('/dev/nvidiactl', '/dev/dxg')  # Linux, and Linux in Windows
 # glibc's mallopt: never take memory by mmap, never give it back, one arena for all threads.
 _MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
+# For GPUs, unless XLA_FLAGS says otherwise; each is known to both versions of jaxlib.
+GPU_XLA_FLAGS = {
+    'xla_gpu_enable_latency_hiding_scheduler': 'true',  # collectives run beside matrix products
+    'xla_gpu_enable_pipelined_all_gather': 'true',
+    'xla_gpu_enable_pipelined_reduce_scatter': 'true',
+    'xla_gpu_enable_pipelined_all_reduce': 'true',
+    'xla_gpu_enable_while_loop_double_buffering': 'true',  # the next layer's weights come while this one computes
+    'xla_gpu_all_gather_combine_threshold_bytes': str(128 << 20),  # a layer's weights at once: 88 MB in bfloat16
+    'xla_gpu_reduce_scatter_combine_threshold_bytes': str(128 << 20),
+    'xla_gpu_all_reduce_combine_threshold_bytes': str(128 << 20),
+}
+_DETERMINISTIC_XLA_FLAGS = {'xla_gpu_exclude_nondeterministic_ops': 'true'}
+_GPU_ENVIRONMENT = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.9', 'NCCL_NVLS_ENABLE': '1'}
 _CPU_QUOTAS = ('/sys/fs/cgroup/cpu.max', '/sys/fs/cgroup/cpu/cpu.cfs_quota_us')  # of a container: cgroups v2, v1
 _CPU_SET_BYTES = 128  # of the C library's cpu_set_t
 
 
-def set_up_jax() -> None:
-    """Chooses the platform and tunes for CPUs; to be called before JAX is imported.
+def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = None) -> None:
+    """Chooses the platform and tunes for it; to be called before JAX is imported. The environment's own settings win.
 
-    Without an NVIDIA device JAX is told so, which keeps an installed CUDA plugin quiet; what
-    JAX_PLATFORMS already says wins. Each step on a CPU allocates hundreds of megabytes anew;
-    kept by malloc, they cost no page faults (a tenth of the demo's time).
+    Without an NVIDIA device JAX is told so, which keeps an installed CUDA plugin quiet. Each step on
+    a CPU allocates hundreds of megabytes anew; kept by malloc, they cost no page faults (a tenth of the demo's time).
+
+    Args:
+      deterministic: on GPUs, leave out operations whose sums come in any order.
+      compiled: where compiled programs are kept, and with them what autotuning chose on these GPUs.
     """
-    if not any(os.path.exists(device) for device in _NVIDIA_DEVICES):
+    if any(os.path.exists(device) for device in _NVIDIA_DEVICES):
+        _set_up_gpus(GPU_XLA_FLAGS | (_DETERMINISTIC_XLA_FLAGS if deterministic else {}), compiled)
+    else:
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     if platform.libc_ver()[0] == 'glibc':
         for option, value in _MALLOC_OPTIONS:
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def _set_up_gpus(flags: dict[str, str], compiled: pathlib.Path | None) -> None:
+    given = os.environ.get('XLA_FLAGS', '').split()
+    names = {flag.lstrip('-').partition('=')[0] for flag in given}
+    os.environ['XLA_FLAGS'] = ' '.join([*given, *(f'--{name}={flags[name]}' for name in flags if name not in names)])
+    for name, value in _GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if compiled:
+        os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled.absolute()))
+
+
+def gpu_settings() -> str:
+    """One line with the environment's settings for GPUs, as `set_up_jax` and the user left them."""
+    names = ('XLA_FLAGS', *_GPU_ENVIRONMENT, 'JAX_COMPILATION_CACHE_DIR')
+    return 'environment: ' + ' '.join(f'{name}={os.environ[name]!r}' for name in names if name in os.environ)
 
 
 @contextlib.contextmanager

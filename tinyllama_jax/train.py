@@ -98,6 +98,8 @@ class _Run:
             return
         self.journal.say(self._banner())
         self.journal.say(self.ops.table())
+        if self.ops.chip:
+            self.journal.say(runtime.gpu_settings())
         if self.config.kernels.self_test:
             selftest.check(self.config, self.ops, self.journal.say)
         train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)

@@ -63,9 +63,12 @@ def same_losses(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
     )
 
 
+_DECISIVE = ('num_steps', 'micro_batch_size', 'remat', 'gradient_dtype', 'deterministic', 'z_loss')
+
+
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide the losses, out of those a resume may change."""
-    train = {name: config['train'][name] for name in ('num_steps', 'micro_batch_size', 'remat', 'z_loss')}
+    train = {name: config['train'][name] for name in _DECISIVE}
     return {name: config[name] for name in ('model', 'optimizer', 'mesh', 'kernels')} | train
 
 
