@@ -51,10 +51,10 @@ def main(argv: list[str]) -> int | None:
         if rest or command not in commands.COMMANDS:
             raise errors.UsageError(f'{_USAGE} (--help lists the flags)')
         _check_flags(command)
-        if not FLAGS.workdir and not (command == 'evaluate' and FLAGS.model):
+        if not FLAGS.workdir and command != 'plan' and not (command == 'evaluate' and FLAGS.model):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
-        config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train'))
+        config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train', 'plan'))
         exact = command == 'train' and config.train.deterministic
         runtime.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact else None)
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))

@@ -22,6 +22,12 @@ class UsageError(Failure, ValueError):
     exit_code = 2
 
 
+class DoesNotFit(Failure):
+    """A plan whose program needs more memory than the GPUs have."""
+
+    exit_code = 3
+
+
 class Unavailable(Failure):
     """Storage, memory or a device fails, not the run: nothing was changed, and a restart may succeed."""
 

@@ -7,9 +7,7 @@
 Losses are in nats per token. What a workdir does not have is left out with a word.
 """
 
-import base64
 import dataclasses
-import html
 import json
 import pathlib
 import statistics
@@ -23,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tinyllama_jax import baselines, errors, flops, metrics, workdir
+from tinyllama_jax import baselines, errors, flops, metrics, page, workdir
 from tinyllama_jax.config import Config
 
 
@@ -246,34 +244,14 @@ _PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
 
 def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> str:
     """The HTML."""
-    parts = [f'<h1>{html.escape(run.folder.resolve().name)}</h1>', _table(_facts(run, summary))]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in run.notes]
+    parts = [page.heading(run.folder.resolve().name, 1), page.table(_facts(run, summary))]
+    parts += map(page.note, run.notes)
     if run.validation:
-        parts += ['<h2>Held-out loss (nats per token)</h2>', _table(_loss_rows(summary))]
+        parts += [page.heading('Held-out loss (nats per token)'), page.table(_loss_rows(summary))]
     if summary['tasks']:
-        parts += ['<h2>Evaluation</h2>', _table(_task_rows(summary['tasks']))]
-    for title, path in pictures.items():
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}">')
-    title = html.escape(str(run.folder))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>{_STYLE}{"".join(parts)}</html>\n'
-    )
-
-
-_STYLE = """<style>
-body {font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222}
-table {border-collapse: collapse} td, th {padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top}
-th {font-weight: 600} tr + tr {border-top: 1px solid #ddd} .note {color: #805000} img {max-width: 100%}
-</style>"""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str]) -> str:
-        first, *rest = (html.escape(cell) for cell in row)
-        return f'<th>{first}</th>' + ''.join(f'<td>{cell}</td>' for cell in rest)
-
-    return '<table>' + ''.join(f'<tr>{cells(row)}</tr>' for row in rows) + '</table>'
+        parts += [page.heading('Evaluation'), page.table(_task_rows(summary['tasks']))]
+    parts += [page.picture(title, path) for title, path in pictures.items()]
+    return page.page(str(run.folder), parts)
 
 
 def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

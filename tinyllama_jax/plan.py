@@ -1,0 +1,333 @@
+"""The train step compiled for GPUs that are not there: does it fit, what does it send, how fast may it be.
+
+`plan` compiles the very step that `train` runs, kernels and all, for a cluster of one kind of GPU
+(jax.experimental.topologies) and reads the answers off the compiled program. docs/plan.md says how to
+read them and what to trust.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json as json_lib
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import config_tree, errors, flops, hlo, memory, roofline, sharding, targets, train
+from tinyllama_jax import ops as ops_lib
+from tinyllama_jax import step as step_lib
+from tinyllama_jax.config import Config
+from tinyllama_jax.hlo import Program
+from tinyllama_jax.roofline import Estimate
+from tinyllama_jax.targets import Target
+
+GIB = 2**30
+MEMORY_FRACTION = 0.9  # of a device's memory is JAX's (XLA_PYTHON_CLIENT_MEM_FRACTION)
+RESERVE_BYTES = 3 * GIB // 2  # of it for what no program tells of: workspaces of libraries
+REMAT = ('none', 'names', 'attention', 'full')  # the least recomputation, and the most memory, first
+# A100-hours per 300 B tokens (TinyLlama's paper, section 2.4).
+PUBLISHED_GPU_HOURS = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B': 7_920}
+# Products that XLA would tune on the device go to the library; the rest as on a machine with GPUs.
+_COMPILER_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_enable_latency_hiding_scheduler': True}
+
+_MEMORY_FILES = ('*-live-range.txt', '*-buffer-assignment.txt')  # of what XLA dumps
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Nodes with equal numbers of one kind of GPU."""
+
+    target: Target
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def size(self) -> int:
+        """How many GPUs there are."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What a program may take of a GPU's memory."""
+        return int(MEMORY_FRACTION * self.target.memory_bytes) - RESERVE_BYTES
+
+    def devices(self) -> list:
+        """Devices to compile for. Raises UsageError where JAX's CUDA plugin is missing."""
+        description, shape = targets.xla_description(self.target), f'1x{self.nodes}x{self.gpus_per_node}'
+        try:
+            topology = topologies.get_topology_desc('plan', platform='cuda', target_config=description, topology=shape)
+        except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+            raise errors.UsageError(
+                "plan compiles with JAX's CUDA plugin, which cannot be used here "
+                f'({str(error).splitlines()[0]}); install it, and ptxas: pip install -r requirements-dev.txt.'
+            ) from error
+        return list(topology.devices)
+
+
+def make_cluster(target: str | None, topology: str | None) -> Cluster:
+    """The cluster of --target and --topology; raises UsageError."""
+    match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', topology or '')
+    if not match:
+        raise errors.usage(f'--topology={topology or ""}', 'write NODESxGPUS, as 2x8 for two nodes of eight GPUs')
+    return Cluster(targets.find(target), int(match[1]), int(match[2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step compiled for a cluster."""
+
+    config: Config
+    cluster: Cluster
+    mesh: Mesh
+    kernels: dict[str, str]
+    program: Program
+    peak_bytes: int
+    memory: dict[str, int]  # its parts
+
+    @property
+    def fits(self) -> bool:
+        """Whether the cluster's GPUs hold it."""
+        return self.peak_bytes <= self.cluster.capacity_bytes
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimiser step."""
+        return train.accumulation_steps(self.config, sharding.batch_shards(self.mesh))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all GPUs together."""
+        return self.config.train.global_batch_size * self.config.model.seq_len
+
+    @functools.cached_property
+    def estimate(self) -> Estimate:
+        """The time of a step."""
+        cluster, seq_len = self.cluster, self.config.model.seq_len
+        return roofline.estimate(
+            self.program, roofline.Machine(cluster.target, cluster.size, cluster.gpus_per_node, seq_len)
+        )  # fmt: skip
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs together, estimated."""
+        return self.tokens_per_step / self.estimate.total
+
+
+def compile_step(config: Config, cluster: Cluster) -> Compiled:
+    """The step of `train` for a cluster. Raises UsageError for what `train` would refuse there."""
+    mesh = sharding.make_mesh(config.mesh, cluster.devices())
+    ops = ops_lib.for_run(config, mesh)
+    state = step_lib.abstract_state(config, mesh)
+    rows, segment_ids = _abstract_batch(config, mesh)
+    lowered = step_lib.jit_train_step(config, mesh, ops).lower(state, rows, segment_ids)
+    with tempfile.TemporaryDirectory(prefix='plan-') as folder, _without_compilation_cache():
+        options = _COMPILER_OPTIONS | {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': 'NONE'}
+        compiled = lowered.compile(compiler_options=options)
+        dumped = [next(pathlib.Path(folder).glob(name)).read_text() for name in _MEMORY_FILES]
+    program, peak = hlo.parse(compiled.as_text()), compiled.memory_analysis().peak_memory_in_bytes
+    params = jax.tree.leaves(state.params)
+    parameters = [shape for leaf in params for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape))]
+    shapes = memory.Shapes(parameters, config.model.num_layers, config.model.vocab_size)
+    parts = memory.parts(memory.at_peak(*dumped), program, shapes, peak)
+    return Compiled(config, cluster, mesh, dict(ops.implementations), program, peak, parts)
+
+
+@contextlib.contextmanager
+def _without_compilation_cache():
+    """A context in which programs are compiled afresh: those for other machines cannot be read back from the cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update('jax_enable_compilation_cache', False)
+    try:
+        yield
+    finally:
+        jax.config.update('jax_enable_compilation_cache', before)
+
+
+def _abstract_batch(config: Config, mesh: Mesh):
+    """Rows and segment ids as `train` reads them."""
+    shards = sharding.batch_shards(mesh)
+    A, B = train.accumulation_steps(config, shards), config.train.micro_batch_size * shards
+    dtype = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32
+    shape, where = (A, B, config.model.seq_len + 1), sharding.batch_sharding(mesh, leading=1)
+    rows, ids = (jax.ShapeDtypeStruct(shape, kind, sharding=where) for kind in (dtype, jnp.uint16))
+    return rows, ids if config.data.document_mask else None
+
+
+def plan_run(
+    workdir: pathlib.Path | None, config: Config, *, target: str | None, topology: str | None, search: bool = False,
+    json: bool = False, output: str | None = None,
+) -> None:  # fmt: skip
+    """`main.py plan`: prints the plan. Raises UsageError, or DoesNotFit with what would make it fit."""
+    cluster = make_cluster(target, topology)
+    found = search_steps(config, cluster) if search else []
+    compiled = found[0] if found else compile_step(config, cluster)
+    plan = report(compiled) | ({'search': [_summary(each) for each in found]} if search else {})
+    print(json_lib.dumps(plan, indent=2) if json else text(plan))
+    if output:
+        from tinyllama_jax import plan_page
+
+        written = plan_page.write(plan, pathlib.Path(output))
+        print('' if json else f'\nthe same with a chart: {written}', end='' if json else '\n')
+    if not compiled.fits:
+        raise errors.DoesNotFit(
+            f'{compiled.peak_bytes / GIB:.1f} GiB do not fit into {cluster.capacity_bytes / GIB:.1f} GiB a GPU; '
+            f'{remedy(compiled)}.'
+        )
+
+
+def search_steps(config: Config, cluster: Cluster) -> list[Compiled]:
+    """Steps that fit, the fastest first: every remat policy with micro-batches from half the configured one upwards."""
+    found = []
+    for policy in REMAT:
+        size = max(config.train.micro_batch_size // 2, 1)
+        for micro_batch_size in (size, 2 * size, 4 * size, 8 * size):
+            candidate = _variant(config, remat=policy, micro_batch_size=micro_batch_size)
+            compiled = _compiled_or_none(candidate, cluster)
+            if not compiled or not compiled.fits:
+                break
+            found.append(compiled)
+    return sorted(found, key=lambda compiled: -compiled.tokens_per_second)
+
+
+def _compiled_or_none(config: Config, cluster: Cluster) -> Compiled | None:
+    """The step, or None for a variant that `train` would refuse: a batch that does not divide, a policy of no use."""
+    try:
+        return compile_step(config, cluster)
+    except errors.UsageError:
+        return None
+
+
+def _summary(compiled: Compiled) -> dict[str, Any]:
+    """A line of the table of a search."""
+    return {
+        'micro_batch_size': compiled.config.train.micro_batch_size,
+        'accumulation_steps': compiled.accumulation,
+        'remat': compiled.config.train.remat,
+        'peak_bytes_per_gpu': compiled.peak_bytes,
+        'estimated_tokens_per_second': compiled.tokens_per_second,
+    }
+
+
+def report(compiled: Compiled) -> dict[str, Any]:
+    """The plan as `--json` prints it."""
+    config, model = compiled.config, compiled.config.model
+    return {
+        'fits': compiled.fits,
+        'peak_bytes_per_gpu': compiled.peak_bytes,
+        'capacity_bytes': compiled.cluster.capacity_bytes,
+        'memory': compiled.memory,
+        'target': compiled.cluster.target.device_name,
+        'nodes': compiled.cluster.nodes,
+        'devices': compiled.cluster.size,
+        'mesh': dict(compiled.mesh.shape),
+        'parameters': sum(flops.parameter_counts(model).values()),
+        'tokens_per_step': compiled.tokens_per_step,
+        'micro_batch_size': config.train.micro_batch_size,
+        'accumulation_steps': compiled.accumulation,
+        'remat': config.train.remat,
+        'kernels': compiled.kernels,
+        'flops_per_token': {name: flops.flops_per_token(model, name) for name in 'CFN'},
+        'collectives': collectives(compiled),
+        'seconds_per_step': compiled.estimate.seconds | {'hidden exchange': compiled.estimate.hidden},
+        'estimated_tokens_per_second': compiled.tokens_per_second,
+        'estimated_tokens_per_second_per_gpu': compiled.tokens_per_second / compiled.cluster.size,
+        'estimated_days': config.train.num_steps * compiled.estimate.total / 86_400,
+        'estimated_gpu_hours': config.train.num_steps * compiled.estimate.total * compiled.cluster.size / 3_600,
+        'gpu_hours_per_300b_tokens': {'this plan': gpu_hours(compiled, 300e9), **PUBLISHED_GPU_HOURS},
+    }
+
+
+def gpu_hours(compiled: Compiled, tokens: float) -> float:
+    """What so many tokens cost, estimated."""
+    return tokens / compiled.tokens_per_second * compiled.cluster.size / 3_600
+
+
+def collectives(compiled: Compiled) -> list[dict[str, Any]]:
+    """What each GPU sends in a step, by kind, mesh axes and type; bytes as rings send them (hlo.Collective)."""
+    found = {}
+    for instruction, computation, times in compiled.program.executed():
+        exchange = hlo.collective(instruction, computation, compiled.mesh.size)
+        if exchange:
+            key = exchange.kind, hlo.mesh_axes(exchange.groups, compiled.mesh.shape), '+'.join(exchange.dtypes)
+            count, sent = found.get(key, (0, 0.0))
+            found[key] = count + times, sent + times * exchange.sent_bytes
+    return [
+        {'kind': kind, 'axis': axis, 'dtype': dtype, 'count_per_step': count, 'bytes_per_step': round(sent)}
+        for (kind, axis, dtype), (count, sent) in sorted(found.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def remedy(compiled: Compiled) -> str:
+    """The least change of remat policy, micro-batch or mesh with which the step fits, found by compiling it."""
+    for config in _smaller(compiled.config):
+        other = _compiled_or_none(config, compiled.cluster)
+        if other and other.fits:
+            return f'it fits ({other.peak_bytes / GIB:.1f} GiB) with {_flags(compiled.config, config)}'
+    return 'no remat policy or micro-batch makes it fit; split the state over more GPUs (--topology, config.mesh.fsdp)'
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """Variants that need less memory: more recomputation, then smaller micro-batches too."""
+    size, policies = config.train.micro_batch_size, REMAT[REMAT.index(config.train.remat) + 1 :]
+    for policy in policies:
+        yield _variant(config, remat=policy)
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        for policy in REMAT[REMAT.index(config.train.remat) :]:
+            yield _variant(config, micro_batch_size=size, remat=policy)
+
+
+def _variant(config: Config, **train_settings) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_settings))
+
+
+def _flags(old: Config, new: Config) -> str:
+    """What a user adds to the command line to get from one configuration to another."""
+    changes = config_tree.differences(config_lib.to_dict(old), config_lib.to_dict(new), 'config')
+    return ' '.join(f'--{field}={value}' for field, (_, value) in changes.items())
+
+
+def text(plan: Mapping[str, Any]) -> str:
+    """The plan for a terminal."""
+    mesh = ' x '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
+    verdict = 'fits' if plan['fits'] else 'DOES NOT FIT'
+    searched = [
+        f'  {row["micro_batch_size"]:3} sequences, remat {row["remat"]:10} {row["peak_bytes_per_gpu"] / GIB:6.2f} GiB  '
+        f'{row["estimated_tokens_per_second"]:10,.0f} tokens/s'
+        for row in plan.get('search', ())
+    ]
+    lines = [
+        *(['these fit, the fastest first:', *searched, '', 'the first of them:'] if searched else []),
+        f'{plan["devices"]} x {plan["target"]} on {plan["nodes"]} nodes: {mesh}',
+        f'{plan["parameters"]:,} parameters; {plan["tokens_per_step"]:,} tokens a step in '
+        f'{plan["accumulation_steps"]} x {plan["micro_batch_size"]} sequences a GPU; remat {plan["remat"]}',
+        'kernels: ' + ', '.join(f'{op} {impl}' for op, impl in plan['kernels'].items()),
+        'GFLOP a token: ' + ', '.join(f'{value / 1e9:.3f} ({name})' for name, value in plan['flops_per_token'].items()),
+        '',
+        f'memory a GPU: {plan["peak_bytes_per_gpu"] / GIB:.2f} GiB of {plan["capacity_bytes"] / GIB:.2f}: {verdict}',
+        *(f'  {size / GIB:8.2f} GiB  {part}' for part, size in plan['memory'].items() if size >= GIB / 200),
+        '',
+        'a GPU sends in a step:',
+        *(
+            f'  {row["bytes_per_step"] / 1e9:8.3f} GB  {row["count_per_step"]:6,} x {row["kind"]} {row["dtype"]} '
+            f'over {row["axis"]}'
+            for row in plan['collectives']
+        ),
+        '',
+        f'estimated: {plan["estimated_tokens_per_second"]:,.0f} tokens/s, '
+        f'{plan["estimated_tokens_per_second_per_gpu"]:,.0f} a GPU; {plan["estimated_days"]:,.1f} days, '
+        f'{plan["estimated_gpu_hours"]:,.0f} GPU-hours',
+        *(f'  {seconds:8.3f} s a step  {kind}' for kind, seconds in plan['seconds_per_step'].items()),
+        '',
+        'GPU-hours per 300 B tokens (the others on A100, as published):',
+        *(f'  {hours:8,.0f}  {name}' for name, hours in plan['gpu_hours_per_300b_tokens'].items()),
+    ]
+    return '\n'.join(lines)
