@@ -36,6 +36,7 @@ def get_config(arg: str = '') -> Config:
             num_steps=1_430_512,
             global_batch_size=1_024,
             micro_batch_size=8,
+            remat='none',  # fits 16 A100 of 40 GB; `main.py plan` says what does on others
             checkpoint_every_steps=1_000,
             keep_every_steps=5_000,
             eval_every_steps=5_000,

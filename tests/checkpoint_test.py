@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, retained as configured, resharded, and damage is noticed."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -57,6 +58,33 @@ def test_restored_on_any_mesh_bit_for_bit(tmp_path, state, meshes):
         assert restored.params['embed'].sharding.mesh.size == mesh.size
         for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
             np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+
+
+def test_training_goes_on_on_fewer_devices_and_other_axes(tmp_path):
+    meshes = [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=2, zero=1), MeshConfig(fsdp=1)]
+    batches, losses, checkpointer = tiny.batches(8), [], checkpoint.Checkpointer(tmp_path / 'c')
+
+    def run(mesh_config, state, mesh, steps):
+        train_step, found = step_lib.jit_train_step(dataclasses.replace(tiny.CONFIG, mesh=mesh_config), mesh), []
+        for rows_ABR in steps:
+            state, scalars = train_step(state, rows_ABR, None)
+            found.append(float(scalars['loss']))
+        return state, found
+
+    for number, mesh_config in enumerate(meshes):
+        size = mesh_config.data * mesh_config.fsdp * mesh_config.tensor
+        mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
+        if number:
+            state, _ = checkpointer.restore(_abstract(mesh), lambda meta: None)
+        else:
+            state = step_lib.init_state(tiny.CONFIG, mesh)
+        state, found = run(mesh_config, state, mesh, batches[2 * number : 2 * number + 2])
+        losses += found
+        checkpointer.save(2 * number + 2, state, {})
+        checkpointer.wait()
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    _, whole = run(MeshConfig(), step_lib.init_state(tiny.CONFIG, one), one, batches)
+    np.testing.assert_allclose(losses, whole, atol=1e-5, rtol=0)
 
 
 def test_none_where_there_is_none(tmp_path, meshes):

@@ -159,7 +159,7 @@ def test_the_step_for_a_cpu_holds_no_kernel():
     assert 'triton' not in program and 'callback' not in program
 
 
-def _kib_kept_per_token(the_ops, capsys) -> float:
+def _kib_kept_per_token(the_ops, capsys, remat='none') -> float:
     """What one layer of the 1.1 B model keeps for its backward pass, weights not counted, by jax's own list."""
     config = dataclasses.replace(ModelConfig(), compute_dtype='bfloat16')
     layer = nnx.eval_shape(lambda: model.Layer(config, rngs=nnx.Rngs(0)))
@@ -169,12 +169,19 @@ def _kib_kept_per_token(the_ops, capsys) -> float:
     def run(x_BTD, weights):
         return nnx.merge(graphdef, nnx.State(weights))(x_BTD, the_ops, positions_BT)[0]
 
+    run = run if remat == 'none' else jax.checkpoint(run, policy=model._REMAT[remat])
     x_BTD = jax.ShapeDtypeStruct((3, config.seq_len, config.embed_dim), jnp.bfloat16)
     capsys.readouterr()
     jax.ad_checkpoint.print_saved_residuals(run, x_BTD, nnx.to_pure_dict(state))
     arrays = re.findall(r'^[a-z]+(\d+)\[(3,[\d,]*)\]', capsys.readouterr().out, re.MULTILINE)  # no weight is [3, ...]
     bits = sum(int(bits) * math.prod(map(int, shape.split(','))) for bits, shape in arrays)
     return bits / 8 / 1024 / (3 * config.seq_len)
+
+
+@kernel_checks.needs_triton
+@pytest.mark.parametrize(('remat', 'kib'), [('none', 58), ('names', 40), ('attention', 8), ('full', 4)])
+def test_a_layer_keeps_what_the_config_says(capsys, remat, kib):
+    assert kib - 1 < _kib_kept_per_token(ops.make_ops(chip='sm_90'), capsys, remat) <= kib + 0.5
 
 
 @kernel_checks.needs_triton
