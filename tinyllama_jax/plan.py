@@ -5,14 +5,17 @@
 read them and what to trust.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json as json_lib
+import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +40,7 @@ REMAT = ('none', 'names', 'attention', 'full')  # the least recomputation, and t
 PUBLISHED_GPU_HOURS = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B': 7_920}
 # Products that XLA would tune on the device go to the library; the rest as on a machine with GPUs.
 _COMPILER_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_enable_latency_hiding_scheduler': True}
-
+_WHEELS = ('cuda_nvcc', 'cu13')  # folders of nvidia's packages with a ptxas
 _MEMORY_FILES = ('*-live-range.txt', '*-buffer-assignment.txt')  # of what XLA dumps
 
 
@@ -62,6 +65,7 @@ class Cluster:
     def devices(self) -> list:
         """Devices to compile for. Raises UsageError where JAX's CUDA plugin is missing."""
         description, shape = targets.xla_description(self.target), f'1x{self.nodes}x{self.gpus_per_node}'
+        check_ptxas()
         try:
             topology = topologies.get_topology_desc('plan', platform='cuda', target_config=description, topology=shape)
         except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
@@ -70,6 +74,19 @@ class Cluster:
                 f'({str(error).splitlines()[0]}); install it, and ptxas: pip install -r requirements-dev.txt.'
             ) from error
         return list(topology.devices)
+
+
+def check_ptxas(folders: Iterable[str | pathlib.Path] = ()) -> None:
+    """Raises UsageError where XLA would not find NVIDIA's assembler; jax 0.11.2 crashes then. `folders`: look there."""
+    package = importlib.util.find_spec('nvidia')
+    installed = list(package.submodule_search_locations or ()) if package else []
+    wheels = [f'{folder}/{name}/bin' for folder in installed for name in _WHEELS]
+    folders = folders or [*os.get_exec_path(), '/usr/local/cuda/bin', *wheels]
+    if not any(os.access(pathlib.Path(folder, 'ptxas'), os.X_OK) for folder in folders):
+        raise errors.UsageError(
+            'plan compiles for GPUs with ptxas, which is nowhere on PATH, in /usr/local/cuda or in a package of '
+            "Python's; install nvidia-cuda-nvcc-cu12: pip install -r requirements-dev.txt."
+        )
 
 
 def make_cluster(target: str | None, topology: str | None) -> Cluster:
@@ -236,6 +253,7 @@ def report(compiled: Compiled) -> dict[str, Any]:
         'kernels': compiled.kernels,
         'flops_per_token': {name: flops.flops_per_token(model, name) for name in 'CFN'},
         'collectives': collectives(compiled),
+        'bytes_per_second_per_axis': _needed(compiled),
         'seconds_per_step': compiled.estimate.seconds | {'hidden exchange': compiled.estimate.hidden},
         'estimated_tokens_per_second': compiled.tokens_per_second,
         'estimated_tokens_per_second_per_gpu': compiled.tokens_per_second / compiled.cluster.size,
@@ -263,6 +281,14 @@ def collectives(compiled: Compiled) -> list[dict[str, Any]]:
         {'kind': kind, 'axis': axis, 'dtype': dtype, 'count_per_step': count, 'bytes_per_step': round(sent)}
         for (kind, axis, dtype), (count, sent) in sorted(found.items(), key=lambda item: -item[1][1])
     ]
+
+
+def _needed(compiled: Compiled) -> dict[str, float]:
+    """What each GPU sends a second over each mesh axis at the estimated speed: what the links must carry."""
+    found = collections.Counter()
+    for row in collectives(compiled):
+        found[row['axis']] += row['bytes_per_step'] / compiled.estimate.total
+    return dict(found)
 
 
 def remedy(compiled: Compiled) -> str:
@@ -320,6 +346,10 @@ def text(plan: Mapping[str, Any]) -> str:
             f'  {row["bytes_per_step"] / 1e9:8.3f} GB  {row["count_per_step"]:6,} x {row["kind"]} {row["dtype"]} '
             f'over {row["axis"]}'
             for row in plan['collectives']
+        ),
+        *(
+            f'  {rate / 1e9:8.3f} GB/s over {axis} on average'
+            for axis, rate in plan['bytes_per_second_per_axis'].items()
         ),
         '',
         f'estimated: {plan["estimated_tokens_per_second"]:,.0f} tokens/s, '
