@@ -6,11 +6,14 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
+from tests import slurm
 from tests.conftest import DEVICES, ROOT
 from tests.processes import Processes
 from tinyllama_jax import config as config_lib
@@ -237,6 +240,59 @@ def test_hosts_with_different_data_are_named(tiny_store, tmp_path):
     with Processes(tmp_path / 'run', _arguments('store'), folders=folders) as processes:
         _ends(processes, 2, 'the hosts disagree on data: ')
         assert 'in process 0 on host-0, ' in processes.lines(1)
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    """A real Slurm of this one node."""
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(dir='/tmp') as folder, slurm.Slurm(pathlib.Path(folder)) as running:
+        running.environment |= {
+            'PYTHON': sys.executable,
+            'XLA_FLAGS': f'{DEVICES}=4 --xla_backend_optimization_level=1',
+        }
+        yield running
+
+
+BATCH = ['--nodes=1', '--ntasks=2', '--ntasks-per-node=2']
+
+
+@ONCE
+def test_under_slurm_a_preempted_job_goes_on_with_the_same_digits(cluster, tiny_store, one, two, tmp_path):
+    folder, log = tmp_path / 'run', tmp_path / 'job.log'
+    job = cluster.submit(
+        *BATCH, f'--output={log}', 'launch/slurm.sbatch', *_arguments(tiny_store), f'--workdir={folder}'
+    )
+    deadline = time.monotonic() + 120
+    while len(_losses(folder)) < 5:
+        assert cluster.job(job)['JobState'] in ('PENDING', 'RUNNING') and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    cluster.run('scontrol', 'requeue', job)
+    ended = cluster.wait(job)
+    said = log.read_text()
+    assert (ended['JobState'], ended['Restarts']) == ('COMPLETED', '1'), said
+    assert '2 processes, 8 x cpu' in said
+    assert len(re.findall('main.py: stopped and saved at step', said)) == 2
+    assert len(re.findall(r'steps (\d+) to 12', said)) == 2 and 'steps 0 to 12' in said
+    assert _losses(folder) == _losses(two[0])
+    assert _losses(folder) == pytest.approx(_losses(one), abs=1e-5)
+
+
+@ONCE
+@pytest.mark.parametrize(('status', 'again'), [(75, True), (143, True), (137, True), (1, False), (2, False)])
+def test_slurms_script_queues_the_job_again_on_what_is_worth_a_restart_and_on_nothing_else(
+    status, again, cluster, tmp_path
+):
+    program = tmp_path / 'program'  # in main.py's place
+    program.write_text(f'#!/bin/sh\n[ -z "$SLURM_RESTART_COUNT" ] || exit 0\n[ $SLURM_PROCID = 0 ] || exit {status}\n')
+    program.chmod(0o755)
+    environment = cluster.environment | {'PYTHON': str(program)}
+    command = ['sbatch', '--parsable', *BATCH, f'--output={tmp_path}/job.log', 'launch/slurm.sbatch']
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    ended = cluster.wait(job)
+    wanted = ('COMPLETED', '1', '0:0') if again else ('FAILED', '0', f'{status}:0')
+    assert (ended['JobState'], ended['Restarts'], ended['ExitCode']) == wanted
 
 
 class Gathered(Members):

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ('configs', 'demo', 'eval_bridge', 'kernels', 'tinyllama_jax')
-TOP_LEVEL = {'.ci', 'bench', 'configs', 'demo', 'docs', 'eval_bridge', 'kernels', 'tests', 'tinyllama_jax'}
+TOP_LEVEL = {'.ci', 'bench', 'configs', 'demo', 'docs', 'eval_bridge', 'kernels', 'launch', 'tests', 'tinyllama_jax'}
 HF_NAMES = re.compile(
     r'self_attn|[qkvo]_proj|(gate|up|down)_proj|embed_tokens|(input|post_attention)_layernorm'
     r'|num_key_value_heads|rms_norm_eps|rope_theta|max_position_embeddings'
@@ -182,7 +182,9 @@ def test_the_first_files_to_read_stay_short():
     assert lines < 1_300
 
 
-OTHERS = [str(path.relative_to(ROOT)) for glob in ('bench/*.py', 'docs/*.md') for path in sorted(ROOT.glob(glob))]
+OTHERS = [
+    str(path.relative_to(ROOT)) for glob in ('bench/*.py', 'docs/*.md', 'launch/*') for path in sorted(ROOT.glob(glob))
+]
 
 
 @pytest.mark.parametrize('path', [*SOURCES, *OTHERS])

@@ -120,7 +120,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The code's git commit, with `+changes` if files differ from it; None outside a checkout."""
+    """The code's git commit, with `+changes` if files differ from it.
+
+    Outside a checkout TINYLLAMA_COMMIT (which launch/Dockerfile sets), or None.
+    """
     here = pathlib.Path(__file__).parent
 
     def git(*arguments):
@@ -132,7 +135,7 @@ def commit() -> str | None:
         changed = git('status', '--porcelain', '--untracked-files=no')
         return git('rev-parse', 'HEAD') + ('+changes' if changed else '')
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get('TINYLLAMA_COMMIT') or None
 
 
 _unfinished = set()  # folders that Ctrl-C removes
