@@ -16,8 +16,7 @@ import pytest
 from tests import slurm
 from tests.conftest import DEVICES, ROOT
 from tests.processes import Processes
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, experiment, metrics, place, train
+from tinyllama_jax import config_tree, errors, experiment, metrics, place, train
 from tinyllama_jax.cluster import Members
 
 STEPS = 12
@@ -87,7 +86,7 @@ def _validation_rows(folder):
     record = json.loads((folder / 'config.json').read_text())
     from tinyllama_jax.data import pipeline, store
 
-    config = config_lib.from_dict(record['config'])
+    config = config_tree.from_dict(record['config'])
     data = pipeline.make_dataset(config, store.TokenStore(config.data.store))
     return [data.validation_size(name) for name in data.sources]
 
