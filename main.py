@@ -10,6 +10,7 @@ from absl import flags
 from tinyllama_jax import cluster, commands, errors, experiment, place, runtime
 
 _USAGE = f'usage: main.py {"|".join(commands.COMMANDS)} --config=FILE --workdir=DIR'
+_NEED_CONFIG = ('prepare', 'train', 'check', 'plan')  # the others find it in the workdir
 FLAGS = flags.FLAGS
 for _name, (_kind, *_arguments) in commands.OPTIONS.items():
     getattr(flags, f'DEFINE_{_kind}')(_name, *_arguments)
@@ -19,9 +20,11 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
     """Calls what a command stands for; imports only what it needs."""
     path, names = commands.COMMANDS[command]
     options = {name: FLAGS[name].value for name in names.split()}
-    if command == 'train':  # what the processes of a run disagree on is said before the slow imports
-        with cluster.joined(place.find(**options), config) as members:
-            pkgutil.resolve_name(path)(config, workdir, command=command_line, members=members)
+    if command in ('train', 'check'):  # what the processes of a run disagree on is said before the slow imports
+        where = [options.pop(name) for name in ('coordinator', 'num_processes', 'process_id')]
+        options = options or {'command': command_line}
+        with cluster.joined(place.find(*where), config) as members:
+            pkgutil.resolve_name(path)(config, workdir, **options, members=members)
         return
     call = pkgutil.resolve_name(path)
     if command == 'prepare':
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> int | None:
         if not FLAGS.workdir and command != 'plan' and not (command == 'evaluate' and FLAGS.model):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
-        config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in ('prepare', 'train', 'plan'))
+        config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in _NEED_CONFIG)
         exact = command == 'train' and config.train.deterministic
         runtime.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact else None)
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))

@@ -105,7 +105,7 @@ def _stopped(arguments, ready) -> None:
 @pytest.mark.skipif(not pathlib.Path('/proc').exists(), reason='needs Linux')
 @pytest.mark.parametrize('command', commands.COMMANDS)
 def test_ctrl_c_while_modules_are_imported_is_one_line_and_status_130(command, tmp_path):
-    flags = [DEMO] if command in ('prepare', 'train', 'plan') else []
+    flags = [DEMO] if command in ('prepare', 'train', 'check', 'plan') else []
     _stopped(
         [command, f'--workdir={tmp_path}', *flags],
         ready=lambda pid: '/numpy/' in pathlib.Path(f'/proc/{pid}/maps').read_text(),

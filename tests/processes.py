@@ -30,6 +30,7 @@ class Processes:
         environments: Sequence[dict[str, str]] = (),
         folders: Sequence[pathlib.Path] = (),
         main: Sequence[str] = (f'{ROOT}/main.py',),
+        command: str = 'train',
         **common: str,
     ):
         self.address = f'127.0.0.1:{free_port()}'
@@ -37,14 +38,14 @@ class Processes:
         for i in range(count):
             place = [f'--coordinator={self.address}', f'--num_processes={count}', f'--process_id={i}']
             own = each[i] if each else ()
-            command = [sys.executable, *main, 'train', f'--workdir={folder}', *place, *arguments, *own]
+            line = [sys.executable, *main, command, f'--workdir={folder}', *place, *arguments, *own]
             flags = f'{DEVICES}={devices // count} --xla_backend_optimization_level=1'
             added = {'NODE_NAME': f'host-{i}', 'XLA_FLAGS': flags, 'TF_CPP_MIN_LOG_LEVEL': '3'}
             self.said.append(folder.with_name(f'{folder.name}.{i}.txt'))
             environment = {**os.environ, **added, **common, **(environments[i] if environments else {})}
             cwd = folders[i] if folders else ROOT
             with open(self.said[-1], 'w') as stderr:
-                self.running.append(subprocess.Popen(command, cwd=cwd, env=environment, stderr=stderr))
+                self.running.append(subprocess.Popen(line, cwd=cwd, env=environment, stderr=stderr))
 
     def __enter__(self):
         return self

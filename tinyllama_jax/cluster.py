@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import config_tree, errors, runtime, watchdog
+from tinyllama_jax import config_tree, driver, errors, runtime, watchdog
 from tinyllama_jax.config import Config, TrainConfig
 from tinyllama_jax.place import Place
 
@@ -275,10 +275,11 @@ def alone(config: TrainConfig) -> Members:
 def joined(place: Place, config: Config) -> Iterator[Members]:
     """A context with all processes of the run, JAX among them; to be entered before JAX finds its devices.
 
-    Raises UsageError where they differ in configuration, code, versions or devices, Unavailable where the coordinator
-    cannot be reached. From then on a lost or stuck process ends all others with 75, and a failure of one all with its
-    status.
+    Raises UsageError where they differ in configuration, code, versions or devices and where this host's driver is too
+    old, Unavailable where the coordinator cannot be reached. From then on a lost or stuck process ends all others with
+    75, and a failure of one all with its status.
     """
+    driver.refuse_old(place.host)
     members = _Joined(place, config.train) if place.coordinator else Members(place, config.train)
     try:
         if isinstance(members, _Joined):

@@ -9,6 +9,7 @@ COMMANDS = {  # what each calls, and the flags it takes besides --config and --w
     'generate': ('tinyllama_jax.generate:generate_run', 'step prompt max_new_tokens temperature top_k top_p seed'),
     'plan': ('tinyllama_jax.plan:plan_run', 'target topology search json output'),
     'report': ('tinyllama_jax.report:report_run', ''),
+    'check': ('tinyllama_jax.check:check', 'coordinator num_processes process_id plan'),
 }
 
 # Flag -> how absl defines it: kind, default, an enum's choices, help (which begins with the commands that take it).
@@ -16,9 +17,10 @@ OPTIONS = {
     'help': ('bool', False, 'Show this.'),
     'config': ('string', None, 'Experiment file, with an optional variant: configs/tinyllama_1b.py[:original].'),
     'workdir': ('string', None, 'The folder of the run.'),
-    'coordinator': ('string', None, 'train: HOST:PORT of process 0, where neither Slurm nor Kubernetes tells.'),
-    'num_processes': ('integer', None, 'train: how many processes there are, with --coordinator.'),
-    'process_id': ('integer', None, 'train: which of them this is, from 0 on.'),
+    'coordinator': ('string', None, 'train, check: HOST:PORT of process 0, where neither Slurm nor Kubernetes tells.'),
+    'num_processes': ('integer', None, 'train, check: how many processes there are, with --coordinator.'),
+    'process_id': ('integer', None, 'train, check: which of them this is, from 0 on.'),
+    'plan': ('string', None, 'check: a file with what plan --json printed; else what it needs is estimated.'),
     'step': ('integer', None, 'evaluate, export, generate: the checkpoint to use; the newest by default.'),
     'output': ('string', None, 'export, plan: a new folder; evaluate: a JSON file.'),
     'dtype': ('enum', 'float32', ['float32', 'bfloat16'], 'export: the type of the weights.'),
