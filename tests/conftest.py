@@ -38,6 +38,18 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
 
+# The files that take longest begin first, so that both processes end together.
+_LONGEST = (
+    'cluster_test', 'resources_test', 'train_test', 'gpu_bench_test', 'demo_test', 'plan_test', 'watchdog_test',
+    'sharding_test', 'attention_test', 'checkpoint_test', 'convert_test', 'main_test',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the tests by `_LONGEST`."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
 @pytest.fixture(scope='session')
 def test_data_dir() -> pathlib.Path:
     """The folder with the larger real corpora; skips the test where TEST_DATA_DIR does not name one."""
