@@ -122,6 +122,18 @@ def test_after_a_killed_coordinator_the_same_command_goes_on_with_the_same_digit
 
 
 @ONCE
+def test_a_damaged_checkpoint_is_moved_and_all_end_with_75(tiny_store, two, tmp_path):
+    folder = shutil.copytree(two[0], tmp_path / 'run')
+    for path in (folder / 'checkpoints' / str(STEPS)).rglob('params/**/d/*'):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Processes(folder, _arguments(tiny_store)) as processes:
+        assert processes.wait() == [75, 75]
+    assert 'damaged checkpoint: ' in processes.lines(0) and 'checkpoints-damaged; the same' in processes.lines(0)
+    assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['4', '8']
+    assert [path.name for path in (folder / 'checkpoints-damaged').iterdir()] == [str(STEPS)]
+
+
+@ONCE
 def test_four_processes_train_as_one_and_save_at_one_step_when_one_of_them_is_told_to_stop(tiny_store, one, tmp_path):
     folder = tmp_path / 'run'
     with Processes(folder, _arguments(tiny_store), 4) as processes:

@@ -128,8 +128,9 @@ class Checkpointer:
 
         `abstract_state` gives shapes and shardings: a checkpoint of any mesh goes onto
         any other. `check` may raise UsageError on the checkpoint's meta. A damaged
-        checkpoint is named and moved aside, and the one before it is used; if none is
-        whole: RunError. Unavailable if the newest cannot be read for another reason.
+        checkpoint is named and moved aside, and the one before it is used (of several
+        processes: by the next start); if none is whole: RunError. Unavailable if the newest
+        cannot be read for another reason.
         """
 
         def read(step: int):
@@ -140,7 +141,11 @@ class Checkpointer:
         if not self.steps():
             return None
         (items, meta), damaged = self._newest(self.steps(), read)
-        self._set_aside(damaged, meta['step'])
+        if damaged:
+            aside = checkpoint_errors.set_aside(self.folder, damaged)
+            self._manager.reload()
+            told = f'{checkpoint_errors.damage(self.folder, damaged)} Moved to {aside}; going on from step '
+            print(f'{told}{meta["step"]}.', file=sys.stderr)
         return type(abstract_state)(items['rest']['step'], items['params'], items['rest']['opt_state']), meta
 
     def restore_params(self, step: int | None, abstract_params):
@@ -172,6 +177,8 @@ class Checkpointer:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
                 damaged[step] = error
+                if jax.process_count() > 1 and step != steps[0]:  # the others may have read their parts of it
+                    raise checkpoint_errors.moved(self.folder, damaged) from error
         raise errors.RunError(f'{checkpoint_errors.damage(self.folder, damaged)} No whole checkpoint is left here.')
 
     def _restore(self, step: int, name: str, argument):
@@ -184,17 +191,3 @@ class Checkpointer:
         if wrong:
             raise ValueError(f'the bytes of {name}/{wrong[0]} have changed since they were written')
         return item
-
-    def _set_aside(self, damaged: dict[int, Exception], used: int) -> None:
-        if not damaged:
-            return
-        aside = self.folder.with_name(self.folder.name + '-damaged')
-        aside.mkdir(exist_ok=True)
-        for step in damaged:
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            (self.folder / str(step)).rename(aside / str(step))
-        self._manager.reload()
-        print(
-            f'{checkpoint_errors.damage(self.folder, damaged)} Moved to {aside}; going on from step {used}.',
-            file=sys.stderr,
-        )

@@ -4,11 +4,13 @@ orbax and tensorstore raise many kinds of errors, whose causes have to be looked
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import os
 import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -26,6 +28,30 @@ def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
     reason = str(error).strip().split('\n')[0][:200]
     which = ', '.join(str(folder / str(step)) for step in damaged)
     return f'damaged checkpoint: {which} (step {step}: {reason}).'
+
+
+def set_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> pathlib.Path:
+    """Moves damaged checkpoints, {step: failure}, out of `folder`; returns where to. Several processes may do it."""
+    aside = folder.with_name(folder.name + '-damaged')
+    aside.mkdir(exist_ok=True)
+    for step in map(str, damaged):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            try:
+                (folder / step).rename(aside / step)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                shutil.rmtree(aside / step)  # of the same step, damaged before
+                (folder / step).rename(aside / step)
+    return aside
+
+
+def moved(folder: pathlib.Path, damaged: dict[int, Exception]) -> errors.Unavailable:
+    """The error of a process of several, after which all start again from the checkpoint before."""
+    aside = set_aside(folder, damaged)
+    return errors.Unavailable(
+        f'{damage(folder, damaged)} Moved to {aside}; the same command goes on from the one before.'
+    )
 
 
 @contextlib.contextmanager
