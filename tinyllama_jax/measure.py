@@ -44,7 +44,7 @@ def collective(kind: str, axis: str, size: int, mesh: Mesh, members: Members) ->
         shape, function, out = (devices, columns), lambda x: x.sum(0), split if kind == 'reduce-scatter' else whole
     array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=split)()
     compiled = jax.jit(function, in_shardings=split, out_shardings=out).lower(array).compile()
-    found = re.findall(r'(all-gather|reduce-scatter|all-reduce)(?:-start)?\(', compiled.as_text())
+    found = re.findall(r'(all-gather|reduce-scatter|all-reduce)(?:-start)?\(', compiled.as_text() or '')
     sent = columns * 4 * (devices - 1) / devices * (2 if kind == 'all-reduce' else 1)
     seconds = _seconds(lambda: compiled(array), members, f'{kind} {axis}')
     return sent / seconds, ' + '.join(dict.fromkeys(found))
