@@ -177,7 +177,7 @@ def _connected(pid: int) -> bool:
 
 @ONCE
 def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_store, tmp_path):
-    arguments = _arguments(tiny_store, train__stuck_timeout_s='3', train__eval_every_steps='4')
+    arguments = _arguments(tiny_store, train__stuck_timeout_s='8', train__eval_every_steps='4')
     with Processes(tmp_path / 'run', arguments, main=('-m', 'tests.one_process'), STUCK='host-1') as processes:
         assert processes.wait() == [75, 75]
     for i in range(2):
@@ -190,7 +190,7 @@ def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_
 def _ends(processes, status, message):
     """Holds that all end with this status and say this."""
     count = len(processes.running)
-    assert processes.wait(timeout=60) == [status] * count, ''.join(map(processes.lines, range(count)))
+    assert processes.wait(timeout=120) == [status] * count, ''.join(map(processes.lines, range(count)))
     for i in range(count):
         assert message in processes.lines(i)
         assert 'Traceback' not in processes.lines(i)
@@ -281,7 +281,7 @@ def test_under_slurm_a_preempted_job_goes_on_with_the_same_digits(cluster, tiny_
     job = cluster.submit(
         *BATCH, f'--output={log}', 'launch/slurm.sbatch', *_arguments(tiny_store), f'--workdir={folder}'
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(_losses(folder)) < 5:
         assert cluster.job(job)['JobState'] in ('PENDING', 'RUNNING') and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -342,3 +342,19 @@ def test_alone_a_process_agrees_with_itself(tmp_path):
     alone = Members(place.find(environment={}), None)
     alone.agree(anything=1)
     assert alone.gather('a', 1) == [1] and alone.primary and str(alone).endswith(', 1 process')
+
+
+def test_a_process_alone_that_hangs_prints_its_stacks_and_ends_with_75():
+    program = """
+import time
+from tinyllama_jax import cluster, config
+members = cluster.alone(config.TrainConfig(hang_timeout_s=1.0))
+members.watch()
+for _ in range(7):
+    members.at('a hook')
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert 'File "<string>", line 8 in <module>' in done.stderr
+    assert re.search(r'main\.py: process 0 on \S+ is stuck in a hook: no step for \d s\. The same command', done.stderr)

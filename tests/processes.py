@@ -67,7 +67,8 @@ class Processes:
 
     def wait_for_step(self, folder: pathlib.Path, step: int) -> None:
         """Returns when a step is logged."""
-        while all(process.poll() is None for process in self.running):
+        deadline = time.monotonic() + 240
+        while all(process.poll() is None for process in self.running) and time.monotonic() < deadline:
             records = metrics.read_records(folder / 'metrics.jsonl')
             if records and records[-1]['step'] >= step:
                 return

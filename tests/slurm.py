@@ -103,7 +103,7 @@ class Slurm:
         fields = self.run('scontrol', 'show', 'job', number, '--oneliner').split()
         return dict(field.partition('=')[::2] for field in fields)
 
-    def wait(self, number: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 240) -> dict[str, str]:
         """The job when it has ended. One that was queued again starts at once, not after Slurm's two minutes."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))['JobState'] not in ('COMPLETED', 'FAILED', 'CANCELLED', 'NODE_FAIL'):
