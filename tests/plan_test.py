@@ -11,7 +11,7 @@ import main
 from tests import kernel_checks
 from tests.conftest import ROOT
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, experiment, hlo, plan
+from tinyllama_jax import errors, experiment, hlo, plan, roofline
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
 
@@ -23,6 +23,7 @@ GIB = plan.GIB
 SMALL = [
     'model.vocab_size=512', 'model.seq_len=128', 'model.num_layers=3', 'model.embed_dim=512', 'model.num_heads=8',
     'model.num_kv_heads=4', 'model.hidden_dim=1536', 'train.global_batch_size=64', 'train.micro_batch_size=2',
+    'train.remat=names',
 ]  # fmt: skip
 
 
@@ -92,6 +93,24 @@ def test_the_estimate_meets_the_speed_of_another_model_and_program():
     assert mpt.tokens_per_second / 8 == pytest.approx(19_271, rel=0.15)
 
 
+def test_no_sum_depends_on_the_order_of_threads(paper):
+    """train.deterministic: every scatter of the program, in fusions too, has unique indices."""
+    scatters = [
+        instruction
+        for computation in paper.program.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode == 'scatter'
+    ]
+    assert all('unique_indices=true' in scatter.attributes for scatter in scatters)
+
+
+def test_no_matrix_product_is_computed_twice(paper):
+    """Without recomputation the products take 6 FLOPs for each parameter of layers and head and each token."""
+    parameters, tokens = _parameters(paper), paper.tokens_per_step / 16
+    flops = 6 * (parameters['layers'] + parameters['lm_head']) * tokens
+    assert roofline.product_flops(paper.program) == pytest.approx(flops, rel=1e-3)
+
+
 def test_the_program_is_the_run_s_own(paper):
     """Every op is a Triton kernel, and the parts of its memory add up to its peak."""
     assert set(paper.kernels.values()) == {'triton'}
@@ -109,7 +128,7 @@ def test_the_state_is_split_over_all_gpus(paper):
 
 
 def test_parameters_are_gathered_and_gradients_scattered_and_activations_stay(paper):
-    """FSDP, read off the compiled program: what travels has the shape of a parameter, and in bf16."""
+    """FSDP, read off the compiled program: what is gathered are parameters in bf16, and gradients are scattered."""
     state = step_lib.abstract_state(paper.config, paper.mesh)
     shards = {_sizes(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)}
     layers = paper.config.model.num_layers
@@ -118,6 +137,7 @@ def test_parameters_are_gathered_and_gradients_scattered_and_activations_stay(pa
     assert gathered
     for exchange in gathered:
         assert {_sizes(shape) for shape in exchange.shapes} <= shards
+        assert exchange.dtypes == ('bf16',)
     sent = dict.fromkeys(hlo.COLLECTIVES, 0)
     for row in plan.collectives(paper):
         assert row['axis'] == 'fsdp'
@@ -138,44 +158,61 @@ def _exchanges(compiled: plan.Compiled):
             yield exchange.kind, exchange
 
 
-def _fsdp_bytes(compiled: plan.Compiled) -> dict[str, float]:
-    """What a GPU sends in a step by docs/plan.md's formulas: FSDP within the axis fsdp, sums of shards across data.
+def _formula(compiled: plan.Compiled) -> dict[str, float]:
+    """What a GPU sends in a step by docs/plan.md's formulas, P matrix parameters in bf16.
 
-    The layers are gathered in the forward and in the backward pass, the head and the embedding once; each
-    gradient is scattered once, and then its shard summed. In bf16, the embedding in float32.
+    FSDP gathers the layers in forward and backward pass, the head and the embedding once; ZeRO-1 gathers all once a
+    step. Each micro-batch's gradients are scattered once, and shards summed across copies of the mesh's data axis.
     """
     parameters, mesh, A = _parameters(compiled), compiled.mesh.shape, compiled.accumulation
-    D, F = mesh['data'], mesh['fsdp']
-    once = 2 * (parameters['layers'] + parameters['lm_head']) + 4 * parameters['embed']
+    D, F, layers = mesh['data'], mesh['fsdp'], parameters['layers']
+    P = layers + parameters['embed'] + parameters['lm_head']
+    gathered = P if compiled.config.mesh.zero == 1 else A * (P + layers)
     return {
-        'all-gather': A * (F - 1) / F * (once + 2 * parameters['layers']),
-        'reduce-scatter': A * (F - 1) / F * once,
-        'all-reduce': A * 2 * (D - 1) / D * once / F,
+        'all-gather': 2 * gathered * (F - 1) / F,
+        'reduce-scatter': 2 * A * P * (F - 1) / F,
+        'all-reduce': 2 * A * P / F * 2 * (D - 1) / D,
     }
+
+
+def _sent(compiled: plan.Compiled) -> dict[str, float]:
+    sent = dict.fromkeys(('all-gather', 'reduce-scatter', 'all-reduce'), 0)
+    for row in plan.collectives(compiled):
+        sent[row['kind']] += row['bytes_per_step']
+    return sent
 
 
 @large
 @pytest.mark.parametrize('topology', ['1x2', '2x2', '4x2', '8x8'])
 def test_fsdp_sends_what_its_formula_says(topology):
     compiled = _compiled(topology, *SMALL, 'train.global_batch_size=256')
-    sent = dict.fromkeys(('all-gather', 'reduce-scatter', 'all-reduce'), 0)
-    for row in plan.collectives(compiled):
-        sent[row['kind']] += row['bytes_per_step']
-    formula = _fsdp_bytes(compiled)
+    sent, formula = _sent(compiled), _formula(compiled)
     for kind in ('all-gather', 'reduce-scatter'):
         assert sent[kind] == pytest.approx(formula[kind], rel=0.05), kind
     assert sum(sent.values()) == pytest.approx(sum(formula.values()), rel=0.05)
 
 
 @large
-def test_hybrid_gathers_in_a_node_and_sums_shards_across():
-    """The layers' part of the formulas, which is nearly all."""
-    compiled = _compiled('4x2', *SMALL, 'mesh.data=4', 'mesh.fsdp=2')
-    rows = {(row['kind'], row['axis'], row['dtype']): row['bytes_per_step'] for row in plan.collectives(compiled)}
-    layers, A = _parameters(compiled)['layers'], compiled.accumulation
-    assert rows['all-gather', 'fsdp', 'bf16'] == pytest.approx(A / 2 * 4 * layers, rel=0.05)
-    assert rows['reduce-scatter', 'fsdp', 'bf16'] == pytest.approx(A / 2 * 2 * layers, rel=0.05)
-    assert rows['all-reduce', 'data', 'bf16'] == pytest.approx(A * 2 * 3 / 4 * 2 * layers / 2, rel=0.05)
+@pytest.mark.parametrize('nodes', [2, 4])
+def test_hybrid_sends_what_its_formula_says(nodes):
+    """FSDP in a node, copies across."""
+    compiled = _compiled(f'{nodes}x2', *SMALL, f'mesh.data={nodes}', 'mesh.fsdp=2')
+    sent, formula = _sent(compiled), _formula(compiled)
+    for kind, size in formula.items():
+        assert sent[kind] == pytest.approx(size, rel=0.05), kind
+    axes = {(row['kind'], row['axis']) for row in plan.collectives(compiled) if row['dtype'] == 'bf16'}
+    assert axes == {('all-gather', 'fsdp'), ('reduce-scatter', 'fsdp'), ('all-reduce', 'data')}
+
+
+@large
+def test_zero_1_sends_what_its_formula_says():
+    """Whole weights in bf16 through a step: gathered once, however many micro-batches there are."""
+    compiled = _compiled('2x2', *SMALL, 'mesh.zero=1')
+    assert compiled.accumulation == 8
+    sent, formula = _sent(compiled), _formula(compiled)
+    for kind in ('all-gather', 'reduce-scatter'):
+        assert sent[kind] == pytest.approx(formula[kind], rel=0.05), kind
+    assert sum(sent.values()) == pytest.approx(sum(formula.values()), rel=0.05)
 
 
 @large

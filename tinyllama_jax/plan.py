@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import config_tree, errors, flops, hlo, memory, roofline, sharding, targets, train
+from tinyllama_jax import config_tree, errors, flops, hlo, memory, roofline, runtime, sharding, targets, train
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -38,8 +38,8 @@ RESERVE_BYTES = 3 * GIB // 2  # of it for what no program tells of: workspaces o
 REMAT = ('none', 'names', 'attention', 'full')  # the least recomputation, and the most memory, first
 # A100-hours per 300 B tokens (TinyLlama's paper, section 2.4).
 PUBLISHED_GPU_HOURS = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B': 7_920}
-# Products that XLA would tune on the device go to the library; the rest as on a machine with GPUs.
-_COMPILER_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_enable_latency_hiding_scheduler': True}
+# XLA would try out its own Triton products on the device, and without one cannot choose: all go to the library.
+_COMPILER_OPTIONS = {'xla_gpu_enable_triton_gemm': 'false'}
 _WHEELS = ('cuda_nvcc', 'cu13')  # folders of nvidia's packages with a ptxas
 _MEMORY_FILES = ('*-live-range.txt', '*-buffer-assignment.txt')  # of what XLA dumps
 
@@ -146,8 +146,9 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     rows, segment_ids = _abstract_batch(config, mesh)
     lowered = step_lib.jit_train_step(config, mesh, ops).lower(state, rows, segment_ids)
     with tempfile.TemporaryDirectory(prefix='plan-') as folder, _without_compilation_cache():
-        options = _COMPILER_OPTIONS | {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': 'NONE'}
-        compiled = lowered.compile(compiler_options=options)
+        flags = runtime.gpu_xla_flags(deterministic=config.train.deterministic)
+        options = flags | _COMPILER_OPTIONS | {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': 'NONE'}
+        compiled = _compile(lowered, {name: _parsed(value) for name, value in options.items()})
         dumped = [next(pathlib.Path(folder).glob(name)).read_text() for name in _MEMORY_FILES]
     program, peak = hlo.parse(compiled.as_text()), compiled.memory_analysis().peak_memory_in_bytes
     params = jax.tree.leaves(state.params)
@@ -155,6 +156,23 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     shapes = memory.Shapes(parameters, config.model.num_layers, config.model.vocab_size)
     parts = memory.parts(memory.at_peak(*dumped), program, shapes, peak)
     return Compiled(config, cluster, mesh, dict(ops.implementations), program, peak, parts)
+
+
+def _compile(lowered, options: dict[str, Any]):
+    """The program compiled with those of the options that this version of XLA has."""
+    while True:
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if not unknown:
+                raise
+            del options[unknown[1]]
+
+
+def _parsed(value: str) -> Any:
+    """A flag's text as what JAX takes for an option."""
+    return {'true': True, 'false': False}.get(value, int(value) if value.isdigit() else value)
 
 
 @contextlib.contextmanager
@@ -252,6 +270,9 @@ def report(compiled: Compiled) -> dict[str, Any]:
         'remat': config.train.remat,
         'kernels': compiled.kernels,
         'flops_per_token': {name: flops.flops_per_token(model, name) for name in 'CFN'},
+        'product_flops_per_token': roofline.product_flops(compiled.program)
+        * compiled.cluster.size
+        / compiled.tokens_per_step,
         'collectives': collectives(compiled),
         'bytes_per_second_per_axis': _needed(compiled),
         'seconds_per_step': compiled.estimate.seconds | {'hidden exchange': compiled.estimate.hidden},
@@ -337,6 +358,7 @@ def text(plan: Mapping[str, Any]) -> str:
         f'{plan["accumulation_steps"]} x {plan["micro_batch_size"]} sequences a GPU; remat {plan["remat"]}',
         'kernels: ' + ', '.join(f'{op} {impl}' for op, impl in plan['kernels'].items()),
         'GFLOP a token: ' + ', '.join(f'{value / 1e9:.3f} ({name})' for name, value in plan['flops_per_token'].items()),
+        f'GFLOP a token in the matrix products of the program: {plan["product_flops_per_token"] / 1e9:.3f}',
         '',
         f'memory a GPU: {plan["peak_bytes_per_gpu"] / GIB:.2f} GiB of {plan["capacity_bytes"] / GIB:.2f}: {verdict}',
         *(f'  {size / GIB:8.2f} GiB  {part}' for part, size in plan['memory'].items() if size >= GIB / 200),

@@ -25,6 +25,7 @@ _FREE = {
 }  # fmt: skip
 # Blocks of the output that a library's multiprocessor makes at once (NVIDIA, Matrix Multiplication Background).
 _TILES = ((256, 128), (128, 256), (128, 128))
+_FUSIONS = ('fusion', 'fusion-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 # Matrix products of each kernel over those of a forward pass, which are two (kernels/attention.py); FLOP rates
 # are published for a backward pass of five, as two kernels make seven of them.
@@ -119,26 +120,55 @@ def _work(instruction, computation, program, machine) -> tuple[str, float]:
     if instruction.opcode in _FREE or instruction.opcode.endswith('-done') or instruction.kind:
         return 'memory', 0.0
     size = machine.memory_seconds(_bytes(instruction, computation, program))
+    inside, computation = _inside(instruction, computation, program)
+    products = sum(_product_seconds(each, computation, machine.target) for each in inside if _is_product(each))
+    attention = sum(_attention_seconds(each, computation, machine) for each in inside)
+    kind = 'matrix products' if products else 'attention' if attention else 'memory'
+    return kind, max(size, products + attention)
+
+
+def _inside(instruction, computation, program) -> tuple[list[Instruction], Computation]:
+    """The instructions that one stands for: a fusion may hold a library's product and the slices about it."""
+    if instruction.opcode not in _FUSIONS:
+        return [instruction], computation
+    fused = program.computations[instruction.called('calls')]
+    return list(fused.instructions.values()), fused
+
+
+def product_flops(program: Program) -> float:
+    """FLOPs of all matrix products that a step computes, recomputed ones too; attention's are not among them."""
+    total = 0.0
+    for instruction, computation, times in program.executed():
+        inside, computation = _inside(instruction, computation, program)
+        total += times * sum(2 * math.prod(_product_sizes(each, computation)) for each in inside if _is_product(each))
+    return total
+
+
+def _is_product(instruction: Instruction) -> bool:
+    return instruction.opcode == 'dot' or any(name in _called_library(instruction) for name in ('matmul', 'gemm'))
+
+
+def _called_library(instruction: Instruction) -> str:
+    """What a custom call calls; nothing for other instructions."""
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    if instruction.opcode == 'dot' or (target and 'matmul' in target[1]) or (target and 'gemm' in target[1]):
-        return 'matrix products', max(size, _product_seconds(instruction, computation, machine.target))
-    if target and (share := _attention_share(target[1], instruction)):
-        return 'attention', max(size, _attention_seconds(share, instruction, computation, machine))
-    return 'memory', size
+    return target[1] if target else ''
 
 
 def _product_seconds(instruction: Instruction, computation: Computation, target: Target) -> float:
     """A matrix product's, of bf16 on the tensor cores and of float32 without them."""
-    left, right = (operand.results[0] for operand in computation.operands(instruction)[:2])
-    contracted, batch = _dimensions(instruction, 'lhs_contracting'), _dimensions(instruction, 'lhs_batch')
-    K = math.prod(left.shape[i] for i in contracted)
-    count = math.prod(left.shape[i] for i in batch)
-    M, N = (math.prod(array.shape) // (K * count) for array in (left, right))
-    flops = 2 * count * M * N * K
-    if left.dtype == 'f32':
+    M, N, K, count = _product_sizes(instruction, computation)
+    if computation.operands(instruction)[0].results[0].dtype == 'f32':
         units = target.description['core_count'] * target.description['fpus_per_core']
-        return flops / (2 * units * target.description['clock_rate_ghz'] * 1e9)
-    return flops / (target.matmul_flops * _filled(M, N, count, target.multiprocessors))
+        return 2 * count * M * N * K / (2 * units * target.description['clock_rate_ghz'] * 1e9)
+    return 2 * count * M * N * K / (target.matmul_flops * _filled(M, N, count, target.multiprocessors))
+
+
+def _product_sizes(instruction: Instruction, computation: Computation) -> tuple[int, int, int, int]:
+    """(M, N, K, how many) of products [M, K] x [K, N]."""
+    left, right = (operand.results[0] for operand in computation.operands(instruction)[:2])
+    K = math.prod(left.shape[i] for i in _dimensions(instruction, 'lhs_contracting'))
+    count = math.prod(left.shape[i] for i in _dimensions(instruction, 'lhs_batch'))
+    return math.prod(left.shape) // (K * count), math.prod(right.shape) // (K * count), K, count
 
 
 def _dimensions(instruction: Instruction, role: str) -> tuple[int, ...]:
@@ -157,12 +187,13 @@ def _filled(M: int, N: int, count: int, multiprocessors: int) -> float:
     return max(share(*tile) for tile in _TILES)
 
 
-def _attention_share(target: str, instruction: Instruction) -> float | None:
-    """FLOPs of an attention kernel over those of a forward pass; None for another kernel, 0 is not attention's."""
+def _attention_share(instruction: Instruction) -> float:
+    """FLOPs of an attention kernel over those of a forward pass; 0 for another instruction."""
+    target = _called_library(instruction)
     if 'cudnn' in target and 'fmha' in target:
         return 2.5 if 'Backward' in target else 1.0
     name = triton_kernel(instruction) if target == 'triton_kernel_call' else ''
-    return 1.0 if name == 'attention_forward' else _BACKWARD.get(name)
+    return 1.0 if name == 'attention_forward' else _BACKWARD.get(name, 0.0)
 
 
 def triton_kernel(instruction: Instruction) -> str:
@@ -172,8 +203,11 @@ def triton_kernel(instruction: Instruction) -> str:
     return re.search(rb'([a-z_]+)_kernel', text)[1].decode()
 
 
-def _attention_seconds(share: float, instruction: Instruction, computation: Computation, machine: Machine) -> float:
+def _attention_seconds(instruction: Instruction, computation: Computation, machine: Machine) -> float:
     """Causal: a forward pass is 2 T FLOPs for each element of the queries, the largest array there is."""
+    share = _attention_share(instruction)
+    if not share:
+        return 0.0
     arrays = [array for operand in computation.operands(instruction) for array in operand.results]
     forward, backward = machine.target.attention_flops
     flops = 2 * machine.seq_len * max(math.prod(array.shape) for array in arrays)
@@ -183,9 +217,10 @@ def _attention_seconds(share: float, instruction: Instruction, computation: Comp
 def _bytes(instruction: Instruction, computation: Computation, program: Program) -> float:
     """What an instruction reads and writes; of an array that is sliced or updated in place, only that part."""
     operands = computation.operands(instruction)
-    if instruction.opcode == 'fusion':
-        fused = program.computations[instruction.called('calls')]
-        return _fusion_bytes(fused)
+    if instruction.opcode in _FUSIONS:
+        return _fusion_bytes(program.computations[instruction.called('calls')])
+    if instruction.opcode == 'copy-start':
+        return 2 * sum(operand.bytes for operand in operands)
     if instruction.opcode in _SLICES:
         return 2 * instruction.bytes
     if instruction.opcode == 'dynamic-update-slice':
