@@ -18,10 +18,6 @@ _MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
 # For GPUs, unless XLA_FLAGS says otherwise; each is known to both versions of jaxlib.
 GPU_XLA_FLAGS = {
     'xla_gpu_enable_latency_hiding_scheduler': 'true',  # collectives run beside matrix products
-    'xla_gpu_enable_pipelined_all_gather': 'true',
-    'xla_gpu_enable_pipelined_reduce_scatter': 'true',
-    'xla_gpu_enable_pipelined_all_reduce': 'true',
-    'xla_gpu_enable_while_loop_double_buffering': 'true',  # the next layer's weights come while this one computes
     # XLA 0.11.2 computes a product twice whose result is saved and used (plan counts its FLOPs: a sixth more).
     'xla_gpu_enable_dynamic_slice_fusion': 'false',
     'xla_gpu_all_gather_combine_threshold_bytes': str(128 << 20),  # a layer's weights at once: 88 MB in bfloat16
