@@ -148,7 +148,7 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     with tempfile.TemporaryDirectory(prefix='plan-') as folder, _without_compilation_cache():
         flags = runtime.gpu_xla_flags(deterministic=config.train.deterministic)
         options = flags | _COMPILER_OPTIONS | {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': 'NONE'}
-        compiled = _compile(lowered, {name: _parsed(value) for name, value in options.items()})
+        compiled = lowered.compile(compiler_options={name: _parsed(value) for name, value in options.items()})
         dumped = [next(pathlib.Path(folder).glob(name)).read_text() for name in _MEMORY_FILES]
     program, peak = hlo.parse(compiled.as_text()), compiled.memory_analysis().peak_memory_in_bytes
     params = jax.tree.leaves(state.params)
@@ -156,18 +156,6 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     shapes = memory.Shapes(parameters, config.model.num_layers, config.model.vocab_size)
     parts = memory.parts(memory.at_peak(*dumped), program, shapes, peak)
     return Compiled(config, cluster, mesh, dict(ops.implementations), program, peak, parts)
-
-
-def _compile(lowered, options: dict[str, Any]):
-    """The program compiled with those of the options that this version of XLA has."""
-    while True:
-        try:
-            return lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
-            if not unknown:
-                raise
-            del options[unknown[1]]
 
 
 def _parsed(value: str) -> Any:
