@@ -88,14 +88,15 @@ def test_help_lists_the_flags():
     assert '--workdir: The folder of the run.' in done.stdout
 
 
-def _stopped(arguments, ready) -> None:
-    """Sends SIGINT to main.py once `ready(process id)` holds, and expects its line and status 130."""
+def _stopped(arguments, ready, then=lambda: None) -> None:
+    """Sends SIGINT to main.py once `ready(process id)` holds, calls `then`, and expects its line and status 130."""
     process = subprocess.Popen(
         [sys.executable, 'main.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not ready(process.pid):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
+    then()
     output, said = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, ''), said
     assert said.splitlines()[-1] == 'main.py: stopped by Ctrl-C; the same command takes it up again.'
@@ -135,7 +136,11 @@ def imported(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported, tmp_path):
-    """The command waits for a file that is a named pipe, which tells when it has got there."""
+    """The command waits for a file that is a named pipe, which tells when it has got there.
+
+    Python acts on a signal between two of its own instructions: one that comes just before the read begins would wait
+    for the read to end, so the pipe is closed as soon as the signal is sent.
+    """
     for name, folder in zip(('SOURCE', 'RUN'), imported, strict=True):
         shutil.copytree(folder, tmp_path / name)
     pipe = tmp_path / waits_for
@@ -149,8 +154,7 @@ def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported,
         return bool(held)
 
     arguments = [re.sub(r'=(SOURCE|RUN|NEW|PIPE)', rf'={tmp_path}/\1', argument) for argument in command.split()]
-    _stopped(arguments, ready=is_read)
-    os.close(held[0])
+    _stopped(arguments, ready=is_read, then=lambda: os.close(held[0]))
     assert not (tmp_path / 'NEW').exists()
 
 
