@@ -1,10 +1,11 @@
 """How long a compiled step takes at best: every instruction by what binds it, exchanges beside what hides them.
 
 A matrix product takes its FLOPs at the rate of the fastest product measured on the chip, times the share
-of its last wave of tiles that is filled; attention its FLOPs at a published rate; everything else the
-bytes it reads and writes at the memory's bandwidth. An exchange takes what it sends over the slower of
-NVLink and network, and hides behind whatever XLA has scheduled between its start and its end. Nothing is
-fitted to a training run; docs/plan.md lists what is left out.
+of its last wave of tiles that is filled, and then writes its tiles; attention its FLOPs at a published rate;
+everything else the bytes it reads and writes at the memory's bandwidth. An exchange takes what it sends over
+the slower of NVLink and network, and hides behind whatever XLA has scheduled between its start and its end,
+whose products and attention it leaves fewer multiprocessors. Nothing is fitted to a training run;
+docs/plan.md lists what is left out.
 """
 
 import codecs
@@ -19,6 +20,7 @@ from tinyllama_jax.hlo import Collective, Computation, Instruction, Program
 from tinyllama_jax.targets import Target
 
 KINDS = ('matrix products', 'attention', 'memory', 'exchange')
+_COMPUTED = KINDS[:2]  # what fewer multiprocessors slow down
 _FREE = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
     'partition-id', 'replica-id', 'opt-barrier', 'async-start', 'async-update', 'async-done', 'add-dependency',
@@ -43,11 +45,21 @@ class Machine:
 
     def exchange_seconds(self, exchange: Collective) -> float:
         """A collective by rings: over NVLink, and between nodes over each member's own adapter."""
-        nodes = [device // self.gpus_per_node for device in exchange.groups[0]]
-        members = collections.Counter(nodes).most_common()[-1][1]
+        nodes, members = self._nodes(exchange)
         inside = exchange.sent_bytes / (targets.NVLINK_SHARE * self.target.nvlink_bandwidth)
         across = exchange.sent_bytes / (members * targets.NETWORK_SHARE * self.target.network_bandwidth)
-        return max(inside if members > 1 else 0.0, across if len(set(nodes)) > 1 else 0.0)
+        return max(inside if members > 1 else 0.0, across if nodes > 1 else 0.0)
+
+    def left_by(self, exchange: Collective) -> float:
+        """The share of the multiprocessors that a collective leaves to others while it runs."""
+        nodes, members = self._nodes(exchange)
+        links = members if nodes > 1 else self.target.nvlinks
+        return 1 - min(targets.CHANNELS_PER_LINK * links, targets.MOST_CHANNELS) / self.target.multiprocessors
+
+    def _nodes(self, exchange: Collective) -> tuple[int, int]:
+        """(how many nodes, how many members in the node with the fewest) of a collective's groups."""
+        counts = collections.Counter(device // self.gpus_per_node for device in exchange.groups[0])
+        return len(counts), min(counts.values())
 
     def memory_seconds(self, size: float) -> float:
         """Moving so many bytes to or from the GPU's memory."""
@@ -76,10 +88,12 @@ class Estimate:
 def estimate(program: Program, machine: Machine, name: str | None = None) -> Estimate:
     """A step's time: its instructions one after another as scheduled, exchanges on a line of their own."""
     computation = program.computations[name or program.entry]
-    found, ends, line_free = Estimate(), {}, 0.0
+    found, ends, line_free, left = Estimate(), {}, 0.0, 1.0
     for instruction in computation.instructions.values():
-        exchange, seconds = _exchange(instruction, computation, program, machine)
-        if exchange:
+        exchanges = _exchanges(instruction, computation, program, machine)
+        if exchanges:
+            seconds = sum(map(machine.exchange_seconds, exchanges))
+            left = min(map(machine.left_by, exchanges))
             line_free = max(line_free, found.total) + seconds
             ends[instruction.name] = line_free
             found.hidden += seconds
@@ -92,7 +106,8 @@ def estimate(program: Program, machine: Machine, name: str | None = None) -> Est
                 found.add(estimate(program, machine, body), program.trip_count(instruction, computation))
         else:
             kind, seconds = _work(instruction, computation, program, machine)
-            found.seconds[kind] += seconds
+            shared = max(min(line_free - found.total, seconds / left), 0.0) if kind in _COMPUTED else 0.0
+            found.seconds[kind] += seconds + shared * (1 - left)
     _wait(found, line_free)
     return found
 
@@ -104,15 +119,14 @@ def _wait(found: Estimate, until: float) -> None:
     found.hidden -= waited
 
 
-def _exchange(instruction, computation, program, machine) -> tuple[bool, float]:
-    """Whether an instruction starts an exchange, and how long that takes."""
+def _exchanges(instruction, computation, program, machine) -> list[Collective]:
+    """The exchanges that an instruction starts."""
     if instruction.opcode == 'async-start':
         inner = program.computations[instruction.called('calls')]
         parts = [hlo.collective(each, inner, machine.devices) for each in inner.instructions.values()]
     else:
         parts = [hlo.collective(instruction, computation, machine.devices)]
-    seconds = [machine.exchange_seconds(part) for part in parts if part]
-    return bool(seconds), sum(seconds)
+    return [part for part in parts if part]
 
 
 def _work(instruction, computation, program, machine) -> tuple[str, float]:
@@ -121,10 +135,12 @@ def _work(instruction, computation, program, machine) -> tuple[str, float]:
         return 'memory', 0.0
     size = machine.memory_seconds(_bytes(instruction, computation, program))
     inside, computation = _inside(instruction, computation, program)
-    products = sum(_product_seconds(each, computation, machine.target) for each in inside if _is_product(each))
+    products = [each for each in inside if _is_product(each)]
+    multiplied = sum(_product_seconds(each, computation, machine.target) for each in products)
+    multiplied += machine.memory_seconds(sum(each.results[0].bytes for each in products))  # written when a tile is done
     attention = sum(_attention_seconds(each, computation, machine) for each in inside)
     kind = 'matrix products' if products else 'attention' if attention else 'memory'
-    return kind, max(size, products + attention)
+    return kind, targets.KERNEL_GAP + max(size, multiplied + attention)
 
 
 def _inside(instruction, computation, program) -> tuple[list[Instruction], Computation]:
@@ -155,7 +171,7 @@ def _called_library(instruction: Instruction) -> str:
 
 
 def _product_seconds(instruction: Instruction, computation: Computation, target: Target) -> float:
-    """A matrix product's, of bf16 on the tensor cores and of float32 without them."""
+    """A matrix product's FLOPs, of bf16 on the tensor cores and of float32 without them."""
     M, N, K, count = _product_sizes(instruction, computation)
     if computation.operands(instruction)[0].results[0].dtype == 'f32':
         units = target.description['core_count'] * target.description['fpus_per_core']

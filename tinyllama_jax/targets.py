@@ -21,6 +21,11 @@ from tinyllama_jax import errors, flops
 # topic 339083), nccl-tests 230 of NVLink's 300 GB/s on A100 and 340 of 450 on H100 (NVIDIA/nccl issues 583, 1218)
 # and 96 of a network's 100 GB/s (NVIDIA/nccl-tests issue 119).
 MEMORY_SHARE, NVLINK_SHARE, NETWORK_SHARE = 0.9, 0.76, 0.96
+# NCCL takes a multiprocessor for each of its blocks, which computing kernels cannot share (NVIDIA/nccl issue 689):
+# two for each NVLink (issue 1703) or adapter (issue 689: 16 on a DGX of 8), at most 32 (issue 1429).
+CHANNELS_PER_LINK, MOST_CHANNELS = 2, 32
+# Seconds between kernels of a stream: 3.8 us for kernels of 2.9 us (NVIDIA, Getting Started with CUDA Graphs).
+KERNEL_GAP = 0.9e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Target:
     def multiprocessors(self) -> int:
         """How many there are."""
         return int(self.description['core_count'])
+
+    @property
+    def nvlinks(self) -> int:
+        """Of 25 GB/s in one direction, on all of these chips [sheet]."""
+        return round(self.nvlink_bandwidth / 25e9)
 
 
 _A100 = {
