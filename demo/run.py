@@ -104,7 +104,7 @@ def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
         print(f'  {source:32}{loss:16.3f}{summary["unigram_loss"][source]:20.3f}')
     print(f'\n{"cloze, held-out documents":34}{"model":>16}{"chance":>20}')
     _print_figure(figures, 'acc', 'accuracy', f'{figures["chance_acc"]:.3f}')
-    _print_figure(figures, 'bits_per_byte', 'bits per byte', f'{figures["unigram_bits_per_byte"]:.3f} (unigram)')
+    _print_figure(figures, 'gold_bits_per_byte', 'bits per byte', f'{figures["unigram_bits_per_byte"]:.3f} (unigram)')
     for text in _continuations(texts):
         print(f'\n{"-" * 30} generated {"-" * 37}\n{text}')
     print(f'{"-" * 78}\n\nreport: {folder / "report" / "index.html"}\n\nTo try next:')

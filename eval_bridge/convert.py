@@ -245,7 +245,7 @@ def import_weights(folder: pathlib.Path) -> tuple[dict, ModelConfig]:
     or not what this model computes.
     """
     folder = pathlib.Path(folder)
-    values = _read_json(folder / 'config.json')
+    values = read_config(folder)
     config = _model_config(values, folder / 'config.json')
     places = _places(config)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), _abstract_params(config))
@@ -284,6 +284,19 @@ def load_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer | tokenizer_json
     values = _read_json(folder / 'tokenizer_config.json')
     bos, eos = (_token_text(values.get(key)) for key in ('bos_token', 'eos_token'))
     return tokenizer_json.JsonTokenizer(folder / 'tokenizer.json', bos=bos, eos=eos)
+
+
+def adds_bos(folder: pathlib.Path) -> bool:
+    """Whether the tokenizer of a Hugging Face folder puts BOS before a text unless told otherwise."""
+    path = folder / 'tokenizer_config.json'
+    values = _read_json(path) if path.exists() else {}
+    # Of transformers' tokenizer classes it is Llama's own whose default is BOS.
+    return bool(values.get('add_bos_token', str(values.get('tokenizer_class', '')).startswith('Llama')))
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder. Raises UsageError where there is none."""
+    return _read_json(pathlib.Path(folder) / 'config.json')
 
 
 def _token_text(token: str | dict | None) -> str | None:

@@ -1,7 +1,6 @@
 """Runs lm-eval's tasks on a model and stamps the protocol into the result.
 
-The paper's protocol is the default: zero-shot, float32, no BOS. Nothing asks the
-network unless HF_HUB_OFFLINE=0 is set.
+Nothing asks the network unless HF_HUB_OFFLINE=0 is set.
 """
 
 import contextlib
@@ -13,7 +12,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries below are imported
@@ -25,91 +25,115 @@ import lm_eval.api.group
 import lm_eval.evaluator
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.utils import handle_non_serializable, make_table
+from lm_eval.utils import handle_non_serializable
 
-from eval_bridge import convert, lm
-from tinyllama_jax import errors, metrics, tokenizer, workdir
-from tinyllama_jax.config import Config
+from eval_bridge import protocols
+from tinyllama_jax import baselines, errors, metrics
 
-PAPER = {'name': 'paper', 'num_fewshot': 0, 'dtype': 'float32', 'add_bos': False}
+_GOLD = 'gold_bits_per_byte'
 _LOCAL = ('arrow', 'csv', 'json', 'parquet', 'text')  # dataset_path of tasks whose data_files are files here
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
 _TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
-
-
-def evaluate_run(
-    folder: pathlib.Path | None,
-    config: Config | None,
-    *,
-    model: str | None,
-    step: int | None,
-    tasks: Sequence[str],
-    include_path: str | None,
-    output: str | None,
-    **options,
-) -> None:
-    """Evaluates a workdir's checkpoint, or the Hugging Face folder `model`, and prints lm-eval's table.
-
-    The result goes to `output`, by default WORKDIR/eval/step-STEP.json; see `evaluate`.
-    """
-    manager = task_manager(tasks, include_path)  # before the weights, so that a mistyped name costs no time
-    if model:
-        params, shape = convert.import_weights(pathlib.Path(model))
-        pieces, protocol = convert.load_tokenizer(pathlib.Path(model)), {'model': model}
-    else:
-        loaded = workdir.load(folder, config, step)
-        params, shape, pieces = loaded.params, loaded.config.model, tokenizer.Tokenizer(loaded.tokenizer_path)
-        protocol = {'step': loaded.step}
-        output = output or folder / 'eval' / f'step-{loaded.step}.json'
-    protocol['tokenizer_sha256'] = pieces.sha256
-    jax_lm = lm.JaxLM(params, shape, pieces)
-    options |= {'include_path': include_path, 'manager': manager, 'protocol': protocol, 'output': output}
-    result = evaluate(jax_lm, tasks, **options)
-    print(make_table(result))
 
 
 def evaluate(
     model,
     tasks: Sequence[str],
     *,
+    protocol: protocols.Protocol = protocols.PAPER,
+    identity: Mapping[str, Any] | None = None,
     include_path: pathlib.Path | str | None = None,
     limit: int | None = None,
     log_samples: bool = False,
-    protocol: dict[str, Any] | None = None,
     output: pathlib.Path | str | None = None,
     manager: lm_eval.tasks.TaskManager | None = None,
 ) -> dict[str, Any]:
     """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with `protocol`.
 
+    Multiple-choice tasks have `gold_bits_per_byte` besides their own metrics: of the right answers
+    together, which moves where accuracy is still chance.
+
     Args:
-      model: an lm-eval model, such as lm.JaxLM, built as the protocol says.
+      model: an lm-eval model, such as lm.JaxLM, opened as the protocol says.
       tasks: names of tasks, groups or tags.
+      protocol: decides the number of shots of each task.
+      identity: what to stamp about the model.
       include_path: a folder with task files of one's own; relative data files in tasks are
         looked up from the current folder, then from the folder that holds `include_path`.
       limit: only the first so many examples of each task.
       log_samples: keep every example with its log-likelihoods under `samples`.
-      protocol: what to stamp beside and instead of `PAPER`; its `num_fewshot` is used.
       output: a JSON file to write; it appears only when it is complete.
       manager: what `task_manager` made of `tasks` and `include_path`, where it was asked before.
 
     Raises UsageError for an unknown task or data that cannot be loaded.
     """
     _quieten()
-    stamp = {**PAPER, **(protocol or {}), 'harness_version': importlib.metadata.version('lm_eval')}
-    # add_env_info takes seconds to write a page about the machine.
-    with _loading_from(include_path), _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None):
-        result = lm_eval.evaluator.simple_evaluate(
-            model=model,
-            tasks=list(dict.fromkeys(tasks)),
-            num_fewshot=stamp['num_fewshot'],
-            limit=limit,
-            log_samples=log_samples,
-            task_manager=manager or task_manager(tasks, include_path),
-        )
-    result['protocol'] = {**stamp, 'limit': limit}
+    manager = manager or task_manager(tasks, include_path)
+    by_shots = defaultdict(list)
+    for task in dict.fromkeys(tasks):
+        by_shots[protocol.num_fewshot(task)].append(task)
+    result: dict[str, Any] = {}
+    with (
+        _loading_from(include_path),
+        _scoring_gold(),
+        _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
+    ):
+        for shots, names in by_shots.items():  # add_env_info would take seconds to write a page about the machine
+            part = lm_eval.evaluator.simple_evaluate(
+                model=model, tasks=names, num_fewshot=shots, limit=limit, log_samples=True, task_manager=manager
+            )
+            _merge(result, part)
+    _add_gold_errors(result)
+    if not log_samples:
+        del result['samples']
+    result['protocol'] = {
+        'name': protocol.name,
+        'num_fewshot': result['n-shot'],
+        'task_versions': result['versions'],
+        'harness_version': importlib.metadata.version('lm_eval'),
+        'limit': limit,
+        **(identity or {}),
+    }
     if output is not None:
-        _write(pathlib.Path(output), result)
+        write(pathlib.Path(output), result)
     return result
+
+
+def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:
+    """Adds the result of some tasks to that of others."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            result.setdefault(key, {}).update(value)
+        else:
+            result.setdefault(key, value)
+
+
+def _scoring_gold() -> contextlib.AbstractContextManager[None]:
+    """Lets multiple-choice tasks score the log-likelihood and bytes of the right answer too, as a metric of theirs."""
+    original = ConfigurableTask.process_results
+
+    def process_results(self, doc, results):
+        metrics = original(self, doc, results)
+        if self.OUTPUT_TYPE == 'multiple_choice':
+            choices = self.doc_to_choice(doc)
+            gold = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
+            gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
+            if isinstance(gold, int) and 0 <= gold < len(choices):
+                answer = self.doc_to_target(doc) if self.multiple_input else choices[gold]
+                self._aggregation_list.setdefault(_GOLD, lambda samples: baselines.bits_per_byte(samples)[0])
+                self._higher_is_better.setdefault(_GOLD, False)
+                metrics[_GOLD] = (results[gold][0], len(answer.encode()))
+        return metrics
+
+    return _replaced(ConfigurableTask, 'process_results', process_results)
+
+
+def _add_gold_errors(result: dict[str, Any]) -> None:
+    """The standard errors, which lm-eval does not know for a ratio of sums."""
+    for task, samples in result['samples'].items():
+        scored = [sample[_GOLD] for sample in samples if _GOLD in sample]
+        if scored:
+            result['results'][task][f'{_GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
 
 
 def _quieten() -> None:
@@ -117,7 +141,8 @@ def _quieten() -> None:
     datasets.disable_progress_bars()
 
 
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON; the file appears only when it is complete. Raises RunError where it cannot."""
     text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

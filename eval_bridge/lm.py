@@ -62,6 +62,7 @@ class JaxLM(TemplateLM):
         self._params = jax.device_put(params, sharding.shardings(params, mesh) if mesh else None)
         self.batch_size = batch_size
         self.add_bos = add_bos
+        self.dtype = dtype
 
     @property
     def max_length(self) -> int:

@@ -60,11 +60,7 @@ def test_unigram_without_a_store_names_the_command(run, tmp_path):
 
 
 def test_bits_per_byte_by_hand():
-    samples = [
-        baselines.Choice([' wrong', ' né'], [-1.0, -8 * math.log(2)], 1),  # 8 bits, 4 bytes
-        baselines.Choice([' right one.', 'x'], [-22 * math.log(2), -1.0], 0),  # 22 bits, 11 bytes
-    ]
-    value, stderr = baselines.bits_per_byte(samples)
+    value, stderr = baselines.bits_per_byte([(-8 * math.log(2), 4), (-22 * math.log(2), 11)])
     assert value == pytest.approx(2)
     assert stderr == pytest.approx(0, abs=1e-12)  # both have two bits per byte
 
@@ -72,7 +68,7 @@ def test_bits_per_byte_by_hand():
 def test_standard_error_agrees_with_a_bootstrap():
     rng = np.random.default_rng(0)
     sizes = rng.integers(10, 60, 200)
-    samples = [baselines.Choice(['a' * size, ''], [-size * rng.uniform(0.5, 2.5), 0.0], 0) for size in sizes.tolist()]
+    samples = [(-size * rng.uniform(0.5, 2.5), size) for size in sizes.tolist()]
     draws = [baselines.bits_per_byte([samples[i] for i in rng.integers(0, 200, 200)])[0] for _ in range(500)]
     assert baselines.bits_per_byte(samples)[1] == pytest.approx(np.std(draws), rel=0.15)
 
@@ -82,10 +78,10 @@ def test_unigram_bits_per_byte_by_hand():
     uniform = baselines.Unigram({}, np.full(corpora.PIECES, -math.log(corpora.PIECES)), pieces)
     ids = pieces.encode('if 1984')
     expected = len(ids) * math.log2(corpora.PIECES) / len(b' if 1984')
-    assert uniform.bits_per_byte([baselines.Choice([' no', ' if 1984'], [0.0, 0.0], 1)]) == pytest.approx(expected)
+    assert uniform.bits_per_byte([baselines.Choice([' no', ' if 1984'], 1)]) == pytest.approx(expected)
 
 
 def test_only_multiple_choice_samples_are_taken():
     good = {'arguments': [['c', ' a'], ['c', ' b']], 'filtered_resps': [[-1.5, False], [-2.5, True]], 'target': 1}
     generated = {'arguments': [['c', {'until': ['\n']}]], 'filtered_resps': ['text'], 'target': 'text'}
-    assert baselines.choices([good, generated]) == [baselines.Choice([' a', ' b'], [-1.5, -2.5], 1)]
+    assert baselines.choices([good, generated]) == [baselines.Choice([' a', ' b'], 1)]

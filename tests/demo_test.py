@@ -149,7 +149,7 @@ def test_the_demo_goes_on_and_shows_its_results(finished):
         assert f'{summary["heldout_loss"][source]:.3f}' in results
         assert f'{summary["unigram_loss"][source]:.3f}' in results
     assert f'{summary["tasks"]["cloze"]["acc"]:.3f} ± ' in results
-    assert f'{summary["tasks"]["cloze"]["bits_per_byte"]:.3f} ± ' in results
+    assert f'{summary["tasks"]["cloze"]["gold_bits_per_byte"]:.3f} ± ' in results
     assert results.count(' generated ') == 3
     assert all(prompt in results for prompt in run.PROMPTS)
     assert f'report: {workdir / "report/index.html"}' in results

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
 import pytest
 
-from eval_bridge import convert, evaluate, lm
+from eval_bridge import command, convert, evaluate, lm
 from tests import tiny_export
 from tinyllama_jax import errors, generate
 
@@ -80,22 +81,34 @@ def jax_lm(folder):
 def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_path):
     output = tmp_path / 'eval' / 'result.json'
     result = evaluate.evaluate(
-        jax_lm, ['tiny_group'], include_path=tasks, limit=20, log_samples=True, protocol={'step': 7}, output=output
+        jax_lm, ['tiny_group'], include_path=tasks, limit=20, log_samples=True, identity={'step': 7}, output=output
     )
     written = json.loads(output.read_text())
     assert [path.name for path in output.parent.iterdir()] == ['result.json']
     assert written['results'] == json.loads(json.dumps(result['results']))
     assert 0 <= written['results']['tiny_cloze']['acc,none'] <= 1
     assert written['results']['tiny_cloze']['acc_stderr,none'] > 0
+    _check_gold(written)
     assert 1 < written['results']['tiny_perplexity']['bits_per_byte,none'] < 20
     assert written['n-samples']['tiny_cloze'] == {'original': 24, 'effective': 20}
     assert written['configs']['tiny_cloze']['num_fewshot'] == 0
     assert set(written['versions']) >= {'tiny_cloze', 'tiny_perplexity'}
     assert len(written['samples']['tiny_cloze']) == 20
     assert written['protocol'] == {
-        'name': 'paper', 'num_fewshot': 0, 'dtype': 'float32', 'add_bos': False, 'harness_version': '0.4.13',
-        'limit': 20, 'step': 7,
+        'name': 'paper', 'num_fewshot': dict.fromkeys(('tiny_group', 'tiny_cloze', 'tiny_perplexity'), 0), 'limit': 20, 'step': 7,
+        'harness_version': '0.4.13', 'task_versions': written['versions'],
     }  # fmt: skip
+
+
+def _check_gold(written):
+    """Bits per byte of the right answers, from the samples by hand."""
+    nats = size = 0.0
+    for sample in written['samples']['tiny_cloze']:
+        nats -= sample['filtered_resps'][sample['target']][0]
+        size += len(sample['arguments'][sample['target']][1].encode())
+    found = written['results']['tiny_cloze']
+    assert found['gold_bits_per_byte,none'] == pytest.approx(nats / size / math.log(2))
+    assert 0 < found['gold_bits_per_byte_stderr,none'] < found['gold_bits_per_byte,none']
 
 
 def test_samples_are_left_out_by_default(tasks, jax_lm):
@@ -146,7 +159,7 @@ def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what
 
     def evaluation():
         options = {'model': None, 'step': None, 'tasks': ['tiny_cloze'], 'include_path': tasks, 'output': None}
-        evaluate.evaluate_run(run, None, **options)
+        command.evaluate_run(run, None, **options)
 
     for use in (export, evaluation, lambda: generate.generate_run(run, None, prompt=['a'], max_new_tokens=1)):
         with pytest.raises(errors.UsageError, match=re.escape(said.removeprefix('import: ').strip())):

@@ -40,16 +40,17 @@ def _write_training(folder, config=CONFIG):
         file.write('{"step": 25, "loss"')  # a kill in the middle of a line
 
 
-def _evaluation(step, accuracy, loglikelihood):
+def _evaluation(step, accuracy, bits_per_byte):
     samples = [
         {
             'arguments': [['it', ' is so'], ['it', ' is not']],
-            'filtered_resps': [[loglikelihood, False], [-9.0, False]],
+            'filtered_resps': [[-4.0, False], [-9.0, False]],
             'target': 0,
         }
         for _ in range(4)
     ]
     results = {'alias': 'cloze', 'acc,none': accuracy, 'acc_stderr,none': 0.05, 'sample_len': 4}
+    results |= {'gold_bits_per_byte,none': bits_per_byte, 'gold_bits_per_byte_stderr,none': 0.1}
     other = {'alias': 'other', 'exact_match,none': 0.5, 'exact_match_stderr,none': 'N/A'}
     return {
         'results': {'cloze': results, 'other': other},
@@ -69,7 +70,7 @@ def full(tmp_path_factory):
     losses = [(10, {'slimpajama': 5.5, 'starcoder': 5.0}), (20, {'slimpajama': 4.5, 'starcoder': 4.0})]
     _write_lines(folder / 'validation.jsonl', [{'step': step, 'loss': loss} for step, loss in losses])
     (folder / 'eval').mkdir()
-    evaluations = {'new': _evaluation(20, 0.75, -4.0), 'old': _evaluation(10, 0.5, -8.0), 'hf': {'protocol': {}}}
+    evaluations = {'new': _evaluation(20, 0.75, 1.5), 'old': _evaluation(10, 0.5, 2.5), 'hf': {'protocol': {}}}
     for name, evaluation in evaluations.items():
         (folder / 'eval' / f'{name}.json').write_text(json.dumps(evaluation))
     page = report.report(folder)
@@ -88,8 +89,7 @@ def test_the_summary_holds_the_figures(full):
 def test_the_newest_evaluation_is_the_one_summed_up(full):
     cloze = full[1]['tasks']['cloze']
     assert (cloze['step'], cloze['acc'], cloze['acc_stderr'], cloze['chance_acc']) == (20, 0.75, 0.05, 0.5)
-    assert cloze['bits_per_byte'] == pytest.approx(4 / 6 / 0.6931472, rel=1e-6)
-    assert cloze['bits_per_byte_stderr'] == 0
+    assert (cloze['gold_bits_per_byte'], cloze['gold_bits_per_byte_stderr']) == (1.5, 0.1)
     assert cloze['unigram_bits_per_byte'] > 0
     assert full[1]['tasks']['other'] == {'step': 20, 'exact_match': 0.5}
 

@@ -1,6 +1,6 @@
 """What a model is compared with: a unigram model of its own training tokens, and chance.
 
-Also bits per byte of a multiple-choice task's right answers, from lm-eval's logged samples.
+Also bits per byte of texts, with the standard error.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ _MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One multiple-choice sample: the texts of the choices, their log-likelihoods (nats), the right one."""
+    """One multiple-choice sample: the texts of the choices, the right one."""
 
     texts: Sequence[str]
-    loglikelihoods: Sequence[float]
     right: int
 
 
@@ -77,14 +76,17 @@ def choices(samples: Iterable[Mapping[str, Any]]) -> list[Choice]:
         arguments, scores, right = sample['arguments'], sample['filtered_resps'], sample['target']
         if isinstance(right, int) and len(arguments) == len(scores) > max(1, right):
             texts = [continuation for _, continuation in arguments]
-            found.append(Choice(texts, [loglikelihood for loglikelihood, _ in scores], right))
+            found.append(Choice(texts, right))
     return found
 
 
-def bits_per_byte(samples: Sequence[Choice]) -> tuple[float, float]:
-    """(bits per byte of the right answers together, its standard error over samples, as of a ratio of sums)."""
-    bits = np.array([-sample.loglikelihoods[sample.right] for sample in samples]) / math.log(2)
-    sizes = np.array([_size(sample) for sample in samples])
+def bits_per_byte(samples: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """(bits per byte of texts together, its standard error over them, as of a ratio of sums).
+
+    A sample is the log-likelihood (nats) and the size (bytes) of a text.
+    """
+    nats, sizes = np.array(samples, float).T
+    bits = -nats / math.log(2)
     ratio = bits.sum() / sizes.sum()
     residuals = bits - ratio * sizes
     variance = (residuals**2).sum() / max(len(samples) - 1, 1) / len(samples)

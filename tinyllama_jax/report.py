@@ -134,7 +134,6 @@ def _task_figures(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[s
     samples = baselines.choices(evaluation.get('samples', {}).get(task, ()))
     if samples:
         figures['chance_acc'] = statistics.mean(1 / len(sample.texts) for sample in samples)
-        figures['bits_per_byte'], figures['bits_per_byte_stderr'] = baselines.bits_per_byte(samples)
         if run.unigram:
             figures['unigram_bits_per_byte'] = run.unigram.bits_per_byte(samples)
     return figures
@@ -277,7 +276,7 @@ def _loss_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram')]
-    beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'bits_per_byte': 'unigram_bits_per_byte'}
+    beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'gold_bits_per_byte': 'unigram_bits_per_byte'}
     for task, figures in tasks.items():
         for name, value in figures.items():
             if name == 'step' or name in beside.values() or name.endswith('_stderr'):

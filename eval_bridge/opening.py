@@ -1,0 +1,145 @@
+"""Models to evaluate: a run's checkpoint, a Llama's folder, or any model that transformers knows.
+
+What is opened comes with its identity: hashes of weights and tokenizer, and how it is computed.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval.api.model import LM
+
+from eval_bridge import convert, lm
+from eval_bridge.protocols import Protocol
+from tinyllama_jax import errors, tokenizer, workdir
+from tinyllama_jax.config import Config
+
+BACKENDS = ('jax', 'hf')
+_BATCH_SIZE = 8
+_WEIGHTS = ('*.safetensors', '*.bin')
+_TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model for lm-eval, and what tells it from every other: plain values, stamped into its results."""
+
+    model: LM
+    identity: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The checkpoint of a workdir at `step`, the newest by default; a `config` given must not contradict it."""
+
+    folder: pathlib.Path
+    step: int | None = None
+    config: Config | None = None
+
+    @contextlib.contextmanager
+    def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
+        """The model in JAX, or of an export of it by transformers (`backend` hf). Raises UsageError as workdir.load."""
+        loaded = workdir.load(self.folder, self.config, self.step)
+        pieces, bos = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.data.bos
+        identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
+        if backend != 'hf':
+            model = _in_jax(loaded.params, loaded.config.model, pieces, protocol, 'float32', bos)
+            yield _described(model, identity, 'jax', pieces.sha256)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            exported = pathlib.Path(folder) / 'export'
+            convert.export(loaded.params, loaded.config.model, loaded.tokenizer_path, exported, add_bos=bos)
+            yield _described(_in_transformers(exported, protocol), identity, 'hf', pieces.sha256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder."""
+
+    folder: pathlib.Path
+
+    @contextlib.contextmanager
+    def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
+        """By default a Llama in JAX, and other architectures with transformers. Raises UsageError for a bad folder."""
+        config = convert.read_config(self.folder)
+        identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _WEIGHTS)}
+        if backend == 'hf' or (backend is None and config.get('model_type') != 'llama'):
+            pieces = _hash_of_files(self.folder, _TOKENIZERS)
+            yield _described(_in_transformers(self.folder, protocol), identity, 'hf', pieces)
+            return
+        params, shape = convert.import_weights(self.folder)
+        tokens = convert.load_tokenizer(self.folder)
+        stored = str(config.get('dtype') or config.get('torch_dtype') or 'float32')
+        model = _in_jax(params, shape, tokens, protocol, stored, convert.adds_bos(self.folder))
+        yield _described(model, identity, 'jax', tokens.sha256)
+
+
+def _in_jax(params, shape, pieces, protocol: Protocol, stored: str, bos: bool) -> lm.JaxLM:
+    if pieces.vocab_size > shape.vocab_size:
+        raise errors.UsageError(
+            f'{pieces.path} has {pieces.vocab_size} pieces, but the model knows {shape.vocab_size}; it is not the '
+            'tokenizer that the model was trained with.'
+        )
+    dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
+    add_bos = bos if protocol.add_bos is None else protocol.add_bos
+    return lm.JaxLM(params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, dtype=dtype)
+
+
+def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
+    try:
+        import torch
+        from lm_eval.models import huggingface
+    except ImportError as error:
+        raise errors.UsageError(
+            f'{folder} is evaluated with transformers, for which {error.name} is missing; '
+            'pip install -r requirements.txt.'
+        ) from None
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        return huggingface.HFLM(
+            pretrained=str(folder), backend='causal', dtype=protocol.dtype, add_bos_token=protocol.add_bos,
+            batch_size=_BATCH_SIZE, device=device,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        said = str(error).strip().partition('\n')[0]
+        raise errors.UsageError(f'{folder} cannot be opened by transformers: {said}') from None
+
+
+def _described(model: LM, identity: dict[str, Any], backend: str, tokenizer_sha256: str) -> Opened:
+    if backend == 'jax':
+        dtype, add_bos = model.dtype, model.add_bos
+    else:
+        dtype, add_bos = str(model.model.dtype).removeprefix('torch.'), model.add_bos_token
+    return Opened(
+        model,
+        {
+            **identity, 'backend': backend, 'dtype': dtype, 'add_bos': add_bos, 'max_length': model.max_length,
+            'tokenizer_sha256': tokenizer_sha256,
+        },
+    )  # fmt: skip
+
+
+def _hash_of_arrays(tree) -> str:
+    """SHA-256 of every leaf's path, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(json.dumps([jax.tree_util.keystr(path), str(array.dtype), array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _hash_of_files(folder: pathlib.Path, patterns: tuple[str, ...]) -> str:
+    """SHA-256 of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        with path.open('rb') as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, 'sha256').digest())
+    return digest.hexdigest()

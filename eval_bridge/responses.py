@@ -1,0 +1,112 @@
+"""A model's answers, kept in a file while an evaluation runs: the next one goes on where it was interrupted.
+
+A file of JSON lines, [hash of a request, answer], for each checkpoint, tokenizer and protocol. What is asked is part
+of the hash, so a task that changed asks anew.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from tinyllama_jax import errors
+
+
+def path(folder: pathlib.Path, identity: dict[str, Any]) -> pathlib.Path:
+    """Where in `folder` the answers are kept of the model and protocol that `identity` describes."""
+    return folder / f'{_hash(identity)[:16]}.jsonl'
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Remembering(LM):
+    """An lm-eval model that asks `model` only what the file at `path` does not hold yet.
+
+    Answers are kept as the model tells them (lm-eval's cache hook), the others when a kind of request is
+    through. Sampled texts are asked for each time. Raises RunError where the file cannot be read or written.
+    """
+
+    def __init__(self, model: LM, path: pathlib.Path):
+        super().__init__()
+        self.model, self.path = model, path
+        self.remembered = 0  # requests that the file answered
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._known = _read(path)
+            self._file = path.open('a', encoding='utf-8')
+        except OSError as error:
+            raise errors.RunError(f'{path}, the kept answers, cannot be used: {error.strerror}.') from None
+        model.set_cache_hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._file.close()
+
+    def loglikelihood(self, requests, **options) -> list[tuple[float, bool]]:
+        """As the model's."""
+        return [tuple(answer) for answer in self._answers('loglikelihood', requests, options)]
+
+    def loglikelihood_rolling(self, requests, **options) -> list[float]:
+        """As the model's."""
+        return self._answers('loglikelihood_rolling', requests, options)
+
+    def generate_until(self, requests, **options) -> list[str]:
+        """As the model's."""
+        return self._answers('generate_until', requests, options)
+
+    def _answers(self, kind: str, requests, options) -> list:
+        keys = [_key(kind, request.args) for request in requests]
+        new = [number for number, key in enumerate(keys) if key not in self._known]
+        self.remembered += len(requests) - len(new)
+        asked = [requests[number] for number in new]
+        answers = dict(zip(new, getattr(self.model, kind)(asked, **options) if asked else (), strict=True))
+        for number, answer in answers.items():
+            self.add_partial(kind, requests[number].args, answer)
+        return [answers[number] if number in answers else self._known[key] for number, key in enumerate(keys)]
+
+    def add_partial(self, kind: str, arguments, answer) -> None:
+        """Keeps an answer (lm-eval's name for it)."""
+        key = _key(kind, arguments)
+        if key is None or key in self._known:
+            return
+        self._known[key] = answer
+        try:
+            self._file.write(json.dumps([key, answer]) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise errors.RunError(f'{self.path}, the kept answers, cannot be written: {error.strerror}.') from None
+
+
+def _key(kind: str, arguments) -> str | None:
+    """What identifies a request; None for one whose answer is drawn."""
+    if kind == 'generate_until' and arguments[1].get('do_sample'):
+        return None
+    return _hash([kind, *arguments])
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The answers in a file; a last line that was cut off is cut away."""
+    known, good = {}, 0
+    if not path.exists():
+        return known
+    with path.open('rb') as file:
+        for line in file:
+            try:
+                key, answer = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b'\n'):
+                break
+            known[key] = answer
+            good += len(line)
+    if good < path.stat().st_size:
+        with path.open('r+b') as file:
+            file.truncate(good)
+    return known
