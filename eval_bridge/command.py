@@ -55,7 +55,7 @@ def evaluate_run(
     Raises UsageError for what cannot be evaluated, RunError where parity does not hold.
     """
     _check(folder, model, models, table, figure, output)
-    tasks = tasks or tuple(results.TABLES.get(table or figure, ()))
+    tasks = tasks or tuple(results.TABLES.get(table or figure or 0, ()))
     options = {'include_path': include_path, 'limit': limit, 'log_samples': log_samples}
     options['manager'] = evaluate.task_manager(tasks, include_path)  # so that a mistyped name costs no time
     how = _How(protocols.PROTOCOLS[protocol], backend, tasks, options, None)

@@ -122,7 +122,7 @@ def _scoring_gold() -> contextlib.AbstractContextManager[None]:
                 answer = self.doc_to_target(doc) if self.multiple_input else choices[gold]
                 self._aggregation_list.setdefault(_GOLD, lambda samples: baselines.bits_per_byte(samples)[0])
                 self._higher_is_better.setdefault(_GOLD, False)
-                metrics[_GOLD] = (results[gold][0], len(answer.encode()))
+                metrics[_GOLD] = (results[gold][0], len(f'{self.config.target_delimiter}{answer}'.encode()))
         return metrics
 
     return _replaced(ConfigurableTask, 'process_results', process_results)

@@ -95,21 +95,28 @@ def _in_jax(params, shape, pieces, protocol: Protocol, stored: str, bos: bool) -
 def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
     try:
         import torch
+        import transformers
         from lm_eval.models import huggingface
     except ImportError as error:
         raise errors.UsageError(
             f'{folder} is evaluated with transformers, for which {error.name} is missing; '
             'pip install -r requirements.txt.'
         ) from None
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        return huggingface.HFLM(
-            pretrained=str(folder), backend='causal', dtype=protocol.dtype, add_bos_token=protocol.add_bos,
-            batch_size=_BATCH_SIZE, device=device,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=protocol.dtype, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # of safetensors and tokenizers too, which raise bare Exception
         said = str(error).strip().partition('\n')[0]
         raise errors.UsageError(f'{folder} cannot be opened by transformers: {said}') from None
+    for kind in ('missing_keys', 'mismatched_keys'):  # transformers would make numbers up for them
+        for name in sorted(map(str, found[kind])):
+            raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json makes it.')
+    model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    return huggingface.HFLM(
+        pretrained=model, tokenizer=str(folder), backend='causal', add_bos_token=protocol.add_bos,
+        batch_size=_BATCH_SIZE,
+    )  # fmt: skip
 
 
 def _described(model: LM, identity: dict[str, Any], backend: str, tokenizer_sha256: str) -> Opened:

@@ -69,7 +69,7 @@ class Remembering(LM):
         answers = dict(zip(new, getattr(self.model, kind)(asked, **options) if asked else (), strict=True))
         for number, answer in answers.items():
             self.add_partial(kind, requests[number].args, answer)
-        return [answers[number] if number in answers else self._known[key] for number, key in enumerate(keys)]
+        return [answers[number] if number in answers else self._known[str(key)] for number, key in enumerate(keys)]
 
     def add_partial(self, kind: str, arguments, answer) -> None:
         """Keeps an answer (lm-eval's name for it)."""

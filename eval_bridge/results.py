@@ -84,9 +84,9 @@ def _metric(values: Mapping[str, Any], metric: str) -> tuple[float, float | None
 
 def _average(found: Sequence[Score]) -> Score:
     """The plain mean over tasks; its standard error if their examples are independent."""
-    known = [score.published for score in found]
+    known = [score.published for score in found if score.published is not None]
     stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in found)) / len(found)
-    whole = None if None in known else sum(known) / len(known)
+    whole = sum(known) / len(known) if len(known) == len(found) else None
     return Score(sum(score.value for score in found) / len(found), stderr, whole)
 
 

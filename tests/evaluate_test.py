@@ -95,8 +95,8 @@ def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_pat
     assert set(written['versions']) >= {'tiny_cloze', 'tiny_perplexity'}
     assert len(written['samples']['tiny_cloze']) == 20
     assert written['protocol'] == {
-        'name': 'paper', 'num_fewshot': dict.fromkeys(('tiny_group', 'tiny_cloze', 'tiny_perplexity'), 0), 'limit': 20, 'step': 7,
-        'harness_version': '0.4.13', 'task_versions': written['versions'],
+        'name': 'paper', 'num_fewshot': dict.fromkeys(('tiny_group', 'tiny_cloze', 'tiny_perplexity'), 0),
+        'limit': 20, 'step': 7, 'harness_version': '0.4.13', 'task_versions': written['versions'],
     }  # fmt: skip
 
 

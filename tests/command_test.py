@@ -1,0 +1,187 @@
+"""The command evaluate: one model, kept answers, parity, tables and the figure of several, what is refused."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from eval_bridge import command, convert, results
+from tests import tiny_export
+from tinyllama_jax import errors
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: data/questions.jsonl}}}}
+test_split: test
+num_fewshot: 2
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture(scope='module')
+def task_files(tmp_path_factory):
+    """Tasks with the names of Table 2's, on eight questions."""
+    root = tmp_path_factory.mktemp('tasks')
+    for folder in ('data', 'tasks'):
+        (root / folder).mkdir()
+    records = [
+        {'context': f'def f{number}(x): return', 'choices': [' x', ' (x + 1) * 2', '\n'], 'answer': number % 3}
+        for number in range(8)
+    ]
+    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    for name in results.TABLES[2]:
+        (root / 'tasks' / f'{name}.yaml').write_text(TASK.format(name=name))
+    return str(root / 'tasks')
+
+
+@pytest.fixture(scope='module')
+def llama(tmp_path_factory):
+    return tiny_export.write_export(tmp_path_factory.mktemp('llama'))
+
+
+@pytest.fixture(scope='module')
+def others(tmp_path_factory, llama):
+    """Random models of OPT's and Pythia's architectures, with the Llama's tokenizer."""
+    transformers, torch = pytest.importorskip('transformers'), tiny_export.require_torch()
+    small = {'vocab_size': tiny_export.PIECES, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4}
+    small['max_position_embeddings'] = 128
+    configs = {
+        'opt': transformers.OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32),
+        'pythia': transformers.GPTNeoXConfig(**small, intermediate_size=64),
+    }
+    root = tmp_path_factory.mktemp('others')
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        for file in ('tokenizer.json', 'tokenizer_config.json'):
+            shutil.copyfile(llama / file, root / name / file)
+    return root
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, llama):
+    """A workdir with the Llama's weights at step 0."""
+    folder = tmp_path_factory.mktemp('run') / 'run'
+    convert.import_run(str(llama), folder, None, 'main.py import')
+    return folder
+
+
+def _evaluate(task_files, folder=None, **options):
+    command.evaluate_run(folder, None, include_path=task_files, **options)
+
+
+def test_a_run_s_result_is_stamped_and_its_answers_are_kept(task_files, run, capsys):
+    _evaluate(task_files, run, tasks=['piqa'])
+    result = json.loads((run / 'eval' / 'step-0.json').read_text())
+    stamp = result['protocol']
+    assert (stamp['name'], stamp['num_fewshot'], stamp['dtype'], stamp['add_bos']) == (
+        'paper', {'piqa': 0}, 'float32', False,
+    )  # fmt: skip
+    assert (stamp['step'], stamp['backend'], stamp['max_length']) == (0, 'jax', tiny_export.MODEL.seq_len)
+    assert all(len(stamp[name]) == 64 for name in ('weights_sha256', 'tokenizer_sha256'))
+    (kept,) = (run / 'eval' / 'responses').iterdir()
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 24
+    # What the file says is believed, as the result of wrong answers in it shows.
+    kept.write_text(''.join(json.dumps([json.loads(line)[0], [-1e3, False]]) + '\n' for line in lines))
+    _evaluate(task_files, run, tasks=['piqa'])
+    again = json.loads((run / 'eval' / 'step-0.json').read_text())['results']['piqa']
+    kept.unlink()
+    assert result['results']['piqa']['gold_bits_per_byte,none'] < 50 < again['gold_bits_per_byte,none']
+    assert 'gold_bits_per_byte' in capsys.readouterr().out
+
+
+def test_the_harness_s_own_protocol_takes_the_task_s_shots(task_files, run, tmp_path):
+    _evaluate(task_files, run, tasks=['piqa'], protocol='current', output=str(tmp_path / 'current.json'))
+    stamp = json.loads((tmp_path / 'current.json').read_text())['protocol']
+    assert (stamp['name'], stamp['num_fewshot'], stamp['add_bos']) == ('current', {'piqa': 2}, False)
+
+
+def test_parity_with_transformers_is_reported(task_files, llama, others, tmp_path, capsys):
+    _evaluate(task_files, tasks=['piqa'], model=str(llama), parity=True, output=str(tmp_path / 'r.json'))
+    result = json.loads((tmp_path / 'r.json').read_text())
+    assert result['parity']['holds'] and result['parity']['loglikelihoods'] == 24
+    assert 'parity: 24 log-likelihoods' in capsys.readouterr().out
+    assert 'samples' not in result
+
+
+def test_a_run_through_transformers_gives_the_same(task_files, run, others, tmp_path):
+    for backend in ('jax', 'hf'):
+        _evaluate(task_files, run, tasks=['piqa'], backend=backend, output=str(tmp_path / f'{backend}.json'))
+    ours, theirs = (json.loads((tmp_path / f'{backend}.json').read_text()) for backend in ('jax', 'hf'))
+    assert ours['results']['piqa']['gold_bits_per_byte,none'] == pytest.approx(
+        theirs['results']['piqa']['gold_bits_per_byte,none'], abs=1e-4
+    )
+    assert ours['protocol']['weights_sha256'] == theirs['protocol']['weights_sha256']
+
+
+def test_table_2_of_three_architectures(task_files, llama, others, tmp_path, capsys):
+    models = [str(llama), f'OPT-1.3B={others / "opt"}', f'Pythia-1.0B={others / "pythia"}']
+    _evaluate(task_files, models=models, table=2, output=str(tmp_path))
+    lines = (tmp_path / 'table2.md').read_text().splitlines()
+    assert [line.split('|')[1].strip() for line in lines[2:5]] == ['export', 'OPT-1.3B', 'Pythia-1.0B']
+    assert '(53.65, ' in lines[3] and '(47.16, ' in lines[4] and '(' not in lines[2]
+    rows = json.loads((tmp_path / 'table2.json').read_text())
+    assert len(rows) == 3 * 8  # seven tasks and their average
+    stamps = [json.loads((tmp_path / f'{name}-table2.json').read_text())['protocol'] for name in ('export', 'OPT-1.3B')]
+    assert [(stamp['backend'], stamp['dtype'], stamp['add_bos']) for stamp in stamps] == [
+        ('jax', 'float32', False),
+        ('hf', 'float32', False),
+    ]
+    assert 'OPT-1.3B' in capsys.readouterr().out
+    assert len(list((tmp_path / 'responses').iterdir())) == 3
+
+
+def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
+    _evaluate(task_files, tasks=['piqa'], models=[f'105b={llama}', f'x-1T={llama}'], figure=2, output=str(tmp_path))
+    with open(tmp_path / 'figure2.csv') as file:
+        assert [float(row['tokens']) for row in csv.DictReader(file)] == [105e9, 1e12]
+    _evaluate(task_files, run, tasks=['piqa'], figure=2)
+    assert (run / 'eval' / 'figure2.html').exists() and (run / 'eval' / 'step-0.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'models': ['a']}, '--models=.* belongs to --table or --figure'),
+        ({'table': 2}, '--output=DIR'),
+        ({'table': 4, 'output': 'x'}, '--table=4: the tables are 2, 3'),
+        ({'figure': 3, 'output': 'x'}, '--figure=3: the figure is 2'),
+        ({'table': 2, 'figure': 2, 'output': 'x'}, 'one at a time'),
+        ({'figure': 2, 'models': ['somewhere'], 'output': 'x'}, 'somewhere does not end with its training tokens'),
+        ({'table': 2, 'models': ['a=x', 'a=y'], 'output': 'x'}, 'a is there twice'),
+        ({'model': 'nowhere'}, 'nowhere/config.json cannot be read'),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(task_files, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.UsageError, match=message):
+        _evaluate(task_files, tasks=['piqa'], **options)
+
+
+def test_a_folder_that_transformers_cannot_open_is_named(task_files, others, tmp_path):
+    shutil.copytree(others / 'opt', tmp_path / 'broken')
+    (tmp_path / 'broken' / 'model.safetensors').write_bytes(b'nothing')
+    with pytest.raises(errors.UsageError, match='broken cannot be opened by transformers'):
+        _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'broken'))
+
+
+def test_weights_that_transformers_would_make_up_are_refused(task_files, others, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(others / 'opt', tmp_path / 'short')
+    path = tmp_path / 'short' / 'model.safetensors'
+    weights = load_file(path)
+    del weights['model.decoder.layers.1.fc1.weight']
+    save_file(weights, path, metadata={'format': 'pt'})
+    with pytest.raises(errors.UsageError, match=r'the weights have no model\.decoder\.layers\.1\.fc1\.weight'):
+        _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'short'))
