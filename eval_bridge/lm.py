@@ -25,6 +25,7 @@ from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
 from tinyllama_jax.config import ModelConfig
 
+MOST_NEW_TOKENS = 256
 _CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
 
 
@@ -70,7 +71,7 @@ class JaxLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         """Tokens generated where a task names no number; lm-eval's own default."""
-        return 256
+        return MOST_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
@@ -136,7 +137,8 @@ class JaxLM(TemplateLM):
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '
                 'leave this task out.'
             )
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        return whole[: -len(continuation)], continuation
 
     def _score_batch(self, batch: branches.Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
         """(number of a request, its result)."""
