@@ -83,16 +83,19 @@ def trees(rows: Sequence[Row], longest: int) -> list[Tree]:
 
 
 def batches(found: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
-    """Packs trees into batches, the longest first, of at most `most_tokens` positions and a multiple of so many rows."""
+    """Packs trees into batches, the longest first, of at most `most_tokens` positions and a multiple of so many rows.
+
+    What is left over comes in a batch of a power of two rows: one more program, and few rows of padding.
+    """
     by_length = defaultdict(list)
     for tree in sorted(found, key=lambda tree: -tree.size):
         by_length[max(ROW, padded(max(tree.size, tree.predictions)))].append(tree)
     for T, group in by_length.items():
-        rows = _packed(group, T)
-        count = min(max(1, most_tokens // T), 1 << (len(rows) - 1).bit_length())
-        count = -(-count // multiple) * multiple
-        for start in range(0, len(rows), count):
-            yield _batch(rows[start : start + count], count, T)
+        rows, most = _packed(group, T), max(1, most_tokens // T)
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            count = most if len(part) == most else min(most, 1 << (len(part) - 1).bit_length())
+            yield _batch(part, -(-count // multiple) * multiple, T)
 
 
 def padded(length: int) -> int:

@@ -61,7 +61,7 @@ def test_every_request_is_in_one_batch_and_little_is_padding(multiple):
             assert batch.targets_P[span].tolist() == continuation
             assert batch.tokens_BT.flat[first - len(context) + 1 : first + 1].tolist() == context
     shapes = {batch.tokens_BT.shape for batch in found}
-    assert len(shapes) == len({T for _, T in shapes}) <= 2
+    assert len(shapes) <= 4 and {T for _, T in shapes} <= {branches.ROW, 768}
     short = [batch for batch in found if batch.tokens_BT.shape[1] == branches.ROW]
     assert np.mean([batch.branch_ids_BT > 0 for batch in short[:-1]]) > 0.9
 

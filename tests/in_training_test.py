@@ -43,7 +43,7 @@ def task_files(tmp_path_factory):
         (root / folder).mkdir()
     records = [{'context': f'zero one {word}', 'answer': number % 2} for number, word in enumerate('abcdef')]
     (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, records)))
-    for name, text in (('choice', CHOICE), ('text', TEXT), ('long', TEXT.replace(': 4}', ': 32}').replace('_text', '_long'))):
+    for name, text in (('choice', CHOICE), ('text', TEXT), ('long', TEXT.replace(': 4}', ': 32}').replace('tiny_text', 'tiny_long'))):
         (root / 'tasks' / f'{name}.yaml').write_text(text)
     return root / 'tasks'
 
