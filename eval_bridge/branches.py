@@ -91,11 +91,14 @@ def batches(found: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Itera
     for tree in sorted(found, key=lambda tree: -tree.size):
         by_length[max(ROW, padded(max(tree.size, tree.predictions)))].append(tree)
     for T, group in by_length.items():
-        rows, most = _packed(group, T), max(1, most_tokens // T)
+        rows, most = _packed(group, T), _rounded(max(1, most_tokens // T), multiple)
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
-            count = most if len(part) == most else min(most, 1 << (len(part) - 1).bit_length())
-            yield _batch(part, -(-count // multiple) * multiple, T)
+            yield _batch(part, min(most, _rounded(1 << (len(part) - 1).bit_length(), multiple)), T)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def padded(length: int) -> int:

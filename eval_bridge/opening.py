@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.model import LM
 
 from eval_bridge import convert, lm
 from eval_bridge.protocols import Protocol
-from tinyllama_jax import errors, tokenizer, workdir
-from tinyllama_jax.config import Config
+from tinyllama_jax import errors, sharding, tokenizer, workdir
+from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 
 BACKENDS = ('jax', 'hf')
 _BATCH_SIZE = 8
@@ -89,7 +90,18 @@ def _in_jax(params, shape, pieces, protocol: Protocol, stored: str, bos: bool) -
         )
     dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
     add_bos = bos if protocol.add_bos is None else protocol.add_bos
-    return lm.JaxLM(params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, dtype=dtype)
+    return lm.JaxLM(
+        params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, mesh=_mesh(shape),
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def _mesh(shape: ModelConfig) -> Mesh | None:
+    """All devices: rows are divided among them, and weights where their width can be; None for one device."""
+    if jax.device_count() == 1:
+        return None
+    divided = shape.embed_dim % jax.device_count() == 0
+    return sharding.make_mesh(MeshConfig() if divided else MeshConfig(data=-1, fsdp=1))
 
 
 def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
