@@ -26,6 +26,7 @@ from tinyllama_jax import errors, generate, model, sharding
 from tinyllama_jax.config import ModelConfig
 
 MOST_NEW_TOKENS = 256
+_CPU_TOKENS = 4_096
 _CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
 
 
@@ -117,13 +118,18 @@ class JaxLM(TemplateLM):
         results = [(0.0, True)] * len(rows)
         # disable=None: no bar where stderr is no terminal.
         with tqdm.tqdm(total=len(rows), desc='Log-likelihoods', disable=disable_tqdm or None) as bar:
-            for batch in branches.batches(trees, self.batch_size * self.max_length, shards):
+            for batch in branches.batches(trees, self._most_tokens(shards), shards):
                 for number, result in self._score_batch(batch):
                     results[number] = result
                     if requests[number][0] is not None:
                         self.cache_hook.add_partial('loglikelihood', requests[number][0], result)
                 bar.update(len(batch.spans))
         return results
+
+    def _most_tokens(self, shards: int) -> int:
+        """Of a batch. A CPU is no faster with more than a few thousand, and the last batch has less padding."""
+        most = self.batch_size * self.max_length
+        return most if self._ops.chip else min(most, _CPU_TOKENS * shards)
 
     def _row(self, texts, context: list[int], continuation: list[int]) -> branches.Row:
         """Context and continuation, without what of the context the model cannot read."""
