@@ -309,7 +309,8 @@ def _outcomes(module: str, phases: dict, setting: Setting, flags) -> Iterator[tu
 def _default_folder(setting: Setting, about: dict) -> pathlib.Path:
     if setting.smoke:
         return pathlib.Path(tempfile.mkdtemp(prefix='tinyllama-bench-smoke-'))
-    return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower()
+    commit = (runtime.commit() or 'unknown')[:7]
+    return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower() / commit
 
 
 def failures_of(record: dict) -> list[str]:

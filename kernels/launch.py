@@ -14,18 +14,21 @@ from kernels import varying
 
 CHIPS = ('sm_80', 'sm_90')  # A100; H100 and H200
 _MULTIPROCESSORS: dict[str | None, int] = {'sm_80': 108, 'sm_90': 132}
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 _INTERPRETED_PROGRAMS = 3
 _MOST_PROGRAMS = 65_535  # of a grid's second axis (CUDA C++ Programming Guide, table 30)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Compile-time block sizes of a kernel, and how many warps and pipeline stages it is compiled for."""
+    """Compile-time block sizes of a kernel, and how many warps and pipeline stages it is compiled for.
+
+    `programs`: how many a multiprocessor is given, of a kernel that goes over many rows in each.
+    """
 
     sizes: dict[str, int]
     warps: int
     stages: int = 2
+    programs: int = 4
 
 
 def _pairs(**kernels) -> dict[str, Tile]:
@@ -73,10 +76,9 @@ class Target:
     chip: str | None = None
     interpret: bool = False
 
-    @property
-    def programs(self) -> int:
+    def programs(self, kernel: str) -> int:
         """How many programs a kernel is given that goes over many rows in each."""
-        return _PROGRAMS_PER_MULTIPROCESSOR * _MULTIPROCESSORS[self.chip] if self.chip else _INTERPRETED_PROGRAMS
+        return self.tile(kernel).programs * _MULTIPROCESSORS[self.chip] if self.chip else _INTERPRETED_PROGRAMS
 
     def tile(self, kernel: str) -> Tile:
         """The tile shape of a kernel that streams memory."""
@@ -91,7 +93,7 @@ class Target:
         """The kernel's outputs, as `outputs` (ShapeDtypeStructs) say; its parameters are inputs, outputs, constants."""
         constants |= tile.sizes
         if max(grid[1:], default=0) > _MOST_PROGRAMS:
-            raise ValueError(f'{kernel.__name__}: batch x heads is {grid[1]}; {_MOST_PROGRAMS} at most')
+            raise ValueError(f'{kernel.__name__}: {grid[1]} tiles of a row; {_MOST_PROGRAMS} at most')
         if self.interpret:
             results = _interpret(kernel, inputs, outputs, grid, constants)
         else:

@@ -1,5 +1,6 @@
 """The choice of an implementation, and what the ops refuse."""
 
+import functools
 import sys
 
 import jax
@@ -12,6 +13,7 @@ from tests import kernel_checks
 from tests.kernel_checks import normal
 
 X, SCALE = normal(0, 1, 4, 64), jnp.ones(64)
+LONG = jax.ShapeDtypeStruct((1, 1 << 22, 1, 64), jnp.float32)
 Q, K = normal(0, 1, 4, 4, 64), normal(1, 1, 4, 2, 64)
 POSITIONS, HEAD = jnp.arange(4)[None], normal(2, 64, 9)
 CALLS = {
@@ -107,7 +109,8 @@ BAD = {
         lambda: dispatch.rms_norm(X, SCALE.astype(jnp.float16), eps=1e-5), 'rms_norm: scale is float16, not float32'
     ),
     'programs': (
-        lambda: dispatch.attention(*[jnp.zeros((1 << 16, 1, 1, 64))] * 3, impl='interpret'), 'is 65536; 65535 at most'
+        lambda: jax.eval_shape(functools.partial(dispatch.attention, impl='interpret'), *[LONG] * 3),
+        '65536 tiles of a row; 65535 at most',
     ),
 }  # fmt: skip
 

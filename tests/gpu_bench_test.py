@@ -55,7 +55,7 @@ def test_kernels_step_and_resume(tmp_path, bare_env):
     assert {'ms', 'temporary_bytes', 'predicted_peak_bytes'} <= rows['cross_entropy'][0].keys()
     assert {'tokens_per_second', 'mfu_C', 'mfu_F', 'predicted_peak_bytes', 'remat'} <= rows['step'][0].keys()
     assert len(phases['resume']['results']['resumed_losses']) == 10
-    assert phases['sweep']['results']['best']
+    assert phases['sweep']['results']['best'] and phases['sweep_streaming']['results']['best']
 
 
 @needs_triton
