@@ -127,7 +127,7 @@ def _measured(setting: record.Setting, variants: dict) -> dict:
 def loss_failures(losses: dict[str, list[float]], tolerance: float = LOSS_TOLERANCE) -> list[str]:
     """A sentence for each whose losses differ from the first one's by more than the tolerance."""
     first, *others = losses
-    worst = {name: max(abs(a - b) for a, b in zip(losses[first], losses[name], strict=True)) for name in others}
+    worst = {name: float(np.abs(np.subtract(losses[first], losses[name])).max()) for name in others}  # NaN stays
     return [
         f"the losses of {name} differ from {first}'s by {error:.2g}, more than {tolerance}"
         for name, error in worst.items()
