@@ -63,8 +63,8 @@ class Setting:
 
     @property
     def model(self) -> config_lib.ModelConfig:
-        """TinyLlama 1.1 B in bfloat16; a layer of a few thousand parameters in the smoke run."""
-        return _SMALL if self.smoke else config_lib.ModelConfig(compute_dtype='bfloat16')
+        """TinyLlama 1.1 B in bfloat16, its layers unrolled; a layer of a few thousand parameters in the smoke run."""
+        return _SMALL if self.smoke else config_lib.ModelConfig(compute_dtype='bfloat16', scan_layers=False)
 
     @property
     def batch(self) -> int:
