@@ -3,7 +3,6 @@
 Nothing asks the network unless HF_HUB_OFFLINE=0 is set.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -14,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries below are imported
@@ -31,11 +30,9 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
-from eval_bridge import local_data, protocols, sandbox
-from eval_bridge.tasks import instructeval
+from eval_bridge import local_data, patches, protocols, sandbox
 from tinyllama_jax import baselines, errors, metrics
 
-_GOLD = 'gold_bits_per_byte'
 _TASKS = pathlib.Path(__file__).parent / 'tasks'
 _MADE = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members are one file, _NAME, with another dataset
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
@@ -89,11 +86,11 @@ def evaluate(
         by_shots[protocol.num_fewshot(task)].append(task)
     result: dict[str, Any] = {}
     with (
-        _replaced(ConfigurableTask, 'download', download),
-        _refusing_nothing(),
-        _scoring_gold(),
-        _fitting(model),
-        _replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
+        patches.replaced(ConfigurableTask, 'download', download),
+        patches.refusing(),
+        patches.scoring_gold(),
+        patches.fitting(model),
+        patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
     ):
         for shots, names in by_shots.items():  # add_env_info would take seconds to write a page about the machine
             try:
@@ -132,60 +129,12 @@ def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:
             result.setdefault(key, value)
 
 
-def _scoring_gold() -> contextlib.AbstractContextManager[None]:
-    """Lets multiple-choice tasks score the log-likelihood and bytes of the right answer too, as a metric of theirs."""
-    original = ConfigurableTask.process_results
-
-    def process_results(self, doc, results):
-        metrics = original(self, doc, results)
-        if self.OUTPUT_TYPE == 'multiple_choice':
-            choices = self.doc_to_choice(doc)
-            gold = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
-            gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
-            if isinstance(gold, str) or (isinstance(gold, int) and not 0 <= gold < len(choices)):
-                raise errors.UsageError(
-                    f'the task {self.config.task}: the answer {gold!r} is none of the choices {choices} of {doc}.'
-                )
-            if isinstance(gold, int):
-                answer = self.doc_to_target(doc) if self.multiple_input else choices[gold]
-                self._aggregation_list.setdefault(_GOLD, lambda samples: baselines.bits_per_byte(samples)[0])
-                self._higher_is_better.setdefault(_GOLD, False)
-                metrics[_GOLD] = (results[gold][0], len(f'{self.config.target_delimiter}{answer}'.encode()))
-        return metrics
-
-    return _replaced(ConfigurableTask, 'process_results', process_results)
-
-
-def _refusing_nothing() -> contextlib.AbstractContextManager[None]:
-    """Lets a task refuse to ask for the likelihood of an empty text, which is 1 whatever the model."""
-    original = ConfigurableTask.construct_requests
-
-    def construct_requests(self, doc, ctx, **options):
-        requests = original(self, doc, ctx, **options)
-        for request in requests if isinstance(requests, list) else [requests]:
-            if request.request_type == 'loglikelihood' and not request.args[1]:
-                raise errors.UsageError(f'the task {self.config.task} has an empty choice or target in {doc}.')
-        return requests
-
-    return _replaced(ConfigurableTask, 'construct_requests', construct_requests)
-
-
-def _fitting(model) -> contextlib.AbstractContextManager[None]:
-    """Lets InstructEval's tasks leave out the examples that do not fit `model`."""
-    most = min(instructeval.MOST_TOKENS, model.max_length)
-
-    def fits(prompt: str, new: int) -> bool:
-        return len(model.tok_encode(prompt)) + new <= most
-
-    return _replaced(instructeval.InstructEval, 'fits', staticmethod(fits))
-
-
 def _add_gold_errors(result: dict[str, Any]) -> None:
     """The standard errors, which lm-eval does not know for a ratio of sums."""
     for task, samples in result['samples'].items():
-        scored = [sample[_GOLD] for sample in samples if _GOLD in sample]
+        scored = [sample[patches.GOLD] for sample in samples if patches.GOLD in sample]
         if scored:
-            result['results'][task][f'{_GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
+            result['results'][task][f'{patches.GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
 
 
 def _quieten() -> None:
@@ -201,17 +150,6 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
         metrics.write_atomically(path, text + '\n')
     except OSError as error:
         raise errors.RunError(f'--output={path} could not be written: {error.strerror}.') from error
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives `owner` another attribute for a while; lm-eval has no arguments for what is replaced here."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def check(
@@ -254,9 +192,7 @@ def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_da
     ]
     if drawn:
         names = ', '.join(drawn)
-        print(
-            f'evaluate: no training split of {names} in {task_data}: examples are from validation.', file=sys.stderr
-        )
+        print(f'evaluate: no training split of {names} in {task_data}: examples are from validation.', file=sys.stderr)
     return drawn
 
 

@@ -49,10 +49,9 @@ def _end_on_failure(work: Callable[[], None]) -> NoReturn:
     try:
         work()
         status = 0
-    except OSError as error:
-        os.write(2, f'{error.strerror or error}\n'.encode())
-    finally:
-        os._exit(status)
+    except BaseException as error:
+        os.write(2, f'{getattr(error, "strerror", None) or repr(error)}\n'.encode())
+    os._exit(status)
 
 
 def _fork(work: Callable[[], None]) -> int:
@@ -64,6 +63,8 @@ def _fork(work: Callable[[], None]) -> int:
 
 def _launch(order: dict[str, Any]) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        _write('/proc/self/oom_score_adj', '1000')  # where memory ends, this ends first
     asked, ask = os.pipe()
     answered, answer = os.pipe()
 

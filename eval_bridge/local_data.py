@@ -6,7 +6,6 @@ Only where a task's data comes from is changed; prompts and metrics stay the tas
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ FORMATS = ('arrow', 'csv', 'json', 'parquet', 'text')  # dataset_path of tasks w
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where a dataset's splits lie; `name` is its configuration, as astronomy. What each record has, and of what type."""
+    """Where a dataset's splits lie (`name` is its configuration, as astronomy); what each record has, of what type."""
 
     path: str
     fields: Mapping[str, Any]
@@ -55,9 +54,7 @@ _LAYOUTS = {  # by the hub's name, with the configuration's where it decides
         'drop/{split}.jsonl',
         {'query_id': str, 'passage': str, 'question': str, 'answer': dict, 'validated_answers': dict},
     ),
-    'openai/openai_humaneval': _Layout(
-        'humaneval/HumanEval.jsonl', {'prompt': str, 'test': str, 'entry_point': str}
-    ),
+    'openai/openai_humaneval': _Layout('humaneval/HumanEval.jsonl', {'prompt': str, 'test': str, 'entry_point': str}),
 }
 
 
@@ -97,7 +94,7 @@ def downloader(
     roots = [pathlib.Path.cwd(), *(pathlib.Path(path).resolve().parent for path in (include_path, folder) if path)]
 
     def download(self, dataset_kwargs=None, **kwargs):
-        layout = _layout(vars(self.config))
+        layout, files = _layout(vars(self.config)), {}
         if self.DATASET_PATH in FORMATS:
             dataset_kwargs = _located(dataset_kwargs, roots)
         elif folder and layout:
@@ -106,9 +103,10 @@ def downloader(
             dataset_kwargs = _take(self, layout, files)
         try:
             original(self, dataset_kwargs, **kwargs)
-        except (OSError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
+        # A ConnectionError is an OSError; an empty file ends the reader's iteration.
+        except (OSError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise _unreadable(self, layout, dataset_kwargs, error) from None
-        if folder and layout:
+        if files:
             _validate(self.dataset, layout, files)
 
     return download
@@ -157,7 +155,7 @@ def _files(folder: pathlib.Path | str, layout: _Layout, config: Mapping[str, Any
 
 
 def _stamp(path: pathlib.Path) -> dict[str, str]:
-    return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {'file': f'{path.parent.name}/{path.name}', 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _take(task: ConfigurableTask, layout: _Layout, files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
@@ -199,8 +197,8 @@ def _unreadable(task: ConfigurableTask, layout: _Layout | None, dataset_kwargs, 
     else:
         advice = 'give --include_path=DIR with a task file that names local data'
     return errors.UsageError(
-        f'the data of the task {task.config.task} cannot be loaded ({cause}); {advice}, or set HF_HUB_OFFLINE=0 to '
-        'download what the hub has.'
+        f'the data of the task {task.config.task} cannot be loaded ({str(cause) or "no records"}); {advice}, or set '
+        'HF_HUB_OFFLINE=0 to download what the hub has.'
     )
 
 
@@ -211,7 +209,10 @@ def _validate(dataset, layout: _Layout, files: Mapping[str, pathlib.Path]) -> No
         if not len(rows):
             raise errors.UsageError(f'{path} has no records.')
         for name, kind in layout.fields.items():
-            if name not in rows.column_names or rows.data.column(name).null_count:
-                raise errors.UsageError(f'{path}: not all records have the field {name}; {_describe(layout)}.')
-            if not isinstance(rows[0][name], kind):
-                raise errors.UsageError(f'{path}: {name} is {rows[0][name]!r}, which is no {_KINDS[kind]}.')
+            values = rows[name] if name in rows.column_names else [None]
+            wrong = next((number for number, value in enumerate(values) if not isinstance(value, kind)), None)
+            if wrong is not None:
+                raise errors.UsageError(
+                    f'{path}, record {wrong + 1}: {name} is {values[wrong]!r}, which is no {_KINDS[kind]} '
+                    f'({_describe(layout)}).'
+                )

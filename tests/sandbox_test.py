@@ -1,4 +1,4 @@
-"""The jail: hostile programs are kept in and counted as failed, good ones pass, and where there is none nothing runs."""
+"""The jail: hostile programs are kept in and counted as failed, good ones pass, without it nothing runs."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ SHORT = sandbox.Limits(cpu_seconds=1, wall_seconds=4)
 # What each tries; if it could, it would come to its end, or this machine would suffer.
 HOSTILE = {
     'bombs with forks': 'import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass',
-    'outgrows the limit of processes': 'import os, time\nfor _ in range(40):\n    if not os.fork():\n        time.sleep(9)',
+    'outgrows the limit of processes': 'import os, time\nfor _ in range(40):\n    os.fork() or time.sleep(9)',
     'loops': 'while True: pass',
     'sleeps': 'import time; time.sleep(1000)',
     'allocates 10 GB': 'x = bytearray(10 ** 10); x[-1] = 1',
@@ -44,8 +44,8 @@ HOSTILE = {
 }
 GOOD = {
     'computes': 'assert sum(range(10 ** 5)) == 4999950000',
-    'imports and writes': 'import json, random, pathlib\npathlib.Path("x").write_text("1")\nassert open("/tmp/x").read()',
-    'ends its children': 'import os\nchild = os.fork()\nif not child: os._exit(3)\nassert os.waitpid(child, 0)[1] >> 8 == 3',
+    'imports and writes': 'import json, pathlib\npathlib.Path("x").write_text("1")\nassert open("/tmp/x").read()',
+    'ends its children': 'import os\nchild = os.fork() or os._exit(3)\nassert os.waitpid(child, 0)[1] >> 8 == 3',
 }
 
 
