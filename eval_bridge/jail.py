@@ -115,6 +115,8 @@ def _build(order: dict[str, Any], ask: int, answered: int) -> None:
     # Opened while this is still the caller: nobody may not look into root's folders.
     opened = [(path, os.open(path, os.O_PATH)) for path in order['folders']]
     null = os.open('/dev/null', os.O_RDWR)
+    with contextlib.suppress(OSError):  # memory that no process has counts towards no limit; only root may
+        _write('/proc/sys/kernel/shmmni', '0')
     with contextlib.suppress(PermissionError):  # a user's own groups stay, as one who is not root may not drop them
         os.setgroups([])
     os.setresgid(USER, USER, USER)

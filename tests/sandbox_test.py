@@ -24,6 +24,7 @@ HOSTILE = {
     'sleeps': 'import time; time.sleep(1000)',
     'allocates 10 GB': 'x = bytearray(10 ** 10); x[-1] = 1',
     'allocates 10 GB in steps': 'x = [bytearray(10 ** 8) for _ in range(100)]',
+    'allocates 10 GB in files': 'import os\nfor _ in range(700): os.write(os.memfd_create("x"), bytes(15 * 10 ** 6))',
     'writes outside': 'open({outside!r}, "w").write("x")',
     'writes into Python': 'import os, json; open(os.path.dirname(json.__file__) + "/jail.py", "w").write("x")',
     'fills the disk': 'open("/tmp/x", "wb").write(bytes(10 ** 8))',
@@ -86,6 +87,13 @@ def test_a_program_fails_that(outcomes, name):
 @pytest.mark.parametrize('name', GOOD)
 def test_a_program_passes_that(outcomes, name):
     assert outcomes[name] == sandbox.PASSED
+
+
+def test_root_s_programs_have_no_memory_that_no_limit_counts(jail):
+    if os.getuid():
+        pytest.skip('only root may forbid System V segments')
+    program = 'import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1666) == -1'
+    assert sandbox.run([program]) == [sandbox.PASSED]
 
 
 def test_time_is_told_apart(outcomes):
