@@ -93,16 +93,8 @@ def evaluate(
         patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
     ):
         for shots, names in by_shots.items():  # add_env_info would take seconds to write a page about the machine
-            try:
-                part = lm_eval.evaluator.simple_evaluate(
-                    model=model, tasks=names, num_fewshot=shots, limit=limit, log_samples=True, task_manager=manager,
-                    confirm_run_unsafe_code=confirm_run_unsafe_code,
-                )  # fmt: skip
-            except jinja2.UndefinedError as error:
-                raise errors.UsageError(
-                    f'a record of the data does not fit the template of its task, of {", ".join(names)}: {error}.'
-                ) from error
-            _merge(result, part)
+            options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
+            _merge(result, _asked(model, names, num_fewshot=shots, log_samples=True, **options))
     _add_gold_errors(result)
     if not log_samples:
         del result['samples']
@@ -118,6 +110,16 @@ def evaluate(
     if output is not None:
         write(pathlib.Path(output), result)
     return result
+
+
+def _asked(model, names: Sequence[str], **options) -> dict[str, Any]:
+    """The result of lm-eval's simple_evaluate."""
+    try:
+        return lm_eval.evaluator.simple_evaluate(model=model, tasks=names, **options)
+    except jinja2.UndefinedError as error:
+        raise errors.UsageError(
+            f'a record of the data does not fit the template of its task, of {", ".join(names)}: {error}.'
+        ) from error
 
 
 def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:
@@ -167,7 +169,8 @@ def check(
     configs = _configs(tasks, manager)
     unsafe = [name for name, config in configs.items() if config.get('unsafe_code')]
     for name in unsafe:
-        if _TASKS not in pathlib.Path(manager.task_index[name].yaml_path or '').parents:
+        entry = manager.task_index.get(name)
+        if not (entry and entry.yaml_path and _TASKS in entry.yaml_path.parents):
             raise errors.UsageError(f'the task {name} runs programs that the model wrote, and not in our jail.')
     if unsafe and not confirm_run_unsafe_code:
         raise errors.UsageError(
