@@ -129,8 +129,6 @@ class JaxLM(TemplateLM):
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """The last seq_len + 1 tokens, and how many of them are scored."""
-        if not continuation:
-            raise errors.UsageError('a task asks for the likelihood of an empty text; leave it out, or mend its data.')
         if len(continuation) > self.max_length:
             raise errors.UsageError(
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '

@@ -92,10 +92,11 @@ def _refuse_empty(task: ConfigurableTask, doc) -> None:
 
 
 def fitting(model) -> contextlib.AbstractContextManager[None]:
-    """Lets InstructEval's tasks leave out the examples that do not fit `model`."""
-    most = min(instructeval.MOST_TOKENS, model.max_length)
+    """Lets InstructEval's tasks leave out the examples that do not fit `model`; all fit one that has no tokens."""
+    encode = getattr(model, 'tok_encode', None)
+    most = min(instructeval.MOST_TOKENS, getattr(model, 'max_length', instructeval.MOST_TOKENS))
 
     def fits(prompt: str, new: int) -> bool:
-        return len(model.tok_encode(prompt)) + new <= most
+        return encode is None or len(encode(prompt)) + new <= most
 
     return replaced(instructeval.InstructEval, 'fits', staticmethod(fits))

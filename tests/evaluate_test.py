@@ -217,11 +217,6 @@ def test_tasks_that_cannot_run_are_named(tasks, jax_lm, tmp_path, names, message
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_text_has_no_likelihood(jax_lm):
-    with pytest.raises(errors.UsageError, match='the likelihood of an empty text'):
-        jax_lm._loglikelihood_tokens([(('a', ''), [1], [])])
-
-
 def test_a_folder_of_tasks_that_is_not_there_is_named(jax_lm, tmp_path):
     with pytest.raises(errors.UsageError, match='--include_path=.* is not a folder'):
         evaluate.evaluate(jax_lm, ['piqa'], include_path=tmp_path / 'none')

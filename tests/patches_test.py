@@ -54,3 +54,10 @@ def test_the_gold_metric_is_of_the_right_answers(tmp_path):
 def test_a_document_that_would_give_a_wrong_number_is_refused(tmp_path, last, changes, message):
     with pytest.raises(errors.UsageError, match=message):
         _evaluate(tmp_path, last, **changes)
+
+
+def test_every_prompt_fits_a_model_without_tokens():
+    with patches.fitting(object()):
+        assert instructeval.InstructEval.fits('x' * 10_000, 1)
+    with patches.fitting(Scripted(max_length=10)):
+        assert instructeval.InstructEval.fits('x' * 9, 1) and not instructeval.InstructEval.fits('x' * 10, 1)
