@@ -31,6 +31,7 @@ PHASES = {
     'step': gpu_step.step,
     'resume': gpu_step.resume,
     'sweep': gpu_attention.sweep,
+    'sweep_streaming': gpu_ops.sweep_streaming,
     'unrolled': gpu_step.unrolled,
 }
 _HIDDEN = {'resume_first': gpu_step.resume_first, 'resume_second': gpu_step.resume_second}

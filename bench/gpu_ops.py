@@ -5,8 +5,10 @@ Every implementation is held to plain JAX in float32 at the highest precision be
 Shapes: B batch, T time, D model, N query heads, H head dim, F feed-forward, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,8 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import gpu_record as record
-from kernels import dispatch, reference
+from kernels import dispatch, launch, reference
 
+# Kernel of `launch`'s table -> its op, the pass it is of, and what is tried.
+ROW_TILES = {
+    'rms_norm_forward': ('rms_norm + residual', 'forward', [launch.Tile({}, warps) for warps in (1, 2, 4, 8)]),
+    'rms_norm_backward': (
+        'rms_norm + residual', 'backward',
+        [launch.Tile({}, warps, programs=programs) for warps, programs in itertools.product((4, 8), (2, 4, 8))],
+    ),
+    'rope': (
+        'rope', 'forward',
+        [launch.Tile({'BLOCK': block}, warps) for block, warps in itertools.product((32, 64, 128), (2, 4, 8))],
+    ),
+    'swiglu_forward': ('swiglu', 'forward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
+    'swiglu_backward': ('swiglu', 'backward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
+}  # fmt: skip
 # Error in norm, relative, of values and gradients in bfloat16: good kernels have 2e-3 to 4e-3, a wrong tile or mask
 # many times this.
 TOLERANCE = 1e-2
@@ -101,6 +117,37 @@ def streaming(setting: record.Setting) -> dict:
     return {'rows': rows, 'failures': failures}
 
 
+def sweep_streaming(setting: record.Setting) -> dict:
+    """GB/s of the kernels that stream memory at other tile shapes, and the fastest of each."""
+    copies, rows, best = (1 if setting.smoke else 8), [], {}
+    ops = {op.name: op for op in _streaming_ops(setting)}
+    for kernel, (name, way, tiles) in ROW_TILES.items():
+        if name not in ops:  # the smoke run has one
+            continue
+        sets = [normals(seed, jnp.bfloat16, *ops[name].shapes) for seed in range(copies)]
+        calls, moved = {}, 0
+        for tile in tiles[:1] if setting.smoke else tiles:
+            with _row_tile(kernel, tile):
+                ways = {each: (call, size) for each, call, size in _streaming_calls(ops[name], setting.kernels, sets)}
+                calls[str(tile)], moved = ways[way]
+                record.wait(calls[str(tile)]())  # traced while the table is as it is now
+        seconds = record.medians(calls, **how_often(setting))
+        rows += [{'kernel': kernel, 'tile': tile, 'gb_per_s': moved / each / 1e9} for tile, each in seconds.items()]
+        best[kernel] = min(seconds, key=seconds.__getitem__)
+    return {'best': '; '.join(f'{kernel} {tile}' for kernel, tile in best.items()), 'rows': rows}
+
+
+@contextlib.contextmanager
+def _row_tile(kernel: str, tile: launch.Tile):
+    """A context in which a kernel that streams memory is traced with another tile."""
+    before = launch._ROWS[kernel]
+    launch._ROWS[kernel] = tile
+    try:
+        yield
+    finally:
+        launch._ROWS[kernel] = before
+
+
 def _streaming_calls(op: StreamingOp, impl: str, sets):
     """('forward' and 'backward', the call, the bytes that it must move)."""
     function = op.function(impl)
@@ -125,7 +172,7 @@ def _streaming_errors(function, plain, arrays) -> float:
     found = jax.jit(functools.partial(results, function))(arrays)
     with jax.default_matmul_precision('highest'):
         wanted = jax.jit(functools.partial(results, plain))([x.astype(jnp.float32) for x in arrays])
-    return max(record.relative_error(x, y) for x, y in zip(found, wanted, strict=True))
+    return float(np.max([record.relative_error(x, y) for x, y in zip(found, wanted, strict=True)]))  # NaN stays
 
 
 def _copy_row(setting: record.Setting, copies: int) -> dict:

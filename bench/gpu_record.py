@@ -63,8 +63,8 @@ class Setting:
 
     @property
     def model(self) -> config_lib.ModelConfig:
-        """TinyLlama 1.1 B in bfloat16; a layer of a few thousand parameters in the smoke run."""
-        return _SMALL if self.smoke else config_lib.ModelConfig(compute_dtype='bfloat16')
+        """TinyLlama 1.1 B in bfloat16, its layers unrolled; a layer of a few thousand parameters in the smoke run."""
+        return _SMALL if self.smoke else config_lib.ModelConfig(compute_dtype='bfloat16', scan_layers=False)
 
     @property
     def batch(self) -> int:
@@ -309,7 +309,8 @@ def _outcomes(module: str, phases: dict, setting: Setting, flags) -> Iterator[tu
 def _default_folder(setting: Setting, about: dict) -> pathlib.Path:
     if setting.smoke:
         return pathlib.Path(tempfile.mkdtemp(prefix='tinyllama-bench-smoke-'))
-    return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower()
+    commit = (runtime.commit() or 'unknown')[:7]
+    return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower() / commit
 
 
 def failures_of(record: dict) -> list[str]:

@@ -25,6 +25,7 @@ def get_config(arg: str = '') -> Config:
             num_kv_heads=4,
             head_dim=64,
             hidden_dim=2_048,
+            scan_layers=False,  # faster on one GPU
         ),
         data=DataConfig(
             sources={

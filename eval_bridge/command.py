@@ -42,6 +42,8 @@ def evaluate_run(
     backend: str | None = None,
     parity: bool = False,
     include_path: str | None = None,
+    task_data: str | None = None,
+    confirm_run_unsafe_code: bool = False,
     limit: int | None = None,
     log_samples: bool = False,
     output: str | None = None,
@@ -56,8 +58,10 @@ def evaluate_run(
     """
     _check(folder, model, models, table, figure, output)
     tasks = tasks or tuple(results.TABLES.get(table or figure or 0, ()))
-    options = {'include_path': include_path, 'limit': limit, 'log_samples': log_samples}
+    of_tasks = {'task_data': task_data, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
+    options = {'include_path': include_path, 'limit': limit, 'log_samples': log_samples, **of_tasks}
     options['manager'] = evaluate.task_manager(tasks, include_path)  # so that a mistyped name costs no time
+    evaluate.check(tasks, options['manager'], **of_tasks)
     how = _How(protocols.PROTOCOLS[protocol], backend, tasks, options, None)
     if table or figure:
         place = pathlib.Path(output) if output else folder / 'eval'

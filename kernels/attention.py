@@ -5,7 +5,8 @@ maximum and sum. The forward pass leaves the base-2 log-sum-exp of each row, fro
 backward pass makes the weights anew; it is kept as its two terms (the row's maximum and the log of
 the sum), since added up they would lose digits where logits are large. A program of the second
 backward kernel owns a tile of keys and values and goes over all query heads that read them, so
-that nothing is added atomically.
+that nothing is added atomically. Of all heads the tiles with the most to do start first: taken head
+by head, a few long ones would be left at the end while the other multiprocessors wait.
 
 Shapes: B batch, T time (queries and keys alike), N query heads, K key-value heads, G = N / K,
 H head dim; lse_BN2T: maximum and log2 of the sum. Query head n reads key-value head n // G. Sizes
@@ -72,12 +73,12 @@ def _attend(
     for first in tl.range(start, stop, BLOCK):
         keys = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
         k = _tile(k_ptr, keys, ROW, H, T, EVEN or not DIAGONAL)
-        scores = tl.dot(q, tl.trans(k), input_precision='ieee') * SCALE
+        scores = tl.dot(q, tl.trans(k), input_precision='ieee')
         if DIAGONAL or SEGMENTS:
             seen = _visible_keys(queries, query_segments, keys, segments_ptr, T, EVEN, DIAGONAL, SEGMENTS)
             scores = tl.where(seen, scores, -1.0e30)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
+        weights = tl.exp2(scores * SCALE - new_top[:, None])  # one fused multiply-add an element
         if SEGMENTS:  # a tile may hold nothing that the row sees, before the first one that does
             weights = tl.where(scores > -1.0e30, weights, 0.0)
         shrink = tl.exp2(top - new_top)
@@ -96,9 +97,9 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """A tile of queries of one head: q, out [B, T, N, H], k, v [B, T, K, H], lse [B, N, 2, T]. SCALE is in base 2."""
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    b = (tl.program_id(1) // N).to(tl.int64)
-    n = tl.program_id(1) % N
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = (tl.program_id(0) // N).to(tl.int64)
+    n = tl.program_id(0) % N
     queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k_ptr += (b * T * K + n // (N // K)) * H
     v_ptr += (b * T * K + n // (N // K)) * H
@@ -141,9 +142,9 @@ def attention_delta_kernel(
     are: where a row sees one key, the two are equal and nothing is left.
     """
     EVEN: tl.constexpr = T % BLOCK_Q == 0
-    b = (tl.program_id(1) // N).to(tl.int64)
-    n = tl.program_id(1) % N
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = (tl.program_id(0) // N).to(tl.int64)
+    n = tl.program_id(0) % N
+    rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     head = (b * T * N + n) * H
     out = _tile(out_ptr + head, rows, N * H, H, T, EVEN)
     dout = _tile(dout_ptr + head, rows, N * H, H, T, EVEN)
@@ -181,9 +182,9 @@ def attention_dq_kernel(
 ):  # fmt: skip
     """dq of a tile of queries of one head; shapes as in `attention_forward_kernel`."""
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (tl.program_id(1) // N).to(tl.int64)
-    n = tl.program_id(1) % N
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    b = (tl.program_id(0) // N).to(tl.int64)
+    n = tl.program_id(0) % N
     queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k_ptr += (b * T * K + n // (N // K)) * H
     v_ptr += (b * T * K + n // (N // K)) * H
@@ -274,9 +275,9 @@ def attention_dkv_kernel(
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
     G: tl.constexpr = N // K
     DIAGONAL_TILES: tl.constexpr = BLOCK_K // BLOCK_Q
-    start = tl.program_id(0) * BLOCK_K
-    b = (tl.program_id(1) // K).to(tl.int64)
-    kv_head = tl.program_id(1) % K
+    start = tl.program_id(1) * BLOCK_K
+    b = (tl.program_id(0) // K).to(tl.int64)
+    kv_head = tl.program_id(0) % K
     keys = start + tl.arange(0, BLOCK_K)
     head = (b * T * K + kv_head) * H
     k = _tile(k_ptr + head, keys, K * H, H, T, EVEN)
@@ -341,7 +342,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target):
         attention_forward_kernel,
         (q_BTNH, k_BTKH, v_BTKH, segments),
         (_like(q_BTNH), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)),
-        grid=(-(-T // tile.sizes['BLOCK_Q']), B * N),
+        grid=(B * N, -(-T // tile.sizes['BLOCK_Q'])),
         tile=tile,
         **_sizes(q_BTNH, k_BTKH, segment_ids_BT),
     )
@@ -364,7 +365,7 @@ def _attention_bwd(target, residuals, dout_BTNH):
     sizes = _sizes(q_BTNH, k_BTKH, segment_ids_BT) | {'GRADIENT_SCALE': H**-0.5}
 
     def call(kernel, outputs, tile, block, heads):
-        grid = (-(-T // tile.sizes[block]), B * heads)
+        grid = (B * heads, -(-T // tile.sizes[block]))
         return target.call(kernel, inputs, tuple(map(_like, outputs)), grid=grid, tile=tile, **sizes)
 
     (dq_BTNH,) = call(attention_dq_kernel, (q_BTNH,), tile('attention_dq'), 'BLOCK_Q', q_BTNH.shape[2])
@@ -375,7 +376,7 @@ def _attention_bwd(target, residuals, dout_BTNH):
 def _delta(out_BTNH, dout_BTNH, target):
     B, T, N, H = out_BTNH.shape
     tile = target.tile('attention_delta')
-    grid = (-(-T // tile.sizes['BLOCK_Q']), B * N)
+    grid = (B * N, -(-T // tile.sizes['BLOCK_Q']))
     delta_BNT = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     return target.call(
         attention_delta_kernel, (out_BTNH, dout_BTNH), (delta_BNT,), grid=grid, tile=tile, T=T, N=N, H=H

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from kernels import varying
+from kernels import reference, varying
 
 CHUNK = 2_048  # tokens: float32 logits of 262 MB at 32,000 pieces
 
@@ -79,8 +79,8 @@ def _loss_fwd(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
         added, (kept, own_top_C, top_C, log_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
         growth_C = weights_C * (1 + 2 * z_loss * (top_C + log_C))
         dlogits_CV = rows.gradient(kept, own_top_C, targets_C, top_C, log_C, growth_C, weights_C, x_CD.dtype)
-        dhead_DV += jnp.dot(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
-        dx_CD = jnp.dot(dlogits_CV, head_DV.T, preferred_element_type=jnp.float32) / total
+        dhead_DV += _product(x_CD.T, dlogits_CV)
+        dx_CD = _product(dlogits_CV, head_DV.T) / total
         return (jax.tree.map(jnp.add, parts, added), dhead_DV), dx_CD.astype(x_CD.dtype)
 
     # Divided by after the products: weights of 1 leave the target's part of dlogits near -1, where bfloat16 is good.
@@ -99,6 +99,10 @@ def _loss_bwd(z_loss, vocab_axis, rows, residuals, gradients):
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
+def _product(x, y):
+    return jnp.dot(x, y, precision=reference.precision(x), preferred_element_type=jnp.float32)
+
+
 def _total(weights_nC):
     return jnp.maximum(jnp.sum(weights_nC), 1e-9)
 
@@ -110,7 +114,7 @@ def _zeros(weights_nC):
 def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
     """A chunk's (negative log-likelihood, z-loss), and what the rows' gradient takes: kept, own_top, top, log."""
     x_CD, targets_C, weights_C = chunk
-    logits_CV = jnp.dot(x_CD, head_DV, preferred_element_type=jnp.float32)
+    logits_CV = _product(x_CD, head_DV)
     own_top_C, total_C, picked_C, kept = rows.sums(logits_CV, targets_C)
     top_C, log_C, picked_C = _over_the_vocabulary(own_top_C, total_C, picked_C, vocab_axis)
     nll = jnp.sum(weights_C * (top_C - picked_C + log_C))

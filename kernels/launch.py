@@ -14,18 +14,21 @@ from kernels import varying
 
 CHIPS = ('sm_80', 'sm_90')  # A100; H100 and H200
 _MULTIPROCESSORS: dict[str | None, int] = {'sm_80': 108, 'sm_90': 132}
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 _INTERPRETED_PROGRAMS = 3
 _MOST_PROGRAMS = 65_535  # of a grid's second axis (CUDA C++ Programming Guide, table 30)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Compile-time block sizes of a kernel, and how many warps and pipeline stages it is compiled for."""
+    """Compile-time block sizes of a kernel, and how many warps and pipeline stages it is compiled for.
+
+    `programs`: how many a multiprocessor is given, of a kernel that goes over many rows in each.
+    """
 
     sizes: dict[str, int]
     warps: int
     stages: int = 2
+    programs: int = 4
 
 
 def _pairs(**kernels) -> dict[str, Tile]:
@@ -37,30 +40,32 @@ def _pairs(**kernels) -> dict[str, Tile]:
 
 
 # By chip, dtype and head dim: register spills bind (kernels/resources.py finds none in these), so that kernels
-# with segment ids may need smaller ones. Not yet tuned on a GPU.
+# with segment ids may need smaller ones. Those of sm_90, bfloat16 and 64 are the fastest of a sweep on an H100
+# (bench/results); small ones, of which several share a multiprocessor, so that one multiplies while another one's
+# exponentials are computed. The others are not tuned on a GPU.
 _ATTENTION: dict[tuple[str | None, str, int], dict[str, Tile]] = {
     ('sm_80', 'bfloat16', 64): _pairs(
         forward=(128, 64, 4, 3), forward_segments=(128, 64, 8, 3), dq=(64, 32, 4, 2), dkv=(32, 64, 4, 3)
     ),
     ('sm_90', 'bfloat16', 64): _pairs(
-        forward=(128, 128, 8, 2), dq=(64, 64, 4, 2), dkv=(64, 128, 8, 2), dkv_segments=(32, 64, 4, 3)
+        forward=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkv=(64, 64, 4, 3), dkv_segments=(32, 64, 4, 3)
     ),
     ('sm_80', 'bfloat16', 128): _pairs(forward=(128, 64, 8, 2), dq=(64, 64, 8, 2), dkv=(32, 64, 8, 2)),
     ('sm_90', 'bfloat16', 128): _pairs(forward=(128, 128, 8, 2), dq=(64, 64, 8, 2), dkv=(32, 64, 8, 2)),
 }
 for _chip in CHIPS:  # without tensor cores, which have no float32: for checks, not for speed
-    _ATTENTION[_chip, 'float32', 64] = _pairs(forward=(32, 32, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 32, 8, 2))
-    _ATTENTION[_chip, 'float32', 128] = _pairs(forward=(32, 16, 8, 2), dq=(32, 16, 8, 2), dkv=(32, 32, 8, 2))
+    _ATTENTION[_chip, 'float32', 64] = _pairs(forward=(32, 32, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 32, 8, 1))
+    _ATTENTION[_chip, 'float32', 128] = _pairs(forward=(32, 16, 8, 2), dq=(32, 16, 8, 2), dkv=(16, 64, 8, 2))
 _INTERPRETED = _pairs(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 64, 4, 2))
 
-# The same on every chip: these only stream memory.
+# The same on every chip: these only stream memory. The fastest of a sweep on an H100, by a percent or two.
 _ROWS = {
     'attention_delta': Tile({'BLOCK_Q': 64}, warps=4),
-    'rms_norm_forward': Tile({}, warps=4),
+    'rms_norm_forward': Tile({}, warps=8),
     'rms_norm_backward': Tile({}, warps=4),
-    'rope': Tile({'BLOCK': 64}, warps=4),
-    'swiglu_forward': Tile({'BLOCK': 2048}, warps=4),
-    'swiglu_backward': Tile({'BLOCK': 2048}, warps=4),
+    'rope': Tile({'BLOCK': 128}, warps=4),
+    'swiglu_forward': Tile({'BLOCK': 1024}, warps=4),
+    'swiglu_backward': Tile({'BLOCK': 1024}, warps=4),
     'cross_entropy_sums': Tile({'BLOCK': 4096}, warps=8),
     'cross_entropy_gradient': Tile({'BLOCK': 4096}, warps=8),
 }
@@ -73,10 +78,9 @@ class Target:
     chip: str | None = None
     interpret: bool = False
 
-    @property
-    def programs(self) -> int:
+    def programs(self, kernel: str) -> int:
         """How many programs a kernel is given that goes over many rows in each."""
-        return _PROGRAMS_PER_MULTIPROCESSOR * _MULTIPROCESSORS[self.chip] if self.chip else _INTERPRETED_PROGRAMS
+        return self.tile(kernel).programs * _MULTIPROCESSORS[self.chip] if self.chip else _INTERPRETED_PROGRAMS
 
     def tile(self, kernel: str) -> Tile:
         """The tile shape of a kernel that streams memory."""
@@ -91,7 +95,7 @@ class Target:
         """The kernel's outputs, as `outputs` (ShapeDtypeStructs) say; its parameters are inputs, outputs, constants."""
         constants |= tile.sizes
         if max(grid[1:], default=0) > _MOST_PROGRAMS:
-            raise ValueError(f'{kernel.__name__}: batch x heads is {grid[1]}; {_MOST_PROGRAMS} at most')
+            raise ValueError(f'{kernel.__name__}: {grid[1]} tiles of a row; {_MOST_PROGRAMS} at most')
         if self.interpret:
             results = _interpret(kernel, inputs, outputs, grid, constants)
         else:

@@ -42,10 +42,13 @@ def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum('btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=_wide(q_BTNH.dtype))
+    logits_BKGTS = jnp.einsum(
+        'btkgh,bskh->bkgts', q_BTKGH, k_BSKH, precision=precision(k_BSKH), preferred_element_type=_wide(q_BTNH.dtype)
+    )
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * H**-0.5, _MASKED)
     weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH, precision=precision(v_BSKH))
+    return out_BTKGH.reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -58,24 +61,24 @@ def linear(x, w, gradient_dtype=None):
 
 
 def _linear_fwd(x, w, _):
-    return jnp.tensordot(x, w.astype(x.dtype), axes=x.ndim - 2, precision=_precision(x)), (x, w)
+    return jnp.tensordot(x, w.astype(x.dtype), axes=x.ndim - 2, precision=precision(x)), (x, w)
 
 
 def _linear_bwd(gradient_dtype, residuals, dy):
     x, w = residuals
     inputs, outputs = x.ndim - 2, dy.ndim - 2
     back = (tuple(range(2, 2 + outputs)), tuple(range(inputs, inputs + outputs)))
-    dx = jnp.tensordot(dy, w.astype(x.dtype), axes=back, precision=_precision(x))
+    dx = jnp.tensordot(dy, w.astype(x.dtype), axes=back, precision=precision(x))
     dtype = gradient_dtype or x.dtype
-    dw = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), precision=_precision(x), preferred_element_type=dtype)
+    dw = jnp.tensordot(x, dy, axes=((0, 1), (0, 1)), precision=precision(x), preferred_element_type=dtype)
     return dx, dw.astype(w.dtype)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def _precision(x):
-    """Of x's dtype: by themselves GPUs make float32 products of TensorFloat-32."""
+def precision(x):
+    """Of x's dtype, for its products: by themselves GPUs make those of float32 of TensorFloat-32."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
@@ -130,7 +133,9 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
     z_loss: `z_loss` times the mean squared log of the softmax's denominator (PaLM, section 5).
     With `weights_BT` the means are weighted (0 leaves a position out). Only the loss has a gradient.
     """
-    logits_BTV = jnp.einsum('btd,dv->btv', x_BTD, head_DV, preferred_element_type=_wide(x_BTD.dtype))
+    logits_BTV = jnp.einsum(
+        'btd,dv->btv', x_BTD, head_DV, precision=precision(x_BTD), preferred_element_type=_wide(x_BTD.dtype)
+    )
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     if weights_BT is None:

@@ -5,6 +5,7 @@ by Triton and assembled by its ptxas. Ends with 1 if one of them spills register
 scratch or more shared memory than a block has, or rounds float32 to tf32.
 """
 
+import argparse
 import atexit
 import dataclasses
 import json
@@ -44,7 +45,8 @@ class Launch:
     @property
     def name(self) -> str:
         """As attention_forward bfloat16 H64."""
-        return f'{self.kernel.__name__.removesuffix("_kernel")} {self.variant}'
+        back = ' back' if self.constants.get('SIGN') == -1 else ''  # rope's own gradient
+        return f'{self.kernel.__name__.removesuffix("_kernel")} {self.variant}{back}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,8 @@ def _attention(chip: str, dtype: str, H: int, *, segments: bool) -> list[Launch]
 def _rows(chip: str, dtype: str) -> list[Launch]:
     """The launches of the ops that stream memory."""
     x, scale = jax.ShapeDtypeStruct((_B, _T, _D), dtype), jax.ShapeDtypeStruct((_D,), jnp.float32)
-    heads, wide = jax.ShapeDtypeStruct((_B, _T, _N, 64), dtype), jax.ShapeDtypeStruct((_B, _T, _F), dtype)
+    queries, keys = (jax.ShapeDtypeStruct((_B, _T, heads, 64), dtype) for heads in (_N, _K))
+    wide = jax.ShapeDtypeStruct((_B, _T, _F), dtype)
     head = jax.ShapeDtypeStruct((_D, _V), dtype)
 
     def normed(target, x, scale, residual=None):
@@ -112,7 +115,8 @@ def _rows(chip: str, dtype: str) -> list[Launch]:
     return [
         *_recorded(chip, dtype, normed, x, scale),
         *_recorded(chip, f'{dtype} residual', normed, x, scale, x),
-        *_recorded(chip, dtype, turned, heads),
+        *_recorded(chip, f'{dtype} N{_N}', turned, queries),
+        *_recorded(chip, f'{dtype} N{_K}', turned, keys),
         *_recorded(chip, dtype, lambda target, gate, up: swiglu.swiglu(gate, up, target), wide, wide),
         *_recorded(chip, dtype, loss, x, head),
     ]
@@ -159,8 +163,12 @@ def usage(launched: Launch, chip: str) -> dict:
 
 
 def table(chips=launch.CHIPS) -> list[dict]:
-    """The usage of every kernel on every chip."""
-    return [usage(launched, chip) for chip in chips for launched in launches(chip)]
+    """The usage of every kernel on every chip; says on stderr how far it is."""
+    pairs, rows = [(launched, chip) for chip in chips for launched in launches(chip)], []
+    for number, (launched, chip) in enumerate(pairs, start=1):
+        print(f'[{number}/{len(pairs)}] {launched.name} on {chip}', file=sys.stderr)
+        rows.append(usage(launched, chip))
+    return rows
 
 
 def faults(row: dict) -> list[str]:
@@ -180,8 +188,10 @@ def markdown(rows: list[dict]) -> str:
 
 def main(*arguments: str) -> int:
     """Prints the table, in Markdown or as JSON; returns the exit status."""
-    rows = table()
-    print(json.dumps(rows, indent=1) if '--json' in arguments else markdown(rows))
+    parser = argparse.ArgumentParser(prog='python -m kernels.resources', description=__doc__.partition('\n')[0])
+    parser.add_argument('--json', action='store_true', help='a list of objects instead of a table')
+    flags, rows = parser.parse_args(arguments), table()
+    print(json.dumps(rows, indent=1) if flags.json else markdown(rows))
     bad = {f'{row["kernel"]} on {row["chip"]}': faults(row) for row in rows if faults(row)}
     for kernel, reasons in bad.items():
         print(f'{kernel}: {", ".join(reasons)}', file=sys.stderr)

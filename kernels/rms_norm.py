@@ -135,7 +135,7 @@ def _forward(kernel, inputs, scale_D, eps, target):
 
 def _backward(x_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, target):
     B, T, D = x_BTD.shape
-    programs = min(B * T, target.programs)
+    programs = min(B * T, target.programs('rms_norm_backward'))
     dx_BTD, dscale_PD = target.call(
         rms_norm_backward_kernel,
         (x_BTD, scale_D, inverse_BT, dy_BTD, dy_BTD if dsum_BTD is None else dsum_BTD),  # dsum not read unless ADDED

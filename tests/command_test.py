@@ -175,12 +175,14 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
         ({'figure': 2, 'models': ['somewhere'], 'output': 'x'}, 'somewhere does not end with its training tokens'),
         ({'table': 2, 'models': ['a=x', 'a=y'], 'output': 'x'}, 'a is there twice'),
         ({'model': 'nowhere'}, 'nowhere/config.json cannot be read'),
+        ({'tasks': ['humaneval'], 'model': 'nowhere'}, 'run programs that the model wrote; give --confirm_run'),
+        ({'task_data': 'nowhere', 'model': 'nowhere'}, '--task_data=nowhere is not a folder'),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(task_files, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.UsageError, match=message):
-        _evaluate(task_files, tasks=['piqa'], **options)
+        _evaluate(task_files, **{'tasks': ['piqa'], **options})
 
 
 def test_a_folder_that_transformers_cannot_open_is_named(task_files, others, tmp_path):

@@ -1,5 +1,8 @@
 """The choice of an implementation, and what the ops refuse."""
 
+import functools
+import importlib.util
+import re
 import sys
 
 import jax
@@ -12,6 +15,7 @@ from tests import kernel_checks
 from tests.kernel_checks import normal
 
 X, SCALE = normal(0, 1, 4, 64), jnp.ones(64)
+LONG = jax.ShapeDtypeStruct((1, 1 << 22, 1, 64), jnp.float32)
 Q, K = normal(0, 1, 4, 4, 64), normal(1, 1, 4, 2, 64)
 POSITIONS, HEAD = jnp.arange(4)[None], normal(2, 64, 9)
 CALLS = {
@@ -107,7 +111,8 @@ BAD = {
         lambda: dispatch.rms_norm(X, SCALE.astype(jnp.float16), eps=1e-5), 'rms_norm: scale is float16, not float32'
     ),
     'programs': (
-        lambda: dispatch.attention(*[jnp.zeros((1 << 16, 1, 1, 64))] * 3, impl='interpret'), 'is 65536; 65535 at most'
+        lambda: jax.eval_shape(functools.partial(dispatch.attention, impl='interpret'), *[LONG] * 3),
+        '65536 tiles of a row; 65535 at most',
     ),
 }  # fmt: skip
 
@@ -117,6 +122,38 @@ def test_bad_input_is_refused_with_the_op_and_the_values(call):
     function, message = BAD[call]
     with pytest.raises(ValueError, match=message):
         function()
+
+
+@kernel_checks.needs_triton
+@pytest.mark.parametrize('gradient', [False, True])
+def test_what_is_not_a_number_fails_the_checks(monkeypatch, gradient):
+    poison = float('nan')
+    broken = jax.custom_vjp(lambda gate, up: reference.swiglu(gate, up) * (1.0 if gradient else poison))
+    broken.defvjp(lambda gate, up: (broken(gate, up), None), lambda _, dy: (dy * poison, dy))
+    monkeypatch.setattr(dispatch, 'swiglu', lambda gate, up, impl: broken(gate, up))
+    for check in (kernel_checks.check_float32, kernel_checks.check_bfloat16, kernel_checks.check_extreme):
+        with pytest.raises(AssertionError):
+            check('swiglu', (X, X))
+
+
+def test_products_of_float32_are_of_float32_on_a_gpu():
+    how = {'impl': 'xla', 'chip': 'sm_90'}
+    programs = {
+        'attention': jax.jit(lambda q, k: dispatch.attention(q, k, k, **how)).trace(Q, K),
+        'cross_entropy': jax.jit(jax.grad(lambda x, h: dispatch.cross_entropy(x, h, POSITIONS, **how)[0])).trace(
+            X, HEAD
+        ),
+    }
+    for op, traced in programs.items():
+        products = re.findall(r'dot_general.*', traced.lower(lowering_platforms=('cuda',)).as_text())
+        assert products and all('[HIGHEST, HIGHEST]' in product for product in products), op
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('transformers'), reason='transformers is not installed')
+def test_transformers_does_not_take_our_package_for_another_of_its_name():
+    from transformers.utils import is_kernels_available
+
+    assert not is_kernels_available()
 
 
 def test_without_triton_a_kernel_says_what_to_install(monkeypatch):

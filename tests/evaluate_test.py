@@ -63,6 +63,14 @@ def tasks(tmp_path_factory):
     (root / 'tasks' / 'cloze.yaml').write_text(CLOZE)
     (root / 'tasks' / 'perplexity.yaml').write_text(PERPLEXITY)
     (root / 'tasks' / 'group.yaml').write_text('group: tiny_group\ntask: [tiny_cloze, tiny_perplexity]\n')
+    (root / 'data' / 'broken.jsonl').write_text('{"context": "a", "choices": ["b"')
+    for name, change in {'empty': {'choices': ['a', '']}, 'wrong': {'answer': 7}}.items():
+        (root / 'data' / f'{name}.jsonl').write_text(json.dumps(records[0] | change))
+    for name in ('empty', 'wrong', 'broken'):
+        text = CLOZE.replace('tiny_cloze', f'tiny_{name}').replace('cloze.jsonl', f'{name}.jsonl')
+        (root / 'tasks' / f'{name}.yaml').write_text(f'{text}target_delimiter: ""\n')
+    text = CLOZE.replace('tiny_cloze', 'tiny_template').replace('{{context}}', '{{contxt}}')
+    (root / 'tasks' / 'template.yaml').write_text(text)
     (root / 'tasks' / 'lost.yaml').write_text(CLOZE.replace('tiny_cloze', 'tiny_lost').replace('data/', 'nowhere/'))
     return root / 'tasks'
 
@@ -171,10 +179,16 @@ def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what
 
 def test_our_files_are_enough_and_official_folders_are_found(tasks):
     own = evaluate.task_manager(('tiny_group',), tasks)
-    assert set(own.all_tasks) == {'tiny_cloze', 'tiny_perplexity', 'tiny_group', 'tiny_lost'}
+    ours = set(evaluate.task_manager(('instructeval_drop',), None).task_index)
+    names = ('cloze', 'perplexity', 'group', 'lost', 'empty', 'wrong', 'broken', 'template')
+    assert set(own.task_index) - ours == {f'tiny_{name}' for name in names}
     mixed = evaluate.task_manager(('tiny_cloze', 'hellaswag', 'blimp'), tasks)
     assert {'tiny_cloze', 'hellaswag', 'blimp', 'blimp_adjunct_island'} <= set(mixed.all_tasks)
     assert len(mixed.all_tasks) < 1_000
+    tags = evaluate.task_manager(('ai2_arc', 'mmlu'), None).task_index
+    assert tags['ai2_arc'].tags == {'arc_easy', 'arc_challenge'}
+    assert sum(len(entry.tags) for name, entry in tags.items() if re.fullmatch('mmlu_.*_tasks', name)) == 57
+    assert len(tags) < 1_000
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,16 @@ def test_our_files_are_enough_and_official_folders_are_found(tasks):
         (['hellaswagg'], "no task 'hellaswagg'; the nearest is 'hellaswag'"),
         (['piqa'], r'data of the task piqa cannot be loaded .*HF_HUB_OFFLINE=0'),
         (['tiny_lost'], 'data of the task tiny_lost cannot be loaded'),
+        (
+            ['hellaswag'],
+            r'put hellaswag/validation.jsonl \(JSON lines, .*endings.*\) into a folder and give --task_data=',
+        ),
+        (['humaneval'], r'humaneval: these tasks run programs .* give --confirm_run_unsafe_code'),
+        (['mbpp'], 'mbpp runs programs that the model wrote, and not in our jail'),
+        (['tiny_empty'], "tiny_empty has an empty choice or target in .*'choices': \\['a', ''"),
+        (['tiny_wrong'], "tiny_wrong: the answer 7 is none of the choices .*'answer': 7"),
+        (['tiny_template'], "does not fit the template of its task, of tiny_template: 'contxt' is undefined"),
+        (['tiny_broken'], 'tiny_broken cannot be loaded .*broken.jsonl'),
         ([], '--tasks=NAME,NAME is missing'),
     ],
 )

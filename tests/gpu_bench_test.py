@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from bench import gpu, gpu_learn, gpu_peers, gpu_record
+from bench import gpu, gpu_learn, gpu_peers, gpu_record, gpu_step
 from configs import tinyllama_120m
 from kernels import dispatch
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def test_kernels_step_and_resume(tmp_path, bare_env):
     assert {'ms', 'temporary_bytes', 'predicted_peak_bytes'} <= rows['cross_entropy'][0].keys()
     assert {'tokens_per_second', 'mfu_C', 'mfu_F', 'predicted_peak_bytes', 'remat'} <= rows['step'][0].keys()
     assert len(phases['resume']['results']['resumed_losses']) == 10
-    assert phases['sweep']['results']['best']
+    assert phases['sweep']['results']['best'] and phases['sweep_streaming']['results']['best']
 
 
 @needs_triton
@@ -121,6 +121,12 @@ def test_weights_in_the_wrong_place_are_noticed(tmp_path):
     np.save(tmp_path / 'token losses Hugging Face.npy', np.full((1, 8), 1.2))
     (failure,) = gpu_peers._token_failures(setting)
     assert failure.startswith('token losses Hugging Face are 0.2 from ours')
+
+
+def test_losses_that_are_not_numbers_are_noticed():
+    assert gpu_step.loss_failures({'ours': [10.4, 10.3], 'xla': [10.4, 10.3]}) == []
+    (failure,) = gpu_step.loss_failures({'ours': [10.4, 10.3], 'xla': [10.4, float('nan')]})
+    assert failure.startswith("the losses of xla differ from ours's by nan")
 
 
 @pytest.mark.parametrize(('ours', 'failures'), [(4.01, 0), (4.02, 1), (float('nan'), 1)])

@@ -108,7 +108,7 @@ def test_only_convert_knows_hugging_face_names():
 
 def test_only_main_reads_flags():
     readers = {'absl.flags', 'absl.app', 'argparse', 'argparse.ArgumentParser'}
-    assert _files_where(lambda tree: _imports(tree) & readers) == {'main.py'}
+    assert _files_where(lambda tree: _imports(tree) & readers) == {'main.py', 'kernels/resources.py'}
     assert _files_where(lambda tree: 'argv' in _names(tree)) <= {'main.py', 'demo/run.py', 'kernels/resources.py'}
 
 

@@ -73,6 +73,8 @@ def test_the_command_prints_json_and_fails_on_a_fault(monkeypatch, capsys):
     monkeypatch.setattr(resources, 'table', lambda: [row | {'tf32': 0, 'spills': 7}])
     assert resources.main() == 1
     assert 'k on sm_90: 7 spills' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        resources.main('--jsn')
 
 
 def test_a_kernel_that_spills_is_seen():

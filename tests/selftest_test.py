@@ -9,7 +9,7 @@ from kernels import dispatch
 from tests import kernel_checks, tiny
 from tests.ops_test import INTERPRETED
 from tinyllama_jax import errors, ops, selftest, sharding
-from tinyllama_jax.config import MeshConfig
+from tinyllama_jax.config import KernelConfig, MeshConfig
 
 pytestmark = kernel_checks.needs_triton
 CONFIG = dataclasses.replace(
@@ -17,6 +17,10 @@ CONFIG = dataclasses.replace(
     model=dataclasses.replace(tiny.MODEL, seq_len=24, head_dim=64),
     train=dataclasses.replace(tiny.CONFIG.train, micro_batch_size=1),
     kernels=INTERPRETED,
+)
+
+ALONE = dataclasses.replace(
+    CONFIG, kernels=KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla') | {'swiglu': 'interpret'})
 )
 
 
@@ -31,7 +35,7 @@ def test_right_kernels_pass_on_a_mesh(dtype):
     lines = []
     found = selftest.check(config, _ops(), lines.append)
     assert found.keys() == set(dispatch.OPS)
-    assert max(found.values()) < selftest.TOLERANCES[dtype] / 2
+    assert all(error < selftest.TOLERANCES[dtype] / 2 for error in found.values())
     assert lines[0].startswith(f'self-test passed: largest errors in {dtype} attention ')
 
 
@@ -47,6 +51,38 @@ def test_a_wrong_kernel_is_named_with_its_error(monkeypatch):
         errors.RunError, match=r'self-test: swiglu \(interpret\) is off by 0\.0\S* in float32, and 0.0001'
     ):
         selftest.check(CONFIG, _ops())
+
+
+def test_one_that_gives_what_is_not_a_number_does_not_pass_on_a_mesh(monkeypatch):
+    right = dispatch.swiglu
+    monkeypatch.setattr(dispatch, 'swiglu', lambda *arrays, impl=None, chip=None: (
+        right(*arrays, impl='xla') * (1.0 if impl == 'xla' else float('nan'))
+    ))  # fmt: skip
+    with pytest.raises(errors.RunError, match=r'self-test: swiglu \(interpret\) is off by inf in float32'):
+        selftest.check(ALONE, _ops(ALONE))
+
+
+def test_a_slightly_wrong_scale_is_noticed_in_bfloat16(monkeypatch):
+    right = dispatch.swiglu
+    monkeypatch.setattr(dispatch, 'swiglu', lambda *arrays, impl=None, chip=None: (
+        right(*arrays, impl='xla') * (1.0 if impl == 'xla' else 1.02)
+    ))  # fmt: skip
+    config = dataclasses.replace(ALONE, model=dataclasses.replace(ALONE.model, compute_dtype='bfloat16'))
+    with pytest.raises(errors.RunError, match=r'swiglu \(interpret\) is off by 0\.0\S* in bfloat16, and 0\.01 is'):
+        selftest.check(config, _ops(config))
+
+
+def test_one_that_does_not_run_is_named(monkeypatch):
+    right = dispatch.swiglu
+
+    def broken(*arrays, impl=None, chip=None):
+        if impl == 'xla':
+            return right(*arrays, impl=impl)
+        raise RuntimeError('ptxas exited with 255\nand said more')
+
+    monkeypatch.setattr(dispatch, 'swiglu', broken)
+    with pytest.raises(errors.RunError, match=r'swiglu \(interpret\) did not run: ptxas exited with 255. Do not train'):
+        selftest.check(ALONE, _ops(ALONE))
 
 
 def test_plain_jax_is_not_tested_against_itself():

@@ -104,11 +104,15 @@ class Slurm:
         return dict(field.partition('=')[::2] for field in fields)
 
     def wait(self, number: str, seconds: float = 240) -> dict[str, str]:
-        """The job when it has ended. One that was queued again starts at once, not after Slurm's two minutes."""
-        deadline = time.monotonic() + seconds
+        """The job when it has ended. One that was queued again starts in a second, not after Slurm's two minutes.
+
+        Not at once: slurmd refuses a start in the second in which it ended the job before (Job credential revoked).
+        """
+        deadline, hurried = time.monotonic() + seconds, '0'
         while (job := self.job(number))['JobState'] not in ('COMPLETED', 'FAILED', 'CANCELLED', 'NODE_FAIL'):
             assert time.monotonic() < deadline, job
-            if job['JobState'] == 'PENDING' and job['Restarts'] != '0':
-                self.run('scontrol', 'update', f'JobId={number}', 'StartTime=now', check=False)
+            if job['JobState'] == 'PENDING' and job['Restarts'] != hurried:
+                self.run('scontrol', 'update', f'JobId={number}', 'StartTime=now+1')
+                hurried = job['Restarts']
             time.sleep(0.3)
         return job

@@ -5,7 +5,8 @@ COMMANDS = {  # what each calls, and the flags it takes besides --config and --w
     'train': ('tinyllama_jax.train:train', 'coordinator num_processes process_id'),
     'evaluate': (
         'eval_bridge.command:evaluate_run',
-        'model models step tasks table figure protocol backend parity include_path limit log_samples output',
+        'model models step tasks table figure protocol backend parity include_path task_data confirm_run_unsafe_code '
+        'limit log_samples output',
     ),
     'export': ('eval_bridge.convert:export_run', 'step output dtype format'),
     'import': ('eval_bridge.convert:import_run', 'input model'),
@@ -46,6 +47,8 @@ OPTIONS = {
     'parity': ('bool', False, 'evaluate: also with the other backend, and compare.'),
     'tasks': ('list', [], 'evaluate: task names, separated by commas.'),
     'include_path': ('string', None, 'evaluate: a folder with task files of your own.'),
+    'task_data': ('string', None, "evaluate: a folder with the tasks' data, laid out as docs/evaluation.md says."),
+    'confirm_run_unsafe_code': ('bool', False, 'evaluate: run the programs that the model writes, in a jail.'),
     'limit': ('integer', None, 'evaluate: only the first so many examples of each task.'),
     'log_samples': ('bool', False, 'evaluate: keep every example with its log-likelihoods.'),
     'prompt': ('multi_string', [], 'generate: a text to continue'),

@@ -1,0 +1,221 @@
+"""One program in a jail; run by sandbox.py as `python -I -S jail.py`, with the order as JSON on stdin.
+
+Four processes, each the parent of the next: the launcher, outside, says which user the jail's is; the builder makes
+the namespaces and the file system; init, process 1 within, watches the time and writes the verdict to stdout, alone
+and only when all was set up; the program runs with nothing but its limits. Each dies with its parent, and with init
+the kernel ends all that runs within. Standard library only: within there is little else. Needs Linux 5.12.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+USER = 65534  # nobody, within and, where root starts it, outside
+PASSED, FAILED, TIMED_OUT = 'passed', 'failed', 'timed out'
+
+_ROOT = '/tmp'  # where the new root is put up before it becomes the root
+# From Linux's headers; Python 3.11 has none of them.
+_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # user mnt pid net ipc uts
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_CAPABILITY_VERSION = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(what: str, result: int) -> None:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f'{what}: {os.strerror(error)}')
+
+
+def main() -> None:
+    """Runs the program that stdin describes; exit status 1 with the reason on stderr where there can be no jail."""
+    order = json.loads(sys.stdin.buffer.read())
+    _end_on_failure(lambda: _launch(order))
+
+
+def _end_on_failure(work: Callable[[], None]) -> NoReturn:
+    """Runs `work` and ends this process: a fork must never return into its parent's code."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException as error:
+        os.write(2, f'{getattr(error, "strerror", None) or repr(error)}\n'.encode())
+    os._exit(status)
+
+
+def _fork(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        _end_on_failure(work)
+    return child
+
+
+def _launch(order: dict[str, Any]) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        _write('/proc/self/oom_score_adj', '1000')  # where memory ends, this ends first
+    asked, ask = os.pipe()
+    answered, answer = os.pipe()
+
+    def build():
+        os.close(asked)  # else each end would wait for the other if one fails
+        os.close(answer)
+        _build(order, ask, answered)
+
+    builder = _fork(build)
+    os.close(ask)
+    os.close(answered)
+    if os.read(asked, 1):
+        _map_users(builder)
+        os.write(answer, b'.')
+    if os.waitpid(builder, 0)[1]:
+        os._exit(1)
+
+
+def _map_users(builder: int) -> None:
+    """Makes `USER` within nobody outside, if root asks and may; else the caller itself, who may name no other."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):  # a root that is none, in a container of a user
+            return _map(builder, USER, USER)
+    _write(f'/proc/{builder}/setgroups', 'deny')
+    return _map(builder, os.geteuid(), os.getegid())
+
+
+def _map(builder: int, user: int, group: int) -> None:
+    _write(f'/proc/{builder}/uid_map', f'{USER} {user} 1')
+    _write(f'/proc/{builder}/gid_map', f'{USER} {group} 1')
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, f'{os.path.basename(path)}: {error.strerror}') from None
+    finally:
+        os.close(descriptor)
+
+
+def _build(order: dict[str, Any], ask: int, answered: int) -> None:
+    _checked('unshare', _libc.unshare(_NAMESPACES))
+    os.write(ask, b'.')
+    if not os.read(answered, 1):
+        return
+    # Opened while this is still the caller: nobody may not look into root's folders.
+    opened = [(path, os.open(path, os.O_PATH)) for path in order['folders']]
+    null = os.open('/dev/null', os.O_RDWR)
+    with contextlib.suppress(OSError):  # memory that no process has counts towards no limit; only root may
+        _write('/proc/sys/kernel/shmmni', '0')
+    with contextlib.suppress(PermissionError):  # a user's own groups stay, as one who is not root may not drop them
+        os.setgroups([])
+    os.setresgid(USER, USER, USER)
+    os.setresuid(USER, USER, USER)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user forgets it
+    with contextlib.suppress(OSError):  # not writable in some containers; only makes what is left narrower
+        _write('/proc/sys/user/max_user_namespaces', '0')
+    _make_root(opened, order)
+    if os.waitpid(_fork(lambda: _init(order, null)), 0)[1]:
+        os._exit(1)
+
+
+def _make_root(opened: list[tuple[str, int]], order: dict[str, Any]) -> None:
+    """A root of read-only folders, and /tmp to write in."""
+    _mount(None, '/', None, _MS_REC | _MS_PRIVATE)
+    _mount('tmpfs', _ROOT, 'tmpfs', _MS_NOSUID | _MS_NODEV, 'size=1m,mode=755')
+    os.mkdir(f'{_ROOT}/tmp')
+    _mount('tmpfs', f'{_ROOT}/tmp', 'tmpfs', _MS_NOSUID | _MS_NODEV, f'size={order["disk_bytes"]},nr_inodes=1000')
+    for path, target in order['links'].items():
+        os.symlink(target, f'{_ROOT}{path}')
+    for path, descriptor in opened:
+        os.makedirs(f'{_ROOT}{path}', exist_ok=True)
+        _mount(f'/proc/self/fd/{descriptor}', f'{_ROOT}{path}', None, _MS_BIND | _MS_REC)
+        _protect(f'{_ROOT}{path}')
+        os.close(descriptor)
+    os.chdir(_ROOT)
+    _checked('pivot_root', _libc.pivot_root(b'.', b'.'))
+    _checked('umount', _libc.umount2(b'.', _MNT_DETACH))
+    os.chdir('/')
+    _mount(None, '/', None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    source_, kind_, options_ = (text.encode() if text else None for text in (source, kind, options))
+    what = f'mounting {kind or "a folder"} on {target}'
+    _checked(what, _libc.mount(source_, target.encode(), kind_, ctypes.c_ulong(flags), options_))
+
+
+def _protect(path: str) -> None:
+    """Makes a mount and those below it read-only (mount_setattr, for which the C library may have no name)."""
+    attributes = (ctypes.c_uint64 * 4)(_MS_RDONLY | _MS_NOSUID | _MS_NODEV, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    call = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE, ctypes.byref(attributes), size)
+    _checked('mount_setattr', call)
+
+
+def _prctl(option: int, value: int) -> None:
+    arguments = [ctypes.c_ulong(number) for number in (value, 0, 0, 0)]
+    _checked('prctl', _libc.prctl(option, *arguments))
+
+
+def _init(order: dict[str, Any], null: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_DUMPABLE, 0)  # so that the program, the same user, cannot trace this process
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    program = _fork(lambda: _run(order, null))
+    ended = signal.sigtimedwait({signal.SIGCHLD}, order['wall_seconds'])
+    verdict = TIMED_OUT
+    if ended:
+        code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+        # A program that ends itself, in whatever way, has not come to the end of its tests.
+        verdict = {order['secret']: PASSED, -signal.SIGXCPU: TIMED_OUT, -signal.SIGKILL: FAILED}.get(code, FAILED)
+    os.write(1, verdict.encode())
+
+
+def _run(order: dict[str, Any], null: int) -> NoReturn:
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        os.setsid()
+        for descriptor in range(3):
+            os.dup2(null, descriptor)
+        os.closerange(3, os.sysconf('SC_OPEN_MAX'))
+        _limit(order)
+        os.chdir('/tmp')
+        os.environ.update({'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'})  # threads count as processes
+        sys.path += order['packages']
+        exec(compile(order['program'], '<program>', 'exec'), {})
+    except BaseException:
+        os._exit(1)
+    os._exit(order['secret'])
+
+
+def _limit(order: dict[str, Any]) -> None:
+    """Takes every capability away for good, and sets limits that hold as this user is not root."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    _checked('capset', _libc.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())))
+    limits = {
+        resource.RLIMIT_AS: order['memory_bytes'],
+        resource.RLIMIT_CPU: order['cpu_seconds'],
+        resource.RLIMIT_FSIZE: order['disk_bytes'],
+        resource.RLIMIT_NPROC: order['processes'],
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, most in limits.items():
+        # One second more before SIGKILL: SIGXCPU tells that it was the time.
+        resource.setrlimit(kind, (most, most + 1 if kind == resource.RLIMIT_CPU else most))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,39 @@
+"""HumanEval's scoring: each program with its tests in a jail (eval_bridge/sandbox.py).
+
+The functions have the signatures that lm-eval calls; humaneval.yaml and instructeval_humaneval.yaml name them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from eval_bridge import sandbox
+
+
+def judge(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
+    """For each document, of each completion the program and its outcome (passed, failed, timed out)."""
+    return _judge(responses, docs, lambda text: text)
+
+
+def judge_first_block(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
+    """`judge` of what InstructEval takes of each completion."""
+    return _judge(responses, docs, first_block)
+
+
+def first_block(completion: str) -> str:
+    """The first lines up to a blank one, indented by an even number of spaces, rounded up; as InstructEval takes it."""
+    lines = [' ' * ((len(line) - len(line.lstrip(' '))) % 2) + line for line in completion.split('\n')]
+    return '\n'.join(lines).lstrip('\n').split('\n\n')[0]
+
+
+def pass_at_1(doc: dict[str, Any], results: Sequence[Sequence[dict[str, str]]]) -> dict[str, float]:
+    """Whether the first completion passed, of what `judge` made."""
+    return {'pass@1': float(results[0][0]['outcome'] == sandbox.PASSED)}
+
+
+def _judge(responses, docs, taken: Callable[[str], str]) -> list[list[dict[str, str]]]:
+    programs = [
+        [f'{doc["prompt"]}{taken(text)}\n{doc["test"]}\ncheck({doc["entry_point"]})' for text in texts]
+        for texts, doc in zip(responses, docs, strict=True)
+    ]
+    outcomes = iter(sandbox.run([program for group in programs for program in group]))
+    return [[{'program': program, 'outcome': next(outcomes)} for program in group] for group in programs]
