@@ -1,9 +1,9 @@
 """Continuations that share a context, packed into rows so that the context is read once.
 
-A tree is a context (its trunk) with its continuations (its branches). A row of tokens holds several trees, one after the
-other; a token sees what is before it of its own branch and of its own trunk, and positions count on from the trunk, so
-that each branch is read as if it stood alone. Nothing is computed twice, little is padding, and requests of all lengths
-up to `ROW` share one compiled program.
+A tree is a context (its trunk) with its continuations (its branches). A row of tokens holds several trees, one after
+the other; a token sees what is before it of its own branch and of its own trunk, and positions count on from the trunk,
+so that each branch is read as if it stood alone. Nothing is computed twice, little is padding, and requests of all
+lengths up to `ROW` share one compiled program.
 
 Shapes: B rows, T positions of a row, P predictions, D model, N query heads, K key-value heads, G = N / K, H head dim,
 R = G x queries of a block, S keys.
@@ -74,7 +74,8 @@ def trees(rows: Sequence[Row], longest: int) -> list[Tree]:
         tree = Tree(list(context), [])
         for branch in branches:
             grown = Tree(tree.trunk, [*tree.branches, branch])
-            if tree.branches and (max(grown.size, grown.predictions) > longest or len(grown.branches) >= _MOST_BRANCHES):
+            too_long = max(grown.size, grown.predictions) > longest
+            if tree.branches and (too_long or len(grown.branches) >= _MOST_BRANCHES):
                 found.append(tree)
                 grown = Tree(tree.trunk, [branch])
             tree = grown
@@ -117,13 +118,14 @@ def _packed(found: Sequence[Tree], T: int) -> list[list[Tree]]:
     room: list[tuple[int, int]] = []  # tokens and predictions that still go into each
     first = 0  # rows before this one are as good as full
     for tree in found:
-        row = next((i for i in range(first, len(rows)) if room[i][0] >= tree.size and room[i][1] >= tree.predictions), None)
-        if row is None:
-            row = len(rows)
+        need = tree.size, tree.predictions
+        fitting = (i for i in range(first, len(rows)) if room[i][0] >= need[0] and room[i][1] >= need[1])
+        row = next(fitting, len(rows))
+        if row == len(rows):
             rows.append([])
             room.append((T, T))
         rows[row].append(tree)
-        room[row] = (room[row][0] - tree.size, room[row][1] - tree.predictions)
+        room[row] = (room[row][0] - need[0], room[row][1] - need[1])
         while first < len(rows) and min(room[first]) < _SMALLEST // 2:
             first += 1
     return rows

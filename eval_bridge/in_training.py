@@ -26,7 +26,7 @@ _FIELD = 'config.train.evaluate_tasks'
 
 
 def hooks(config: Config, folder: pathlib.Path, processes: int) -> tuple['Evaluation', ...]:
-    """The hook that `config` asks for, if any. Raises UsageError for what cannot be evaluated, before training begins."""
+    """The hook that `config` asks for, if any. Raises UsageError before training for what cannot be evaluated."""
     if not config.train.evaluate_tasks:
         return ()
     if processes > 1:
@@ -49,6 +49,7 @@ class Evaluation:
         self._options = {name: value for name, value in options.items() if value is not None}
         try:
             self._options['manager'] = evaluate.task_manager(train.evaluate_tasks, train.evaluate_include_path)
+            _refuse_programs(evaluate.running_programs(train.evaluate_tasks, self._options['manager']))
             evaluate.evaluate(_Rehearsal(config.model.seq_len), train.evaluate_tasks, limit=1, **self._options)
         except errors.UsageError as error:
             raise errors.usage(_FIELD, str(error).rstrip('.')) from None
@@ -81,6 +82,14 @@ class Evaluation:
         writer.close()
         shown = (f'{task} {next(iter(values.items()))[1]:.4f}' for task, values in record['tasks'].items())
         tqdm.tqdm.write(f'step {step}: ' + ', '.join(shown), file=sys.stderr)
+
+
+def _refuse_programs(tasks: list[str]) -> None:
+    if tasks:
+        raise errors.UsageError(
+            f'{", ".join(tasks)}: programs that the model wrote do not run while it trains; leave these tasks out, and '
+            'evaluate the checkpoints with main.py evaluate --confirm_run_unsafe_code'
+        )
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:

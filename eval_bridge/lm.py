@@ -188,9 +188,7 @@ class JaxLM(TemplateLM):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'ops'))
-def _score(
-    params, tokens_BT, positions_BT, branch_ids_BT, places_P, targets_P, count, *, config: ModelConfig, ops: branches.Ops
-):  # fmt: skip
+def _score(params, tokens_BT, positions_BT, branch_ids_BT, places_P, targets_P, count, *, config: ModelConfig, ops):
     """Log-probability of each target at its place and whether it is the likeliest token; [P] each, of which `count`."""
     x_BTD, _ = model.hidden(
         params, tokens_BT, config, ops=ops, positions_BT=positions_BT, segment_ids_BT=branch_ids_BT
@@ -198,13 +196,12 @@ def _score(
     x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
     def chunk(number, scored):
-        places_C, targets_C = (jax.lax.dynamic_slice_in_dim(x_P, number * _CHUNK, _CHUNK) for x_P in (places_P, targets_P))
+        start = number * _CHUNK
+        places_C, targets_C = (jax.lax.dynamic_slice_in_dim(x_P, start, _CHUNK) for x_P in (places_P, targets_P))
         logits_CV = model.logits(params, x_PD[places_C][None])[0]
         picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         found = picked_C - jax.nn.logsumexp(logits_CV, axis=-1), jnp.argmax(logits_CV, axis=-1) == targets_C
-        return jax.tree.map(
-            lambda x_P, x_C: jax.lax.dynamic_update_slice_in_dim(x_P, x_C, number * _CHUNK, 0), scored, found
-        )  # fmt: skip
+        return jax.tree.map(lambda x_P, x_C: jax.lax.dynamic_update_slice_in_dim(x_P, x_C, start, 0), scored, found)
 
     nothing = jnp.zeros(places_P.shape, jnp.float32), jnp.zeros(places_P.shape, bool)
     return jax.lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, chunk, nothing)

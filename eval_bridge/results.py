@@ -187,7 +187,8 @@ def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> No
         for axes in grid[:, 0]:
             axes.set_ylabel('score (%)')
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside upper center', ncols=len(labels) if columns > 2 else 1, frameon=False)
+        ncols = len(labels) if columns > 2 else 1
+        figure.legend(handles, labels, loc='outside upper center', ncols=ncols, frameon=False)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -56,7 +57,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def others(tmp_path_factory):
-    """Random models of OPT-1.3B's and the two Pythias' architectures, each with a byte-level tokenizer as theirs are."""
+    """Random models of OPT-1.3B's and the two Pythias' architectures, with byte-level tokenizers as theirs are."""
     transformers, torch = pytest.importorskip('transformers'), tiny_export.require_torch()
     tokenizers = pytest.importorskip('tokenizers')
     small = {'hidden_size': 32, 'num_attention_heads': 4, 'max_position_embeddings': 128, 'vocab_size': PADDED}
@@ -242,18 +243,24 @@ command.evaluate_run(None, None, include_path=sys.argv[1], tasks=['piqa'], model
 def test_a_killed_evaluation_goes_on_and_asks_nothing_again(task_files, llama, tmp_path, monkeypatch):
     output = tmp_path / 'result.json'
     arguments = [sys.executable, '-c', KILLED, task_files, str(llama), str(output)]
-    assert subprocess.run(arguments, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    one_device = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # so a row makes a batch
+    killed = subprocess.run(arguments, cwd=ROOT, env=one_device, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     (kept,) = (tmp_path / 'responses').iterdir()
     before = len(kept.read_text().splitlines())
     assert 0 < before < 24 and not output.exists()
     asked = []
     score = lm.JaxLM._loglikelihood_tokens
-    monkeypatch.setattr(
-        lm.JaxLM, '_loglikelihood_tokens', lambda self, requests, **o: asked.extend(requests) or score(self, requests, **o)
-    )  # fmt: skip
+
+    def recorded(self, requests, **options):
+        asked.extend(requests)
+        return score(self, requests, **options)
+
+    monkeypatch.setattr(lm.JaxLM, '_loglikelihood_tokens', recorded)
     _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(output))
     assert len(asked) == 24 - before
-    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(tmp_path / 'fresh' / 'result.json'))
-    found, fresh = (json.loads(path.read_text())['results']['piqa'] for path in (output, tmp_path / 'fresh/result.json'))
+    anew = tmp_path / 'fresh' / 'result.json'
+    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(anew))
+    found, fresh = (json.loads(path.read_text())['results']['piqa'] for path in (output, anew))
     assert found['acc,none'] == fresh['acc,none']
     assert found['gold_bits_per_byte,none'] == pytest.approx(fresh['gold_bits_per_byte,none'], abs=1e-5)
