@@ -226,7 +226,7 @@ def test_weights_of_another_shape_are_refused_by_transformers_too(task_files, ot
 KILLED = """
 import os, signal, sys
 from eval_bridge import branches, command, lm, opening
-branches.ROW, opening._BATCH_SIZE = 64, 1  # a row a batch
+branches.ROW, lm._CHUNK, opening._BATCH_SIZE = 64, 64, 1  # a short row a batch
 calls, score = [], lm.JaxLM._score_batch
 
 def killed(self, batch):
