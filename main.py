@@ -24,6 +24,8 @@ def _run(command: str, config, workdir: pathlib.Path, command_line: str) -> None
         where = [options.pop(name) for name in ('coordinator', 'num_processes', 'process_id')]
         options = options or {'command': command_line}
         with cluster.joined(place.find(*where), config) as members:
+            if command == 'train' and config.train.evaluate_tasks:  # only then, for it imports lm-eval
+                options['hooks'] = pkgutil.resolve_name('eval_bridge.in_training:hooks')(config, workdir, members.count)
             pkgutil.resolve_name(path)(config, workdir, **options, members=members)
         return
     call = pkgutil.resolve_name(path)
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int | None:
         if rest or command not in commands.COMMANDS:
             raise errors.UsageError(f'{_USAGE} (--help lists the flags)')
         _check_flags(command)
-        if not FLAGS.workdir and command != 'plan' and not (command == 'evaluate' and FLAGS.model):
+        if not FLAGS.workdir and command != 'plan' and not (command == 'evaluate' and (FLAGS.model or FLAGS.models)):
             raise errors.UsageError(f'{command} needs --workdir=DIR, the folder of the run.')
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
         config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in _NEED_CONFIG)

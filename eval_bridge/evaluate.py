@@ -166,8 +166,7 @@ def check(
     Raises UsageError where a task runs programs and that was not confirmed, cannot be contained, or is not done in our
     jail; and for data that `task_data` lacks.
     """
-    configs = _configs(tasks, manager)
-    unsafe = [name for name, config in configs.items() if config.get('unsafe_code')]
+    unsafe = running_programs(tasks, manager)
     for name in unsafe:
         entry = manager.task_index.get(name)
         if not (entry and entry.yaml_path and _TASKS in entry.yaml_path.parents):
@@ -180,7 +179,12 @@ def check(
     if unsafe:
         sandbox.require()
     if task_data:
-        local_data.check(task_data, configs)
+        local_data.check(task_data, _configs(tasks, manager))
+
+
+def running_programs(tasks: Sequence[str], manager: lm_eval.tasks.TaskManager) -> list[str]:
+    """The tasks, among `tasks` and the members of their groups, that run what the model wrote."""
+    return [name for name, config in _configs(tasks, manager).items() if config.get('unsafe_code')]
 
 
 def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_data) -> list[str]:

@@ -1,16 +1,15 @@
 """lm-eval's language-model interface on our model; needs neither torch nor transformers.
 
 Requests are encoded, truncated and scored as lm-eval's own `hf` model does, so both
-give the same log-likelihoods. Rows are padded on the right to one of a few lengths,
-each of which is compiled once.
+give the same log-likelihoods. Continuations of one context are scored together, in rows
+of a few lengths (branches.py), each of which is compiled once.
 
-Shapes: B rows, T positions, C positions whose logits exist at once, D model, V vocabulary.
+Shapes: B rows, T positions, P predictions, C predictions of a chunk, D model, V vocabulary.
 """
 
 import dataclasses
 import functools
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 
 import jax
@@ -22,12 +21,13 @@ from lm_eval import utils as lm_eval_utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models import utils as lm_eval_models_utils
 
+from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
-from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 
-_CHUNK = 64  # positions C; padded lengths are this times 1, 2, 3, 4, 6, 8, 12, ...
-_MOST_ROWS = 64
+MOST_NEW_TOKENS = 256
+_CPU_TOKENS = 4_096
+_CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
 
 
 class JaxLM(TemplateLM):
@@ -58,7 +58,7 @@ class JaxLM(TemplateLM):
         self._config = dataclasses.replace(model_config, compute_dtype=dtype, scan_layers=True)
         self._encoder = tokenizer  # lm-eval takes an attribute `tokenizer` for Hugging Face's
         self._mesh = mesh
-        self._ops = ops_lib.make_ops(ops_lib.PLAIN, mesh)
+        self._ops = branches.make_ops(mesh)
         self._params = jax.device_put(params, sharding.shardings(params, mesh) if mesh else None)
         self.batch_size = batch_size
         self.add_bos = add_bos
@@ -72,7 +72,7 @@ class JaxLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         """Tokens generated where a task names no number; lm-eval's own default."""
-        return 256
+        return MOST_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
@@ -112,57 +112,51 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
-        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        rows = [self._row(*request) for request in requests]
+        trees = branches.trees(rows, max(branches.ROW, branches.padded(self.max_length)))
+        shards = sharding.batch_shards(self._mesh) if self._mesh else 1
         results = [(0.0, True)] * len(rows)
         # disable=None: no bar where stderr is no terminal.
-        bar = tqdm.tqdm(total=len(rows), desc='Log-likelihoods', disable=disable_tqdm or None)
-        with bar:
-            for T, batch_rows, indices in self._batches(rows):
-                scores = self._score_batch([rows[index] for index in indices], batch_rows, T)
-                for index, score in zip(indices, scores, strict=True):
-                    results[index] = score
-                bar.update(len(indices))
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial('loglikelihood', texts, result)
+        with tqdm.tqdm(total=len(rows), desc='Log-likelihoods', disable=disable_tqdm or None) as bar:
+            for batch in branches.batches(trees, self._most_tokens(shards), shards):
+                for number, result in self._score_batch(batch):
+                    results[number] = result
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial('loglikelihood', requests[number][0], result)
+                bar.update(len(batch.spans))
         return results
 
-    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-        """The last seq_len + 1 tokens, and how many of them are scored."""
+    def _most_tokens(self, shards: int) -> int:
+        """Of a batch. A CPU is no faster with more than a few thousand, and the last batch has less padding."""
+        most = self.batch_size * self.max_length
+        return most if self._ops.chip else min(most, _CPU_TOKENS * shards)
+
+    def _row(self, texts, context: list[int], continuation: list[int]) -> branches.Row:
+        """Context and continuation, without what of the context the model cannot read."""
+        if not continuation:
+            raise errors.UsageError(
+                f'a task asks for an empty continuation, of {(texts or [""])[0][-40:]!r} (no text, or no token of its '
+                'own): it has no log-likelihood; mend the data of this task or leave it out.'
+            )
         if len(continuation) > self.max_length:
             raise errors.UsageError(
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '
                 'leave this task out.'
             )
-        return (context + continuation)[-(self.max_length + 1) :], len(continuation)
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        return whole[: -len(continuation)], continuation
 
-    def _batches(self, rows) -> Iterator[tuple[int, int, list[int]]]:
-        """(padded length, padded number of rows, indices of rows), the longest first."""
-        buckets = defaultdict(list)
-        for index, (tokens, _) in enumerate(rows):
-            buckets[_padded(len(tokens) - 1)].append(index)
-        shards = sharding.batch_shards(self._mesh) if self._mesh else 1
-        for T, indices in sorted(buckets.items(), reverse=True):
-            count = min(_MOST_ROWS, max(1, self.batch_size * self.max_length // T))
-            count = -(-count // shards) * shards
-            for start in range(0, len(indices), count):
-                yield T, count, indices[start : start + count]
-
-    def _score_batch(self, rows, B: int, T: int) -> list[tuple[float, bool]]:
-        inputs_BT, targets_BT = np.zeros((2, B, T), np.int32)
-        for index, (tokens, _) in enumerate(rows):
-            inputs_BT[index, : len(tokens) - 1] = tokens[:-1]
-            targets_BT[index, : len(tokens) - 1] = tokens[1:]
+    def _score_batch(self, batch: branches.Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """(number of a request, its result)."""
+        arrays = batch.tokens_BT, batch.positions_BT, batch.branch_ids_BT
         if self._mesh:
-            inputs_BT, targets_BT = jax.device_put((inputs_BT, targets_BT), sharding.batch_sharding(self._mesh))
-        scored = _score(self._params, inputs_BT, targets_BT, config=self._config, ops=self._ops)
-        logprobs_BT, greedy_BT = jax.device_get(scored)
-        scores = []
-        for index, (tokens, count) in enumerate(rows):
-            scored = slice(len(tokens) - 1 - count, len(tokens) - 1)
-            logprob = float(logprobs_BT[index, scored].sum(dtype=np.float64))
-            scores.append((logprob, bool(greedy_BT[index, scored].all())))
-        return scores
+            arrays = jax.device_put(arrays, sharding.batch_sharding(self._mesh))
+        count = sum(span.stop - span.start for span in batch.spans.values())
+        logprobs_P, greedy_P = jax.device_get(
+            _score(self._params, *arrays, batch.places_P, batch.targets_P, count, config=self._config, ops=self._ops)
+        )
+        for number, span in batch.spans.items():
+            yield number, (float(logprobs_P[span].sum(dtype=np.float64)), bool(greedy_P[span].all()))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """A text for each (context, generation arguments), ended before the first stop sequence."""
@@ -193,32 +187,21 @@ class JaxLM(TemplateLM):
         return lm_eval_models_utils.postprocess_generated_text(text, stops, None)
 
 
-def _padded(length: int) -> int:
-    """The least of C times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
-    size = _CHUNK
-    while size < length:
-        if size >= 2 * _CHUNK and size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
 @functools.partial(jax.jit, static_argnames=('config', 'ops'))
-def _score(params, inputs_BT, targets_BT, *, config: ModelConfig, ops: ops_lib.Ops):
-    """Log-probability of each target and whether it is the likeliest token; [B, T] each."""
-    x_BTD, _ = model.hidden(params, inputs_BT, config, ops=ops)
+def _score(params, tokens_BT, positions_BT, branch_ids_BT, places_P, targets_P, count, *, config: ModelConfig, ops):
+    """Log-probability of each target at its place and whether it is the likeliest token; [P] each, of which `count`."""
+    x_BTD, _ = model.hidden(
+        params, tokens_BT, config, ops=ops, positions_BT=positions_BT, segment_ids_BT=branch_ids_BT
+    )  # fmt: skip
+    x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
-    def chunk(arguments):
-        x_BCD, targets_BC = arguments
-        logits_BCV = model.logits(params, x_BCD)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-        return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    def chunk(number, scored):
+        start = number * _CHUNK
+        places_C, targets_C = (jax.lax.dynamic_slice_in_dim(x_P, start, _CHUNK) for x_P in (places_P, targets_P))
+        logits_CV = model.logits(params, x_PD[places_C][None])[0]
+        picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        found = picked_C - jax.nn.logsumexp(logits_CV, axis=-1), jnp.argmax(logits_CV, axis=-1) == targets_C
+        return jax.tree.map(lambda x_P, x_C: jax.lax.dynamic_update_slice_in_dim(x_P, x_C, start, 0), scored, found)
 
-    scored = jax.lax.map(chunk, (_chunks(x_BTD), _chunks(targets_BT)))
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(targets_BT.shape), scored)
-
-
-def _chunks(x):
-    """[B, T, ...] as [T / C, B, C, ...]."""
-    B, T, *rest = x.shape
-    return jnp.moveaxis(x.reshape(B, T // _CHUNK, _CHUNK, *rest), 1, 0)
+    nothing = jnp.zeros(places_P.shape, jnp.float32), jnp.zeros(places_P.shape, bool)
+    return jax.lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, chunk, nothing)

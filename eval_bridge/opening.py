@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.model import LM
 
 from eval_bridge import convert, lm
 from eval_bridge.protocols import Protocol
-from tinyllama_jax import errors, tokenizer, workdir
-from tinyllama_jax.config import Config
+from tinyllama_jax import errors, sharding, tokenizer, workdir
+from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 
 BACKENDS = ('jax', 'hf')
 _BATCH_SIZE = 8
@@ -82,14 +83,21 @@ class Folder:
 
 
 def _in_jax(params, shape, pieces, protocol: Protocol, stored: str, bos: bool) -> lm.JaxLM:
-    if pieces.vocab_size > shape.vocab_size:
-        raise errors.UsageError(
-            f'{pieces.path} has {pieces.vocab_size} pieces, but the model knows {shape.vocab_size}; it is not the '
-            'tokenizer that the model was trained with.'
-        )
+    _refuse_tokenizer(pieces.path, pieces.vocab_size, shape.vocab_size)
     dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
     add_bos = bos if protocol.add_bos is None else protocol.add_bos
-    return lm.JaxLM(params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, dtype=dtype)
+    return lm.JaxLM(
+        params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, mesh=_mesh(shape),
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def _mesh(shape: ModelConfig) -> Mesh | None:
+    """All devices: rows are divided among them, and weights where their width can be; None for one device."""
+    if jax.device_count() == 1:
+        return None
+    divided = shape.embed_dim % jax.device_count() == 0
+    return sharding.make_mesh(MeshConfig() if divided else MeshConfig(data=-1, fsdp=1))
 
 
 def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
@@ -107,16 +115,33 @@ def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
             folder, dtype=protocol.dtype, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # of safetensors and tokenizers too, which raise bare Exception
-        said = str(error).strip().partition('\n')[0]
-        raise errors.UsageError(f'{folder} cannot be opened by transformers: {said}') from None
+        raise errors.UsageError(f'{folder} cannot be opened by transformers: {_first_line(error)}') from None
     for kind in ('missing_keys', 'mismatched_keys'):  # transformers would make numbers up for them
         for name in sorted(map(str, found[kind])):
             raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json makes it.')
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
-    return huggingface.HFLM(
-        pretrained=model, tokenizer=str(folder), backend='causal', add_bos_token=protocol.add_bos,
-        batch_size=_BATCH_SIZE,
-    )  # fmt: skip
+    try:
+        opened = huggingface.HFLM(
+            pretrained=model, tokenizer=str(folder), backend='causal', add_bos_token=protocol.add_bos,
+            batch_size=_BATCH_SIZE,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise errors.UsageError(f'{folder} has no tokenizer that transformers opens: {_first_line(error)}') from None
+    _refuse_tokenizer(folder, len(opened.tokenizer), model.get_input_embeddings().num_embeddings)
+    return opened
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0]
+
+
+def _refuse_tokenizer(path: pathlib.Path, pieces: int, known: int) -> None:
+    """Raises UsageError for a tokenizer with more pieces than the model; it may have fewer, where rows are padded."""
+    if pieces > known:
+        raise errors.UsageError(
+            f'{path} has {pieces} pieces, but the model knows {known}; it is not the tokenizer that the model was '
+            'trained with.'
+        )
 
 
 def _described(model: LM, identity: dict[str, Any], backend: str, tokenizer_sha256: str) -> Opened:

@@ -34,6 +34,11 @@ TABLES = {
     },
 }  # fmt: skip
 AVERAGE = 'average'
+_TITLES = {
+    'hellaswag': 'HellaSwag', 'openbookqa': 'OpenBookQA', 'winogrande': 'WinoGrande', 'arc_challenge': 'ARC-Challenge',
+    'arc_easy': 'ARC-Easy', 'boolq': 'BoolQ', 'piqa': 'PIQA', AVERAGE: 'Average',
+}  # fmt: skip
+_UNITS = ((1e9, ' (billions)'), (1e6, ' (millions)'), (1.0, ''))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,53 +142,84 @@ def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score
 
     Besides the curves measured: Pythia-1.4B's line and TinyLlama's own published scores.
     """
+    points = dict(sorted(points.items()))
     rows = [
-        {'tokens': tokens, 'task': task, 'score': score.value, 'stderr': score.stderr}
-        for tokens, scored in sorted(points.items())
+        {'tokens': tokens, 'task': task, 'score': score.value, 'stderr': score.stderr,
+         published.FIGURE_2_BASELINE: _published(published.FIGURE_2_BASELINE, task)}
+        for tokens, scored in points.items()
         for task, score in scored.items()
-    ]
+    ]  # fmt: skip
     metrics.write_atomically(folder / 'figure2.csv', _csv(rows))
     picture = folder / 'figure2.png'
     _draw(points, picture)
-    cells = [('tokens', 'task', 'score')]
-    cells += [(f'{row["tokens"]:,.0f}', row['task'], str(Score(row['score'], row['stderr']))) for row in rows]
+    tasks = _tasks(points)
+    cells = [('training tokens', *(_TITLES[task] for task in tasks))]
+    cells += [
+        (f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()
+    ]  # fmt: skip
+    baseline = published.FIGURE_2_BASELINE
+    cells.append((f'{baseline}, published', *(f'{_published(baseline, task):.2f}' for task in tasks)))
     parts = [page.heading('Figure 2', 1), page.picture('Scores in the course of the training', picture)]
     html = folder / 'figure2.html'
-    metrics.write_atomically(html, page.page('Figure 2', [*parts, page.table(cells)]))
+    metrics.write_atomically(html, page.page('Figure 2', [*parts, page.table(cells), *_notes({baseline})]))
     return html
 
 
+def _tasks(points: Mapping[float, Mapping[str, Score]]) -> list[str]:
+    return [task for task in (*TABLES[2], AVERAGE) if any(task in scored for scored in points.values())]
+
+
 def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> None:
-    tasks = [task for task in (*TABLES[2], AVERAGE) if any(task in scored for scored in points.values())]
+    tasks = _tasks(points)
     columns = min(len(tasks), 4)
     rows = math.ceil(len(tasks) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout='constrained', squeeze=False)
-    for axes, task in zip(grid.flat, tasks, strict=False):
-        curve = [(tokens / 1e9, scored[task]) for tokens, scored in sorted(points.items()) if task in scored]
-        tokens, values = zip(*curve, strict=True)
-        errors = [score.stderr or 0.0 for score in values]
-        axes.errorbar(tokens, [score.value for score in values], yerr=errors, marker='o', capsize=3, label='measured')
-        _draw_published(axes, task, max(tokens))
-        axes.set_title(task)
-        axes.set_xlabel('training tokens (thousand millions)')
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
-    grid[0, 0].set_ylabel('per cent')
-    grid[0, 0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    size = (max(2.4 * columns, 4.5), 2.1 * rows + 0.4)
+    with plt.rc_context({'font.size': 8, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False}):
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
+        unit, name = _unit(max(points))
+        for axes, task in zip(grid.flat, tasks, strict=False):
+            curve = [(tokens / unit, scored[task]) for tokens, scored in points.items() if task in scored]
+            _draw_task(axes, task, curve, unit)
+        for axes in grid.flat[len(tasks) :]:
+            axes.set_axis_off()
+        for axes in grid[-1]:
+            axes.set_xlabel(f'training tokens{name}')
+        for axes in grid[:, 0]:
+            axes.set_ylabel('score (%)')
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        ncols = len(labels) if columns > 2 else 1
+        figure.legend(handles, labels, loc='outside upper center', ncols=ncols, frameon=False)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
 
 
-def _draw_published(axes, task: str, last: float) -> None:
-    """The line of Pythia-1.4B, and TinyLlama's points as far as the measured ones go."""
-    value = _published(published.FIGURE_2_BASELINE, task)
-    axes.axhline(value, color='0.5', linestyle='--', label=f'{published.FIGURE_2_BASELINE}, published')
-    curve = [(at, _published(name, task)) for name, at in published.TOKENS.items() if at <= 1.1 * last]
-    if curve:
+def _unit(tokens: float) -> tuple[float, str]:
+    """In what the tokens of a figure are counted."""
+    return next((unit, name) for unit, name in _UNITS if tokens >= unit or unit == _UNITS[-1][0])
+
+
+def _draw_task(axes, task: str, curve: Sequence[tuple[float, Score]], unit: float) -> None:
+    """Measured points with their standard errors, the line of Pythia-1.4B, and TinyLlama's points up to the last."""
+    tokens, values = zip(*curve, strict=True)
+    errors = [score.stderr or 0.0 for score in values]
+    axes.axhline(
+        _published(published.FIGURE_2_BASELINE, task), color='0.45', linestyle='--', linewidth=1,
+        label=f'{published.FIGURE_2_BASELINE} (published)',
+    )  # fmt: skip
+    theirs = [(at * 1e9 / unit, _published(name, task)) for name, at in published.TOKENS.items()]
+    theirs = [point for point in theirs if point[0] <= 1.1 * max(tokens)]
+    if theirs:
         axes.plot(
-            *zip(*curve, strict=True), color='tab:orange', marker='x', linestyle=':', label='TinyLlama, published'
-        )
+            *zip(*theirs, strict=True), color='tab:orange', marker='x', markersize=4, linestyle=':', linewidth=1,
+            label='TinyLlama (published)',
+        )  # fmt: skip
+    axes.errorbar(
+        tokens, [score.value for score in values], yerr=errors, color='tab:blue', marker='o', markersize=3.5,
+        linewidth=1.2, capsize=2, label='measured (± standard error)',
+    )  # fmt: skip
+    axes.set_title(_TITLES[task])
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.5)
 
 
 def _published(model: str, task: str) -> float:

@@ -2,14 +2,21 @@
 
 import csv
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from eval_bridge import command, convert, results
+from eval_bridge import command, convert, lm, results
 from tests import tiny_export
+from tests.conftest import ROOT
 from tinyllama_jax import errors
 
+PADDED = 304  # rows of the embedding: a few more than there are pieces, as Pythia has
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
 
 TASK = """
@@ -49,21 +56,26 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def others(tmp_path_factory, llama):
-    """Random models of OPT's and Pythia's architectures, with the Llama's tokenizer."""
+def others(tmp_path_factory):
+    """Random models of OPT-1.3B's and the two Pythias' architectures, with byte-level tokenizers as theirs are."""
     transformers, torch = pytest.importorskip('transformers'), tiny_export.require_torch()
-    small = {'vocab_size': tiny_export.PIECES, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4}
-    small['max_position_embeddings'] = 128
+    tokenizers = pytest.importorskip('tokenizers')
+    small = {'hidden_size': 32, 'num_attention_heads': 4, 'max_position_embeddings': 128, 'vocab_size': PADDED}
     configs = {
-        'opt': transformers.OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32),
-        'pythia': transformers.GPTNeoXConfig(**small, intermediate_size=64),
+        'opt': transformers.OPTConfig(**small, num_hidden_layers=2, ffn_dim=64, word_embed_proj_dim=32),
+        'pythia': transformers.GPTNeoXConfig(**small, num_hidden_layers=2, intermediate_size=64),
+        'pythia-large': transformers.GPTNeoXConfig(**small, num_hidden_layers=3, intermediate_size=96),
     }
+    bytes_only = tokenizers.ByteLevelBPETokenizer()
+    bytes_only.train_from_iterator([tiny_export.text()], vocab_size=300, special_tokens=['<|endoftext|>'])
+    pieces = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only._tokenizer, bos_token='<|endoftext|>', eos_token='<|endoftext|>'
+    )
     root = tmp_path_factory.mktemp('others')
     for name, config in configs.items():
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        for file in ('tokenizer.json', 'tokenizer_config.json'):
-            shutil.copyfile(llama / file, root / name / file)
+        pieces.save_pretrained(root / name)
     return root
 
 
@@ -124,21 +136,25 @@ def test_a_run_through_transformers_gives_the_same(task_files, run, others, tmp_
     assert ours['protocol']['weights_sha256'] == theirs['protocol']['weights_sha256']
 
 
-def test_table_2_of_three_architectures(task_files, llama, others, tmp_path, capsys):
-    models = [str(llama), f'OPT-1.3B={others / "opt"}', f'Pythia-1.0B={others / "pythia"}']
+def test_table_2_of_the_paper_s_models(task_files, llama, others, tmp_path, capsys):
+    folders = {'OPT-1.3B': 'opt', 'Pythia-1.0B': 'pythia', 'Pythia-1.4B': 'pythia-large'}
+    models = [str(llama), *(f'{name}={others / folder}' for name, folder in folders.items())]
     _evaluate(task_files, models=models, table=2, output=str(tmp_path))
     lines = (tmp_path / 'table2.md').read_text().splitlines()
-    assert [line.split('|')[1].strip() for line in lines[2:5]] == ['export', 'OPT-1.3B', 'Pythia-1.0B']
-    assert '(53.65, ' in lines[3] and '(47.16, ' in lines[4] and '(' not in lines[2]
+    assert [line.split('|')[1].strip() for line in lines[2:6]] == ['export', *folders]
+    for line, published in zip(lines[3:], ('53.65', '47.16', '52.01'), strict=False):
+        assert re.search(rf'\d+\.\d\d ± \d+\.\d\d \({published}, [+-]\d+\.\d se\)', line)
+    assert '(' not in lines[2]  # of a model that was not published there is nothing beside
     rows = json.loads((tmp_path / 'table2.json').read_text())
-    assert len(rows) == 3 * 8  # seven tasks and their average
-    stamps = [json.loads((tmp_path / f'{name}-table2.json').read_text())['protocol'] for name in ('export', 'OPT-1.3B')]
-    assert [(stamp['backend'], stamp['dtype'], stamp['add_bos']) for stamp in stamps] == [
-        ('jax', 'float32', False),
-        ('hf', 'float32', False),
-    ]
+    assert len(rows) == 4 * 8  # seven tasks and their average
+    for row in rows:
+        if row['published'] is not None and row['stderr']:
+            assert row['difference_in_stderr'] == pytest.approx((row['value'] - row['published']) / row['stderr'])
+    stamps = [json.loads((tmp_path / f'{name}-table2.json').read_text())['protocol'] for name in ('export', *folders)]
+    assert [stamp['backend'] for stamp in stamps] == ['jax', 'hf', 'hf', 'hf']
+    assert {(stamp['name'], stamp['dtype'], stamp['add_bos']) for stamp in stamps} == {('paper', 'float32', False)}
     assert 'OPT-1.3B' in capsys.readouterr().out
-    assert len(list((tmp_path / 'responses').iterdir())) == 3
+    assert len(list((tmp_path / 'responses').iterdir())) == 4
 
 
 def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
@@ -187,3 +203,64 @@ def test_weights_that_transformers_would_make_up_are_refused(task_files, others,
     save_file(weights, path, metadata={'format': 'pt'})
     with pytest.raises(errors.UsageError, match=r'the weights have no model\.decoder\.layers\.1\.fc1\.weight'):
         _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'short'))
+
+
+def test_a_tokenizer_with_more_pieces_than_another_architecture_knows_is_refused(task_files, others, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    shutil.copytree(others / 'opt', tmp_path / 'other')
+    pieces = transformers.AutoTokenizer.from_pretrained(tmp_path / 'other')
+    pieces.add_tokens([f'<{number}>' for number in range(8)])
+    pieces.save_pretrained(tmp_path / 'other')
+    with pytest.raises(errors.UsageError, match='other has 308 pieces, but the model knows 304'):
+        _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'other'))
+
+
+def test_weights_of_another_shape_are_refused_by_transformers_too(task_files, others, tmp_path):
+    shutil.copytree(others / 'pythia', tmp_path / 'wide')
+    path = tmp_path / 'wide' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'intermediate_size': 96}))
+    with pytest.raises(errors.UsageError, match='wide'):
+        _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'wide'))
+
+
+KILLED = """
+import os, signal, sys
+from eval_bridge import branches, command, lm, opening
+branches.ROW, lm._CHUNK, opening._BATCH_SIZE = 64, 64, 1  # a short row a batch
+calls, score = [], lm.JaxLM._score_batch
+
+def killed(self, batch):
+    calls.append(batch)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(self, batch)
+
+lm.JaxLM._score_batch = killed
+command.evaluate_run(None, None, include_path=sys.argv[1], tasks=['piqa'], model=sys.argv[2], output=sys.argv[3])
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_asks_nothing_again(task_files, llama, tmp_path, monkeypatch):
+    output = tmp_path / 'result.json'
+    arguments = [sys.executable, '-c', KILLED, task_files, str(llama), str(output)]
+    one_device = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # so a row makes a batch
+    killed = subprocess.run(arguments, cwd=ROOT, env=one_device, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (kept,) = (tmp_path / 'responses').iterdir()
+    before = len(kept.read_text().splitlines())
+    assert 0 < before < 24 and not output.exists()
+    asked = []
+    score = lm.JaxLM._loglikelihood_tokens
+
+    def recorded(self, requests, **options):
+        asked.extend(requests)
+        return score(self, requests, **options)
+
+    monkeypatch.setattr(lm.JaxLM, '_loglikelihood_tokens', recorded)
+    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(output))
+    assert len(asked) == 24 - before
+    anew = tmp_path / 'fresh' / 'result.json'
+    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(anew))
+    found, fresh = (json.loads(path.read_text())['results']['piqa'] for path in (output, anew))
+    assert found['acc,none'] == fresh['acc,none']
+    assert found['gold_bits_per_byte,none'] == pytest.approx(fresh['gold_bits_per_byte,none'], abs=1e-5)

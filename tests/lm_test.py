@@ -79,14 +79,21 @@ def _next(ids):
     return int(_forward(tiny_export.params(), padded, config=CONFIG)[0, len(ids) - 1].argmax())
 
 
-def test_requests_of_many_lengths_share_a_few_programs(encoder):
-    assert {lm._padded(length) for length in range(2_049)} == {
-        64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
-    }  # fmt: skip
+def test_requests_of_many_lengths_share_a_program(encoder):
     lm._score._clear_cache()
     short = lm.JaxLM(tiny_export.params(), CONFIG, encoder)
-    short._loglikelihood_tokens([(None, [5] * length, [7]) for length in range(1, 60)])
+    short._loglikelihood_tokens([(None, [5] * length, [7]) for length in range(1, 40)])
     assert lm._score._cache_size() == 1
+
+
+def test_continuations_of_a_context_are_scored_as_if_alone(jax_lm):
+    context = [9, 30, 31, 8]
+    requests = [(None, context, ids) for ids in ([40], [41, 42, 43], [40, 44], [41])]
+    together = jax_lm._loglikelihood_tokens([*requests, (None, [9, 30, 31, 7], [41, 42, 43])])
+    for (_, context, continuation), (logprob, greedy) in zip(requests, together, strict=False):
+        expected = _expected(context, continuation)
+        assert (logprob, greedy) == (pytest.approx(expected[0], abs=1e-4), expected[1])
+    assert together[1][0] != together[-1][0]
 
 
 def test_bos_comes_first_when_the_protocol_adds_it(jax_lm, encoder):
@@ -138,5 +145,7 @@ def test_generation_ends_before_a_stop_sequence(jax_lm):
 def test_what_does_not_fit_is_refused(jax_lm):
     with pytest.raises(errors.UsageError, match='does not fit seq_len = 48'):
         jax_lm._loglikelihood_tokens([(None, [1], [5] * 49)])
+    with pytest.raises(errors.UsageError, match="an empty continuation, of 'def'"):
+        jax_lm._loglikelihood_tokens([(('def', ''), [1], [])])
     with pytest.raises(errors.UsageError, match='256 new tokens'):
         jax_lm.generate_until(_requests('generate_until', [('x', {'until': ['\n']})]))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from eval_bridge import convert, opening, protocols
+from eval_bridge import convert, lm, opening, protocols
 from tests import tiny_export
 from tinyllama_jax import errors, tokenizer
 
@@ -58,3 +58,20 @@ def test_weights_of_another_shape_are_refused(folder, tmp_path):
         opening.Folder(tmp_path / 'wide').opened(protocols.PAPER),
     ):
         pass
+
+
+def test_rows_and_weights_are_divided_among_the_devices(folder):
+    requests = [(None, list(range(3, 3 + length)), [length, 9]) for length in range(1, 30)]
+    with opening.Folder(folder).opened(protocols.PAPER) as opened:
+        embed = opened.model._params['embed']
+        assert embed.sharding.shard_shape(embed.shape) == (tiny_export.PIECES, tiny_export.MODEL.embed_dim // 8)
+        found = opened.model._loglikelihood_tokens(requests)
+        alone = lm.JaxLM(*convert.import_weights(folder), convert.load_tokenizer(folder))
+        for (value, greedy), (expected, same) in zip(found, alone._loglikelihood_tokens(requests), strict=True):
+            assert (value, greedy) == (pytest.approx(expected, abs=1e-5), same)
+
+
+def test_a_width_that_the_devices_do_not_divide_leaves_the_weights_whole():
+    assert dict(opening._mesh(tiny_export.MODEL).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
+    odd = dataclasses.replace(tiny_export.MODEL, embed_dim=36)
+    assert dict(opening._mesh(odd).shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}

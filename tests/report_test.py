@@ -6,6 +6,7 @@ import re
 
 import pytest
 from matplotlib import image
+from matplotlib import pyplot as plt
 
 from tests import corpora
 from tinyllama_jax import errors, report, workdir
@@ -73,6 +74,12 @@ def full(tmp_path_factory):
     evaluations = {'new': _evaluation(20, 0.75, 1.5), 'old': _evaluation(10, 0.5, 2.5), 'hf': {'protocol': {}}}
     for name, evaluation in evaluations.items():
         (folder / 'eval' / f'{name}.json').write_text(json.dumps(evaluation))
+    (folder / 'eval' / 'table2.json').write_text('[]')
+    tasks = {'cloze': {'acc': 0.4, 'acc_stderr': 0.1}, 'said': {'exact_match/strict': 0.0}}
+    _write_lines(folder / 'evaluation.jsonl', [{'step': step, 'tasks': tasks} for step in (8, 16)])
+    figure, _ = plt.subplots(figsize=(3, 3))
+    figure.savefig(folder / 'eval' / 'figure2.png')
+    plt.close(figure)
     page = report.report(folder)
     return page, json.loads((page.parent / 'summary.json').read_text())
 
@@ -96,7 +103,8 @@ def test_the_newest_evaluation_is_the_one_summed_up(full):
 
 def test_the_page_is_self_contained_and_escaped(full):
     text = full[0].read_text()
-    assert text.count('src="data:image/png;base64,') == 4
+    assert text.count('src="data:image/png;base64,') == 6
+    assert 'Figure 2, of this run&#x27;s checkpoints' in text
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert '<h1>a&lt;b&gt;run</h1>' in text
     assert '--config=&lt;file&gt;' in text
@@ -106,7 +114,7 @@ def test_the_page_is_self_contained_and_escaped(full):
 
 def test_the_pictures_are_pictures(full):
     pictures = sorted(full[0].parent.glob('*.png'))
-    assert [path.stem for path in pictures] == ['evaluation', 'throughput', 'training', 'validation']
+    assert [path.stem for path in pictures] == ['evaluation', 'in_training', 'throughput', 'training', 'validation']
     for path in pictures:
         pixels = image.imread(path)
         assert min(pixels.shape[:2]) > 200

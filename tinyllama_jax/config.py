@@ -141,6 +141,11 @@ class TrainConfig:
     log_every_steps: int = 10
     eval_every_steps: int = 5_000  # validation loss per source; 0: only at the end
     eval_rows: int = 512  # validation rows per source
+    evaluate_tasks: tuple[str, ...] = ()  # lm-eval's tasks that are asked of the model while it trains
+    evaluate_every_steps: int = 5_000  # 0: only at the end
+    evaluate_limit: int | None = 100  # the first so many examples of each task
+    evaluate_include_path: str | None = None  # as evaluate's --include_path
+    evaluate_task_data: str | None = None  # as evaluate's --task_data
     checkpoint_every_steps: int = 1_000
     keep_checkpoints: int = 3  # newest ones kept
     keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for ever
@@ -150,6 +155,10 @@ class TrainConfig:
     join_timeout_s: float = 300.0  # for all processes to come to the coordinator
     stuck_timeout_s: float = 40.0  # the others wait so long for one process, and the run ends with 75 (docs/cluster.md)
     hang_timeout_s: float = 1_800.0  # no process goes on for so long: likewise; 0: neither is watched
+
+    def due(self, step: int, every_steps: int) -> bool:
+        """Whether what is done every so many steps (0: never) and at the end is to be done at `step`."""
+        return step == self.num_steps or bool(every_steps and step % every_steps == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +204,7 @@ _MAY_BE_ZERO = {
     'data.eos_per_document', 'data.holdout_share', 'data.holdout_min_rows', 'data.max_bad_share',
     'optimizer.final_learning_rate', 'optimizer.warmup_steps', 'optimizer.decay_steps',
     'optimizer.stuck_until_step', 'optimizer.beta1', 'optimizer.beta2', 'optimizer.weight_decay',
-    'train.eval_every_steps', 'train.z_loss', 'train.hang_timeout_s', 'seed',
+    'train.eval_every_steps', 'train.evaluate_every_steps', 'train.z_loss', 'train.hang_timeout_s', 'seed',
 }  # fmt: skip
 
 

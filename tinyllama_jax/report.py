@@ -4,6 +4,8 @@
     WORKDIR/report/*.png          the same pictures
     WORKDIR/report/summary.json   step, tokens, parameters, heldout_loss, unigram_loss, tasks, ...
 
+The page also shows WORKDIR/eval/figure2.png, which `evaluate --figure=2` makes.
+
 Losses are in nats per token. What a workdir does not have is left out with a word.
 """
 
@@ -35,6 +37,7 @@ class _Run:
     training: Sequence[Mapping[str, Any]]
     validation: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]  # by step
+    in_training: Sequence[Mapping[str, Any]]  # evaluation.jsonl
     unigram: baselines.Unigram | None
     notes: Sequence[str]
 
@@ -89,17 +92,20 @@ def _read(folder: pathlib.Path) -> _Run:
         notes.append(f'The unigram baseline is left out: {error}')
     validation = metrics.read_records(folder / 'validation.jsonl')
     evaluations = _evaluations(folder / 'eval')
+    in_training = metrics.read_records(folder / 'evaluation.jsonl')
     if not validation:
         notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
     if not evaluations:
         notes.append(f'Nothing was evaluated yet: main.py evaluate --workdir={folder} --tasks=NAMES does it.')
-    return _Run(folder, workdir.read_record(folder), config, training, validation, evaluations, unigram, notes)
+    record = workdir.read_record(folder)
+    return _Run(folder, record, config, training, validation, evaluations, in_training, unigram, notes)
 
 
 def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
     """What `evaluate` wrote about checkpoints of this run, by step."""
     found = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
-    return sorted((result for result in found if 'step' in result.get('protocol', {})), key=_step_of)
+    results = [result for result in found if isinstance(result, dict)]  # a table is a list
+    return sorted((result for result in results if 'step' in result.get('protocol', {})), key=_step_of)
 
 
 def _step_of(evaluation: Mapping[str, Any]) -> int:
@@ -220,6 +226,33 @@ def _accuracy(run: _Run, evaluation: Mapping[str, Any], task: str) -> tuple[int,
     return _step_of(evaluation), figures[name], figures.get(f'{name}_stderr', 0.0), figures.get('chance_acc')
 
 
+def _draw_in_training(run: _Run) -> Figure | None:
+    if not run.in_training:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+    for i, task in enumerate(run.in_training[-1]['tasks']):
+        name = _main_metric(run.in_training[-1]['tasks'][task])
+        points = [(record['step'], record['tasks'][task]) for record in run.in_training if task in record['tasks']]
+        points = [(step, values[name], values.get(_stderr(name), 0.0)) for step, values in points if name in values]
+        steps, values, stderrs = zip(*points, strict=True)
+        axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=f'{task}, {name}')
+    axes.set_ylabel('score (± standard error)')
+    axes.legend()
+    _step_axis(run, axes)
+    return figure
+
+
+def _main_metric(values: Mapping[str, float]) -> str:
+    """The metric to show of a task: accuracy if it has one, normalised if it has that."""
+    return next((name for name in ('acc_norm', 'acc') if name in values), next(iter(values)))
+
+
+def _stderr(metric: str) -> str:
+    """The name of a metric's standard error: it stands before the filter, which follows a slash."""
+    name, separator, extraction = metric.partition('/')
+    return f'{name}_stderr{separator}{extraction}'
+
+
 def _step_axis(run: _Run, axes: Axes) -> None:
     axes.set_xlim(0, run.step * 1.02)
     axes.set_xlabel('optimiser step')
@@ -237,6 +270,7 @@ _PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
     'training': ('Loss and learning rate', _draw_training),
     'validation': ('Held-out loss of each source', _draw_validation),
     'evaluation': ('Tasks', _draw_evaluations),
+    'in_training': ('Tasks in the course of the training, on their first examples', _draw_in_training),
     'throughput': ('Throughput', _draw_throughput),
 }
 
@@ -250,6 +284,8 @@ def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.
     if summary['tasks']:
         parts += [page.heading('Evaluation'), page.table(_task_rows(summary['tasks']))]
     parts += [page.picture(title, path) for title, path in pictures.items()]
+    if (figure := run.folder / 'eval' / 'figure2.png').exists():  # of `evaluate --figure=2`
+        parts.append(page.picture("The paper's Figure 2, of this run's checkpoints", figure))
     return page.page(str(run.folder), parts)
 
 

@@ -21,7 +21,7 @@ from tinyllama_jax.data import pipeline, store
 from tinyllama_jax.lockstep import Lockstep
 from tinyllama_jax.validation import losses
 
-Hook = Callable[[int, Any], None]  # called with (step, params) after each validation
+Hook = Callable[[int, Any], None]  # called with (step, params) after each validation and every evaluate_every_steps
 
 
 def accumulation_steps(config: Config, shards: int) -> int:
@@ -120,12 +120,12 @@ class _Run:
             told = steps.tell()
             self._log(pending)
             pending = (step, scalars, told)
-            evaluate = step == stop or (config.eval_every_steps and step % config.eval_every_steps == 0)
-            save = step == stop or step % config.checkpoint_every_steps == 0
+            validate, save = (config.due(step, n) for n in (config.eval_every_steps, config.checkpoint_every_steps))
+            evaluate = validate or (self.hooks and config.due(step, config.evaluate_every_steps))
             if evaluate or save:
                 pending = self._log(pending)
             if evaluate:
-                self._validate(step)
+                self._evaluate(step, validate=validate)
             if save:
                 saved = self._save(step)
         self.checkpointer.wait()
@@ -177,14 +177,15 @@ class _Run:
             record['step_seconds'] = step_seconds
         self.journal.log(record)
 
-    def _validate(self, step: int) -> None:
-        """Validation loss of each source; then the hooks."""
+    def _evaluate(self, step: int, *, validate: bool) -> None:
+        """Validation loss of each source if that is due; then the hooks."""
         with self.throughput.timed('paused'):
-            self.members.at('validation')
-            columns = sharding.local_columns(self.mesh, batch := self._eval_batch())
-            put = functools.partial(self._to_devices, leading=0)
-            loss = losses(self.eval_step, self.state.params, self.data, batch, columns=columns, put=put)
-            self.journal.validated(step, loss)
+            if validate:
+                self.members.at('validation')
+                columns = sharding.local_columns(self.mesh, batch := self._eval_batch())
+                put = functools.partial(self._to_devices, leading=0)
+                loss = losses(self.eval_step, self.state.params, self.data, batch, columns=columns, put=put)
+                self.journal.validated(step, loss)
             for hook in self.hooks:
                 self.members.at('a hook')
                 hook(step, self.state.params)
