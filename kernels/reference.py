@@ -32,10 +32,9 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
     return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
-    """Attention over a key-value cache: the query at position p attends to cache slots 0..p."""
-    mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None, :] <= positions_BT[:, :, None]
-    return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+def cached_attention(q_BTNH, k_BKSH, v_BKSH, visible_BS):
+    """Attention over a key-value cache, heads before slots: every query attends to the visible slots; [B, T, N, H]."""
+    return _masked_attention(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), visible_BS[:, None])
 
 
 def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
