@@ -9,19 +9,20 @@ Random weights are exported to a Hugging Face folder, which both read, in float3
 
 import argparse
 import contextlib
-import dataclasses
-import logging
 import os
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['HF_HUB_OFFLINE'] = '1'
 sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import dataclasses
+import logging
+import tempfile
 
 import jax
 import numpy as np
@@ -94,7 +95,7 @@ def measure(generators: dict, prompts: list, repeats: int) -> dict:
 
 
 def report(shape: str, batch: int, seconds: dict, tokens: int) -> None:
-    """Prints ms a token and the ratio theirs / ours: median over the turns, least and greatest, and of the best turns."""
+    """Prints ms a token and the ratio theirs / ours: its median, least and greatest, and that of the best turns."""
     ours, theirs = (
         f'{name} {statistics.median(values) / tokens * 1e3:6.2f} ms a token (best {min(values) / tokens * 1e3:.2f})'
         for name, values in seconds.items()

@@ -197,7 +197,7 @@ class JaxLM(TemplateLM):
             groups[name].append(_Prompt(index, self._prompt(context, options), repeats[name, context]))
             repeats[name, context] += 1
         for name, prompts in groups.items():
-            options = lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks)
+            options = dict(lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks))
             buckets = defaultdict(list)
             for prompt in prompts:
                 buckets[generate.rounded(len(prompt.ids))].append(prompt)
