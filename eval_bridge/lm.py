@@ -32,6 +32,7 @@ from tinyllama_jax.config import ModelConfig
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096
 _CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
+_MOST_ROWS = 64  # of a batch that is generated
 
 
 class JaxLM(TemplateLM):
