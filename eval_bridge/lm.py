@@ -27,6 +27,7 @@ from lm_eval.models import utils as lm_eval_models_utils
 
 from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 
 MOST_NEW_TOKENS = 256
@@ -230,7 +231,7 @@ class JaxLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> generate.Generator:
-        return generate.Generator(self._params, self._config, ops=self._ops)
+        return generate.Generator(self._params, self._config, ops=ops_lib.make_ops(ops_lib.PLAIN, self._mesh))
 
     def _truncated(self, tokens: list[int], length: int) -> list[int]:
         """The last `length` tokens; a request that loses some is counted."""
