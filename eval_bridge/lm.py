@@ -2,14 +2,18 @@
 
 Requests are encoded, truncated and scored as lm-eval's own `hf` model does, so both
 give the same log-likelihoods. Continuations of one context are scored together, in rows
-of a few lengths (branches.py), each of which is compiled once.
+of a few lengths (branches.py), each of which is compiled once; generation takes its prompts
+in batches of one such length.
 
 Shapes: B rows, T positions, P predictions, C predictions of a chunk, D model, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import jax
@@ -23,11 +27,13 @@ from lm_eval.models import utils as lm_eval_models_utils
 
 from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096
 _CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
+_MOST_ROWS = 64  # of a batch that is generated
 
 
 class JaxLM(TemplateLM):
@@ -40,6 +46,8 @@ class JaxLM(TemplateLM):
       add_bos: put BOS before every text; the paper's protocol does not.
       mesh: devices to spread parameters and rows over; none: the default device.
       dtype: float32 or bfloat16, of the computation.
+
+    Attribute truncated_requests: how many requests were longer than the model reads, and were cut on the left.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class JaxLM(TemplateLM):
         self.batch_size = batch_size
         self.add_bos = add_bos
         self.dtype = dtype
+        self.truncated_requests = 0
 
     @property
     def max_length(self) -> int:
@@ -112,7 +121,8 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
-        rows = [self._row(*request) for request in requests]
+        with self._counting_truncated():
+            rows = [self._row(*request) for request in requests]
         trees = branches.trees(rows, max(branches.ROW, branches.padded(self.max_length)))
         shards = sharding.batch_shards(self._mesh) if self._mesh else 1
         results = [(0.0, True)] * len(rows)
@@ -143,7 +153,7 @@ class JaxLM(TemplateLM):
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '
                 'leave this task out.'
             )
-        whole = (context + continuation)[-(self.max_length + 1) :]
+        whole = self._truncated(context + continuation, self.max_length + 1)
         return whole[: -len(continuation)], continuation
 
     def _score_batch(self, batch: branches.Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -159,32 +169,92 @@ class JaxLM(TemplateLM):
             yield number, (float(logprobs_P[span].sum(dtype=np.float64)), bool(greedy_P[span].all()))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """A text for each (context, generation arguments), ended before the first stop sequence."""
-        bar = tqdm.tqdm([request.args for request in requests], desc='Generating', disable=disable_tqdm or None)
-        texts = []
-        for context, arguments in bar:
-            texts.append(self._generate(context, arguments))
-            self.cache_hook.add_partial('generate_until', (context, arguments), texts[-1])
+        """A text for each (context, generation arguments), ended before the first stop sequence.
+
+        Contexts are cut on the left to what leaves room for all tokens asked for. Sampled texts are drawn anew
+        each time the same request comes again.
+        """
+        texts = [''] * len(requests)
+        with self._counting_truncated(), tqdm.tqdm(
+            total=len(requests), desc='Generating', disable=disable_tqdm or None
+        ) as bar:  # fmt: skip
+            for options, batch in self._generation_batches([request.args for request in requests]):
+                for index, text in self._generate(options, batch):
+                    texts[index] = text
+                    self.cache_hook.add_partial('generate_until', requests[index].args, text)
+                    bar.update()
         return texts
 
-    def _generate(self, context: str, arguments: dict) -> str:
-        options = lm_eval_models_utils.normalize_gen_kwargs(arguments, self.max_gen_toks)
-        count, stops = options['max_gen_toks'], options['until']
+    def _generation_batches(self, arguments) -> Iterator[tuple[dict, list['_Prompt']]]:
+        """Batches of prompts with equal options and about equal lengths, the longest first."""
+        groups, repeats = defaultdict(list), Counter()
+        for index, (context, options) in enumerate(arguments):
+            name = json.dumps(options, sort_keys=True)
+            groups[name].append(_Prompt(index, self._prompt(context, options), repeats[name, context]))
+            repeats[name, context] += 1
+        for name, prompts in groups.items():
+            options = dict(lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks))
+            buckets = defaultdict(list)
+            for prompt in prompts:
+                buckets[generate.rounded(len(prompt.ids))].append(prompt)
+            for P, bucket in sorted(buckets.items(), reverse=True):
+                slots = generate.rounded(P + options['max_gen_toks'])
+                count = min(_MOST_ROWS, max(1, self.batch_size * self.max_length // slots))
+                for start in range(0, len(bucket), count):
+                    yield options, bucket[start : start + count]
+
+    def _prompt(self, context: str, arguments: dict) -> list[int]:
+        count = lm_eval_models_utils.normalize_gen_kwargs(arguments, self.max_gen_toks)['max_gen_toks']
         if count >= self.max_length:
             raise errors.UsageError(f'a task wants {count} new tokens, but seq_len is {self.max_length}.')
-        prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - count) :]
-        sampling = {name: options.get(name) for name in ('top_k', 'top_p')}
-        temperature = options.get('temperature', 0.0) if options.get('do_sample') else 0.0
-        tokens, text = [], ''
-        for token in generate.stream(
-            self._params, self._config, prompt, max_new_tokens=count, temperature=temperature, **sampling,
+        return self._truncated(self.tok_encode(context) or [self.prefix_token_id], self.max_length - count)
+
+    def _generate(self, options: dict, prompts: list['_Prompt']) -> Iterator[tuple[int, str]]:
+        """(index, text) of each prompt, as it ends."""
+        blocks = self._generator.batch(
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=options['max_gen_toks'],
+            temperature=options.get('temperature', 0.0) if options.get('do_sample') else 0.0,
+            top_k=options.get('top_k'),
+            top_p=options.get('top_p'),
+            seed=[prompt.repeat for prompt in prompts],
             eos_id=self.eot_token_id,
-        ):  # fmt: skip
-            tokens.append(token)
-            text = self._encoder.decode(tokens)
-            if any(stop and stop in text for stop in stops):
-                break
-        return lm_eval_models_utils.postprocess_generated_text(text, stops, None)
+        )
+        stops, waiting = options['until'], dict(enumerate(prompts))
+        for rows in blocks:
+            for row, prompt in list(waiting.items()):
+                text = self._encoder.decode(rows.tokens[row])
+                if rows.ended[row] or any(stop and stop in text for stop in stops):
+                    rows.ended[row] = True
+                    del waiting[row]
+                    yield prompt.index, lm_eval_models_utils.postprocess_generated_text(text, stops, None)
+
+    @functools.cached_property
+    def _generator(self) -> generate.Generator:
+        return generate.Generator(self._params, self._config, ops=ops_lib.make_ops(ops_lib.PLAIN, self._mesh))
+
+    def _truncated(self, tokens: list[int], length: int) -> list[int]:
+        """The last `length` tokens; a request that loses some is counted."""
+        self.truncated_requests += len(tokens) > length
+        return tokens[-length:]
+
+    @contextlib.contextmanager
+    def _counting_truncated(self):
+        """A context after which the requests that were cut in it are told of."""
+        before = self.truncated_requests
+        yield
+        if count := self.truncated_requests - before:
+            what = f'{count:,} requests were longer than the model reads and were cut on the left'
+            print(f'evaluate: {what} (seq_len = {self.max_length}).', file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A context to continue: number of the request, ids, and how often the same request came before."""
+
+    index: int
+    ids: list[int]
+    repeat: int
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'ops'))

@@ -28,8 +28,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import chunked_loss, reference, varying
 
-cached_attention = reference.cached_attention
-
 _MASKED = -1e30
 _QUERY_BLOCK = 128
 _MOST_BLOCKS = 16  # bounds compile time

@@ -32,10 +32,17 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
     return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT):
-    """Attention over a key-value cache: the query at position p attends to cache slots 0..p."""
-    mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None, :] <= positions_BT[:, :, None]
-    return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
+    """One query of each row over the visible slots of a key-value cache, heads before slots; returns [B, 1, N, H]."""
+    B, _, N, H = q_B1NH.shape
+    K, wide = k_BKSH.shape[1], _wide(q_B1NH.dtype)
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H) * H**-0.5
+    logits_BKGS = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, preferred_element_type=wide)
+    logits_BKGS = jnp.where(visible_BS[:, None, None], logits_BKGS, _MASKED)
+    weights_BKGS = jnp.exp(logits_BKGS - jnp.max(logits_BKGS, axis=-1, keepdims=True))
+    out_BKGH = jnp.einsum('bkgs,bksh->bkgh', weights_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=wide)
+    out_BKGH = out_BKGH / jnp.sum(weights_BKGS, axis=-1, keepdims=True)
+    return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
 def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):

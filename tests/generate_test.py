@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_export
-from tinyllama_jax import errors, generate, model
+from tinyllama_jax import decode, errors, generate, model, tokenizer
 
 CONFIG = dataclasses.replace(tiny_export.MODEL, seq_len=96)
 _forward = jax.jit(model.forward, static_argnames='config')
@@ -46,6 +46,71 @@ def test_greedy_equals_transformers(params, greedy, tmp_path):
     assert len(theirs) == 50 or theirs[-1] == 2  # its configuration says where texts end
 
 
+PROMPTS = [PROMPT, [5, 17], [300, 2, 7] * 15, [9]]
+
+
+def _batch(params, prompts, **options):
+    *_, rows = generate.Generator(params, CONFIG).batch(prompts, **options)
+    assert all(rows.ended)
+    return rows.tokens
+
+
+def test_a_prompt_s_tokens_do_not_depend_on_the_batch(params, greedy):
+    options = {'max_new_tokens': 60, 'eos_id': greedy[12]}
+    together = _batch(params, PROMPTS[:3], **options)
+    assert together == [_batch(params, [ids], **options)[0] for ids in PROMPTS[:3]]
+    assert together[0] == greedy[: greedy.index(greedy[12]) + 1]
+    assert len({len(tokens) for tokens in together}) == 3, 'they should end at different places'
+    assert len(together[2]) <= CONFIG.seq_len - len(PROMPTS[2]) + 1
+
+
+def test_a_sample_does_not_depend_on_the_batch(params):
+    options = {'max_new_tokens': 50, 'temperature': 1.2, 'top_k': 50}
+    together = _batch(params, PROMPTS[:2], seed=[1, 2], **options)
+    assert together == [_batch(params, [PROMPTS[row]], seed=row + 1, **options)[0] for row in (0, 1)]
+    assert _batch(params, [PROMPT, PROMPT], seed=[2, 1], **options)[1] == together[0]
+
+
+def test_batches_equal_transformers(params, tmp_path):
+    torch = tiny_export.require_torch()
+    llama = tiny_export.transformers_llama(params, CONFIG, tmp_path).eval()
+    width = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in PROMPTS])
+    theirs = llama.generate(padded, attention_mask=mask, max_new_tokens=40, pad_token_id=0)[:, width:].tolist()
+    for mine, other in zip(_batch(params, PROMPTS, max_new_tokens=40, eos_id=2), theirs, strict=True):
+        assert mine == other[: len(mine)]
+        assert len(mine) == 40 or mine[-1] == 2
+
+
+def test_a_row_that_its_reader_ends_gets_no_more(params):
+    lengths = []
+    for rows in generate.Generator(params, CONFIG).batch(PROMPTS[:2], max_new_tokens=40):
+        rows.ended[1] = True
+        lengths.append(len(rows.tokens[1]))
+    assert set(lengths) == {1} and len(rows.tokens[0]) == 40
+
+
+def test_prompts_are_printed_in_order_as_their_tokens_come(tmp_path, capsys):
+    pieces = tokenizer.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    texts = ['def one', 'class Two']
+    prompts = [pieces.encode(text) for text in texts]
+    tokens = [pieces.encode(' return x'), pieces.encode(' is here')]
+    rows, shown = generate.Rows([[], []], [False, False]), []
+
+    def blocks():
+        for first, second in ((1, 2), (2, 99), (99, 99)):
+            rows.tokens[:] = tokens[0][:first], tokens[1][:second]
+            rows.ended[:] = first > len(tokens[0]), second > len(tokens[1])
+            yield rows
+            shown.append(capsys.readouterr().out)
+
+    generate._print(prompts, blocks(), pieces)
+    whole = [pieces.decode(ids + new) for ids, new in zip(prompts, tokens, strict=True)]
+    assert ''.join(shown) == ''.join(f'{text}\n' for text in whole)
+    assert shown[0] and whole[0].startswith(shown[0] + shown[1]), 'the second waits for the first'
+
+
 def test_it_ends_after_eos_and_yields_it(params, greedy):
     eos = greedy[12]
     expected = greedy[: greedy.index(eos) + 1]
@@ -60,11 +125,14 @@ def test_it_ends_when_seq_len_tokens_are_read(params):
 
 def test_lengths_share_programs_and_tokens_arrive_one_by_one(params):
     generate.generate(params, CONFIG, PROMPT, max_new_tokens=50)
-    programs = generate._advance._cache_size()
+    programs = decode.begin._cache_size(), decode.advance._cache_size()
     stream = generate.stream(params, CONFIG, PROMPT[:3], max_new_tokens=40)
     assert isinstance(next(stream), int)
     generate.generate(params, CONFIG, PROMPT[:5], max_new_tokens=41)
-    assert generate._advance._cache_size() == programs
+    assert (decode.begin._cache_size(), decode.advance._cache_size()) == programs
+    assert {generate.rounded(length) for length in range(2_049)} == {
+        32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
+    }  # fmt: skip
 
 
 def test_sampling_is_a_function_of_the_seed(params, greedy):
@@ -78,24 +146,9 @@ def test_sampling_is_a_function_of_the_seed(params, greedy):
     assert sample(temperature=1.5, top_p=1e-6, seed=1) == greedy[:12]
 
 
-def _kept(probabilities, *, top_k=5, top_p=2.0):
-    return np.isfinite(generate.restrict(jnp.log(jnp.array(probabilities)), top_k, top_p)).tolist()
-
-
-def test_top_k_and_top_p_keep_the_likeliest():
-    p = [0.1, 0.4, 0.3, 0.15, 0.05]
-    assert _kept(p, top_k=2) == [False, True, True, False, False]
-    assert _kept(p, top_k=9) == [True] * 5
-    assert _kept(p, top_p=0.65) == [False, True, True, False, False]
-    assert _kept(p, top_p=0.75) == [False, True, True, True, False]
-    assert _kept(p) == [True] * 5
-    # top_p looks at what top_k left: 0.4 / 0.7 = 0.57 of it is the first.
-    assert _kept(p, top_k=2, top_p=0.5) == [False, True, False, False, False]
-
-
 def test_samples_follow_the_model_s_distribution(params):
     logits_V = _forward(params, np.array([PROMPT]), config=CONFIG)[0, -1] / 0.7
-    expected_V = jax.nn.softmax(generate.restrict(logits_V, 3, 2.0))
+    expected_V = jax.nn.softmax(decode.restrict(logits_V, 3, 2.0))
     drawn = [
         next(generate.stream(params, CONFIG, PROMPT, max_new_tokens=50, temperature=0.7, top_k=3, seed=seed))
         for seed in range(300)

@@ -1,11 +1,13 @@
 """JaxLM: log-likelihoods against the plain forward pass, truncation, rolling windows, few programs, stop sequences."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from eval_bridge import lm
+from eval_bridge import convert, lm
 from tests import tiny_export
 from tinyllama_jax import errors, model, sharding, tokenizer
 from tinyllama_jax.config import MeshConfig
@@ -127,6 +129,7 @@ def test_a_mesh_of_eight_devices_gives_the_same(jax_lm, encoder):
     requests = _requests('loglikelihood', PAIRS)
     for ours, theirs in zip(jax_lm.loglikelihood(requests), spread.loglikelihood(requests), strict=True):
         assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    assert _texts(spread) == _texts(jax_lm)
 
 
 def test_generation_ends_before_a_stop_sequence(jax_lm):
@@ -140,6 +143,67 @@ def test_generation_ends_before_a_stop_sequence(jax_lm):
     stop = whole[4:7]
     assert generated(max_gen_toks=20, until=stop) == whole.split(stop)[0]
     assert generated(max_gen_toks=20, do_sample=False, temperature=2.0) == whole
+
+
+LONG = tiny_export.text()[:300]  # more tokens than the model reads
+CONTEXTS = [(PAIRS[0][0], 20), ('', 9), (LONG, 20), ('import numpy as np', 20), ('a', 9), ('The tokenizer of', 20)]
+
+
+def _texts(model, **options):
+    asked = [(context, {'until': ['no such text'], 'max_gen_toks': count, **options}) for context, count in CONTEXTS]
+    return model.generate_until(_requests('generate_until', asked), disable_tqdm=True)
+
+
+def test_texts_of_a_batch_are_those_of_single_requests(encoder, jax_lm):
+    told = []
+    single = lm.JaxLM(tiny_export.params(), CONFIG, encoder)
+    single._generator = jax_lm._generator
+    single.set_cache_hook(types.SimpleNamespace(add_partial=lambda *what: told.append(what)))
+    texts = _texts(single)
+    asked = [(context, {'until': ['no such text'], 'max_gen_toks': count}) for context, count in CONTEXTS]
+    for request, text in zip(_requests('generate_until', asked), texts, strict=True):
+        assert jax_lm.generate_until([request]) == [text]
+        assert ('generate_until', request.args, text) in told
+    assert len(told) == len(asked) and len(set(texts)) == len(texts)
+
+
+def test_a_request_that_comes_again_is_drawn_again(jax_lm):
+    options = {'until': [], 'max_gen_toks': 12, 'do_sample': True, 'temperature': 1.5}
+    requests = _requests('generate_until', [('import', options)] * 2 + [('class', options)])
+    texts = jax_lm.generate_until(requests)
+    assert texts[0] != texts[1]
+    assert jax_lm.generate_until(requests[1:]) == [texts[0], texts[2]]
+
+
+def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
+    tiny_export.require_torch()
+    huggingface = pytest.importorskip('lm_eval.models.huggingface')
+    head_DV = tiny_export.params()['lm_head'].copy()
+    # Neither <unk> nor bytes, some of which make no character: the two tokenizers show these differently.
+    head_DV[:, [0, *range(3, 259)]] = 0
+    params = {**tiny_export.params(), 'lm_head': head_DV}
+    convert.export(params, CONFIG, encoder.path, tmp_path / 'export')
+    theirs = huggingface.HFLM(pretrained=str(tmp_path / 'export'), add_bos_token=False, batch_size=3, device='cpu')
+    kept = [pair for pair in CONTEXTS if pair[0]]  # an empty context is an error there
+    asked = [(context, {'until': [' s'], 'max_gen_toks': count}) for context, count in kept]
+    texts = [
+        each.generate_until(_requests('generate_until', asked)) for each in (lm.JaxLM(params, CONFIG, encoder), theirs)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == len(asked)
+
+
+def test_requests_that_are_cut_are_counted_and_told_of(encoder, capsys):
+    cut = lm.JaxLM(tiny_export.params(), CONFIG, encoder)
+    cut.loglikelihood(_requests('loglikelihood', [*PAIRS[:2], (LONG, ' x')]))
+    assert cut.truncated_requests == 1
+    assert '1 requests were longer than the model reads' in capsys.readouterr().err
+    cut.generate_until(_requests('generate_until', [(LONG, {'until': [], 'max_gen_toks': 3})] * 2))
+    assert cut.truncated_requests == 3
+    cut.loglikelihood(_requests('loglikelihood', PAIRS[:2]))
+    cut.loglikelihood_rolling(_requests('loglikelihood_rolling', [(LONG,)]))
+    assert cut.truncated_requests == 3
+    assert capsys.readouterr().err.count('cut on the left') == 1
 
 
 def test_what_does_not_fit_is_refused(jax_lm):

@@ -11,6 +11,7 @@ import pytest
 
 from configs import tinyllama_1b
 from eval_bridge import convert
+from kernels import reference
 from tests import tiny_export
 from tinyllama_jax import model
 from tinyllama_jax.config import ModelConfig
@@ -76,18 +77,22 @@ def _gradients_as_ours(theirs, folder):
     return convert.import_weights(folder)[0]
 
 
-def test_the_cache_gives_the_logits_of_the_whole_sequence():
+def test_layers_apart_give_the_same_and_what_attend_returns():
     config = SHAPES[1][0]
     params = tiny_export.random_params(config)
+    apart = {**params, 'layers': model.unstacked(params['layers'], config.num_layers)}
     tokens_BT = np.random.default_rng(0).integers(config.vocab_size, size=(2, 15))
-    shape = (config.num_layers, 2, 16, config.num_kv_heads, config.head_dim)
-    cache = {'k': jnp.zeros(shape), 'v': jnp.zeros(shape)}
-    parts = []
-    for start, stop in ((0, 13), (13, 14), (14, 15)):
-        positions_BT = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        x_BTD, cache = _hidden(params, tokens_BT[:, start:stop], config, positions_BT=positions_BT, cache=cache)
-        parts.append(model.logits(params, x_BTD))
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), _forward(params, tokens_BT, config), atol=2e-5, rtol=0)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, addend):
+        return reference.attention(q_BTNH, k_BTKH, v_BTKH), k_BTKH + addend
+
+    read = functools.partial(jax.jit(model.hidden, static_argnames=('config', 'attend')), config=config, attend=attend)
+    x_BTD, keys_LBTKH = read(params, tokens_BT, cache=jnp.arange(2.0))
+    same_BTD, keys = read(apart, tokens_BT, cache=[0.0, 1.0])
+    np.testing.assert_allclose(x_BTD, _hidden(params, tokens_BT, config)[0], atol=1e-5)
+    np.testing.assert_allclose(same_BTD, x_BTD, atol=1e-5)
+    assert isinstance(keys, list)
+    np.testing.assert_allclose(np.stack(keys), keys_LBTKH, atol=1e-5)
 
 
 def test_packed_documents_train_as_documents_alone():

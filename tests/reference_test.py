@@ -34,11 +34,17 @@ def test_query_heads_of_a_group_read_the_same_key_value_head():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_cached_attention_equals_attention_over_the_prefix():
-    q, k, v = (_normal(seed, 2, 12, 2, 4) for seed in range(3))
-    positions = np.full((2, 1), 7)
-    got = reference.cached_attention(q[:, 7:8], k, v, positions)
-    np.testing.assert_allclose(got, reference.attention(q, k, v)[:, 7:8], atol=1e-6)
+def test_cached_attention_equals_attention_over_the_visible_slots():
+    q, k, v = (_normal(seed, 2, 12, heads, 4) for seed, heads in enumerate((4, 2, 2)))
+    slots = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 5, 8, 9, 10, 11]])  # a row's own, in the order of time
+    visible = np.zeros((2, 12), bool)
+    for row in range(2):
+        visible[row, slots[row]] = True
+    got = reference.cached_attention(q[:, 7:8], k.swapaxes(1, 2), v.swapaxes(1, 2), visible)
+    for row in range(2):
+        mine = (x[row : row + 1, slots[row]] for x in (k, v))
+        want = reference.attention(np.repeat(q[row : row + 1, 7:8], 8, axis=1), *mine)[:, 7:8]
+        np.testing.assert_allclose(got[row : row + 1], want, atol=1e-6)
 
 
 def test_rms_norm_makes_unit_mean_square():

@@ -1,43 +1,84 @@
-"""Text from a model: a key-value cache of fixed size, greedy or sampled, one sequence at a time.
+"""Text from a model: many prompts at once, greedy or sampled; the command `generate`.
 
-Shapes: B = 1, T new positions, S cache slots, V vocabulary. Lengths are rounded up, so
-that prompts of many lengths share a few compiled programs.
+Lengths are rounded up, so that prompts of many lengths share a few compiled programs (decode.py). A sequence
+depends on its prompt and its seed, not on what else is in the batch.
+
+Shapes: B rows, P positions of the padded prompts.
 """
 
-import functools
+import dataclasses
 import math
 import pathlib
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax import errors, model, tokenizer, workdir
+from tinyllama_jax import decode, errors, model, runtime, tokenizer, workdir
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Config, ModelConfig
+from tinyllama_jax.ops import Ops
 
-_SMALLEST = 32  # slots; sizes are this times a power of two
+_SMALLEST = 32  # positions; sizes are this times 1, 2, 3, 4, 6, 8, 12, ...
+_MOST_ROWS = 32  # prompts of a command at once
+_PATIENCE_S = 0.1  # a block is doubled while it takes less
 _ALL = 2.0  # as top_p: above any sum of probabilities, however rounded
 
 
 def generate_run(
-    folder: pathlib.Path, config: Config | None, *, prompt: Sequence[str], step: int | None = None, **options
+    folder: pathlib.Path,
+    config: Config | None,
+    *,
+    prompt: Sequence[str],
+    prompts: str | None = None,
+    step: int | None = None,
+    **options,
 ) -> None:
-    """Prints each prompt of `prompt` with its continuation by a workdir's checkpoint, as it comes; see `stream`."""
-    if not prompt:
-        raise errors.UsageError('--prompt=TEXT is missing; it may be given several times.')
+    """Prints prompts with their continuations by a workdir's checkpoint; `options` are those of `Generator.batch`.
+
+    They are continued together and printed one after another, the first one that has not ended as its tokens come.
+
+    Args:
+      prompt: texts.
+      prompts: a file with a further text on each line.
+
+    Raises UsageError for what cannot be read or continued.
+    """
+    texts = [*prompt, *_lines(prompts)]
+    if not texts:
+        raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    pieces = tokenizer.Tokenizer(loaded.tokenizer_path)
-    for text in prompt:
-        ids = ([pieces.bos_id] if loaded.config.data.bos else []) + pieces.encode(text)
-        shown = ''
-        for token in stream(loaded.params, loaded.config.model, ids, eos_id=pieces.eos_id, **options):
-            ids = [*ids, token]
-            whole = pieces.decode(ids)
-            if not whole.endswith('\ufffd'):  # half a character: wait for its other bytes
-                print(whole[len(shown) :], end='', flush=True)
-                shown = whole
-        print()
+    pieces, shape = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.model
+    bos = [pieces.bos_id] if loaded.config.data.bos else []
+    ids = [bos + pieces.encode(text) for text in texts]
+    generator = Generator(loaded.params, shape)
+    with runtime.awake_cores():
+        for start in range(0, len(ids), _MOST_ROWS):
+            some = ids[start : start + _MOST_ROWS]
+            _print(some, generator.batch(some, eos_id=pieces.eos_id, **options), pieces)
+
+
+def _lines(path: str | None) -> list[str]:
+    try:
+        return pathlib.Path(path).read_text(encoding='utf-8').splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UsageError(f'--prompts={path} cannot be read: {error}.') from None
+
+
+def _print(prompts: Sequence[list[int]], blocks: Iterator['Rows'], pieces: tokenizer.Tokenizer) -> None:
+    row, shown = 0, ''
+    for rows in blocks:
+        while row < len(prompts):
+            text = pieces.decode(prompts[row] + rows.tokens[row])
+            if not text.endswith('\ufffd'):  # half a character: wait for its other bytes
+                print(text[len(shown) :], end='', flush=True)
+                shown = text
+            if not rows.ended[row]:
+                break
+            print()
+            row, shown = row + 1, ''
 
 
 def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> list[int]:
@@ -45,44 +86,113 @@ def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **opt
     return list(stream(params, config, prompt_ids, **options))
 
 
-def stream(
-    params: dict,
-    config: ModelConfig,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos_id: int | None = None,
-) -> Iterator[int]:
-    """Yields the continuation of `prompt_ids` token by token.
+def stream(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> Iterator[int]:
+    """Yields the continuation of one prompt token by token; `options` and errors are those of `Generator.batch`."""
+    blocks = Generator(params, config).batch([prompt_ids], **options)
 
-    It ends after `eos_id` (which is yielded), after `max_new_tokens`, or when the
-    model has read `seq_len` tokens. The same arguments give the same tokens.
+    def tokens():
+        sent = 0
+        for rows in blocks:
+            yield from rows.tokens[0][sent:]
+            sent = len(rows.tokens[0])
+
+    return tokens()
+
+
+@dataclasses.dataclass
+class Rows:
+    """What a batch has so far: each prompt's new tokens, and whether it has ended. Setting `ended` ends a row."""
+
+    tokens: list[list[int]]
+    ended: list[bool]
+
+
+class Generator:
+    """A model ready to generate; it holds a copy of the weights, in the dtype they are used in.
 
     Args:
-      temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
-      top_k: samples among the k likeliest only.
-      top_p: then among the likeliest that together reach this probability.
-
-    Raises UsageError for arguments that cannot work.
+      params: of `model.init_params`, float32.
+      ops: by default plain JAX on the default device; of a mesh: rows are spread over it.
     """
-    _check(prompt_ids, config, max_new_tokens, temperature, top_k, top_p)
-    room = min(max_new_tokens, config.seq_len - len(prompt_ids) + 1)
-    sampling = (temperature, top_k or config.vocab_size, top_p or _ALL) if temperature else None
-    return _tokens(params, config, prompt_ids, room, sampling, seed, eos_id)
+
+    def __init__(self, params: dict, config: ModelConfig, *, ops: Ops | None = None):
+        self._config = config
+        self._ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
+        self._weights = decode.weights(params, config=config, dtype=model.compute_dtype(config, self._ops))
+
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        eos_id: int | None = None,
+    ) -> Iterator[Rows]:
+        """Continues the prompts together; yields one and the same Rows after every few tokens.
+
+        A row ends after `eos_id` (which is among its tokens), after `max_new_tokens`, or when the
+        model has read `seq_len` tokens of it. The same prompt, seed and options give the same tokens.
+
+        Args:
+          temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
+          top_k: samples among the k likeliest only.
+          top_p: then among the likeliest that together reach this probability.
+          seed: of the sampling; of all rows, or one for each.
+
+        Raises UsageError for arguments that cannot work.
+        """
+        _check(prompts, self._config, max_new_tokens, temperature, top_k, top_p)
+        sampling = (temperature, top_k or self._config.vocab_size, top_p or _ALL) if temperature else None
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        return self._blocks(prompts, max_new_tokens, sampling, seeds, decode.NOTHING if eos_id is None else eos_id)
+
+    def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos: int) -> Iterator[Rows]:
+        tokens_BP, length_B, limit_B = self._padded(prompts, max_new_tokens)
+        key_B = jnp.stack([jax.random.key(seed) for seed in [*seeds, *[0] * (len(length_B) - len(seeds))]])
+        slots = rounded(tokens_BP.shape[1] + int(limit_B.max()) - 1)
+        rows = Rows([[] for _ in prompts], [False] * len(prompts))
+        how = {'config': self._config, 'ops': self._ops}
+        state = decode.begin(self._weights, tokens_BP, length_B, limit_B, key_B, sampling, slots=slots, **how)
+        block_BC, count = state.token_B[:, None], 1
+        while True:
+            start = time.monotonic()
+            for row, new in enumerate(np.asarray(block_BC)[: len(prompts)]):
+                rows.tokens[row] += new[new != decode.NOTHING].tolist()
+                done = rows.tokens[row][-1] == eos or len(rows.tokens[row]) == limit_B[row]
+                rows.ended[row] = rows.ended[row] or done
+            taken = time.monotonic() - start
+            yield rows
+            if all(rows.ended):
+                return
+            ended_B = np.ones(len(length_B), bool)
+            ended_B[: len(prompts)] = rows.ended
+            count = min(2 * count, decode.BLOCK) if taken < _PATIENCE_S else count
+            state, block_BC = decode.advance(self._weights, state, count, ended_B, sampling, eos, **how)
+
+    def _padded(self, prompts, max_new_tokens: int):
+        """Tokens [B, P], lengths and limits [B]; B is rounded up with rows whose limit is 0."""
+        B = self._ops.rows_of(1 << (len(prompts) - 1).bit_length())
+        tokens_BP = np.zeros((B, rounded(max(map(len, prompts)))), np.int32)
+        length_B, limit_B = np.ones(B, np.int32), np.zeros(B, np.int32)
+        for row, ids in enumerate(prompts):
+            tokens_BP[row, : len(ids)] = ids
+            length_B[row] = len(ids)
+            limit_B[row] = min(max_new_tokens, self._config.seq_len - len(ids) + 1)
+        return tokens_BP, length_B, limit_B
 
 
-def _check(prompt_ids, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
+def _check(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
     def refuse(name: str, value, wanted: str):
         raise errors.UsageError(f'{name} must be {wanted}, got {value}.')
 
-    if not 0 < len(prompt_ids) <= config.seq_len:
-        refuse("the prompt's length", len(prompt_ids), f'between 1 and seq_len = {config.seq_len} tokens')
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
-        refuse("the prompt's ids", f'{min(prompt_ids)} to {max(prompt_ids)}', f'below vocab_size = {config.vocab_size}')
+    for ids in prompts:
+        if not 0 < len(ids) <= config.seq_len:
+            refuse("the prompt's length", len(ids), f'between 1 and seq_len = {config.seq_len} tokens')
+        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            refuse("the prompt's ids", f'{min(ids)} to {max(ids)}', f'below vocab_size = {config.vocab_size}')
     if max_new_tokens < 1:
         refuse('max_new_tokens', max_new_tokens, 'at least 1')
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -93,52 +203,11 @@ def _check(prompt_ids, config: ModelConfig, max_new_tokens, temperature, top_k, 
         refuse('top_p', top_p, 'above 0 and at most 1')
 
 
-def _tokens(params, config: ModelConfig, prompt_ids, room: int, sampling, seed: int, eos_id) -> Iterator[int]:
-    length = len(prompt_ids)
-    params = jax.device_put(params)
-    cache = make_cache(config, _rounded(length + room))
-    tokens_BT = np.zeros((1, _rounded(length)), np.int32)
-    tokens_BT[0, :length] = prompt_ids
-    start, last = 0, length - 1  # what the padding writes is overwritten before it is read
-    for number, key in enumerate(jax.random.split(jax.random.key(seed), room)):
-        token, cache = _advance(params, tokens_BT, start, last, cache, key, sampling, config=config)
-        yield int(token)
-        if token == eos_id:
-            return
-        tokens_BT, start, last = np.full((1, 1), token, np.int32), length + number, 0
-
-
-def _rounded(length: int) -> int:
-    return _SMALLEST << max(0, math.ceil(math.log2(length / _SMALLEST)))
-
-
-def make_cache(config: ModelConfig, slots: int) -> dict:
-    """An empty cache of `slots` positions for one sequence: {k, v} of [L, 1, S, K, H]."""
-    shape = (config.num_layers, 1, slots, config.num_kv_heads, config.head_dim)
-    return {name: jnp.zeros(shape, model.compute_dtype(config)) for name in ('k', 'v')}
-
-
-@functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
-def _advance(params, tokens_BT, start, last, cache, key, sampling, *, config: ModelConfig):
-    """Reads tokens from position `start` on; returns the token that follows number `last` of them, and the cache.
-
-    `sampling` is (temperature, top_k, top_p), or None for the likeliest token.
-    """
-    positions_BT = start + jnp.arange(tokens_BT.shape[1])[None]
-    x_BTD, cache = model.hidden(params, tokens_BT, config, positions_BT=positions_BT, cache=cache)
-    x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
-    logits_V = model.logits(params, x_BTD)[0, 0]
-    if sampling is None:
-        return jnp.argmax(logits_V), cache
-    temperature, top_k, top_p = sampling
-    return jax.random.categorical(key, restrict(logits_V / temperature, top_k, top_p)), cache
-
-
-def restrict(logits_V, top_k: int, top_p: float):
-    """Logits with -inf for all but the `top_k` likeliest, and of these all but the likeliest that reach `top_p`."""
-    sorted_V = jnp.sort(logits_V)[::-1]
-    first_V = jnp.arange(sorted_V.shape[0]) < top_k
-    probabilities_V = jax.nn.softmax(jnp.where(first_V, sorted_V, -jnp.inf))
-    before_V = jnp.cumsum(probabilities_V) - probabilities_V  # what the likelier ones have together
-    least = jnp.min(jnp.where(first_V & (before_V < top_p), sorted_V, jnp.inf))
-    return jnp.where(logits_V < least, -jnp.inf, logits_V)
+def rounded(length: int) -> int:
+    """The least of 32 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
+    size = _SMALLEST
+    while size < length:
+        if size >= 2 * _SMALLEST and size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size

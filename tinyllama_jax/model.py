@@ -73,27 +73,16 @@ class Attention(nnx.Module):
         self.v = _weight(rngs, std, D, K, H)
         self.o = _weight(rngs, residual_std, N, H, D)
 
-    def __call__(self, x_BTD, ops: Ops, positions_BT, segment_ids_BT=None, cache=None):
-        """Attended [B, T, D] and the cache with this layer's new keys and values (None without one)."""
+    def __call__(self, x_BTD, ops: Ops, positions_BT, attend, cache=None):
+        """Attended [B, T, D] and this layer's cache, as `attend` returns it."""
         rotate = functools.partial(
             ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
         )
         q_BTNH = checkpoint_name(rotate(ops.linear(x_BTD, self.q[...])), 'qkv')
         k_BTKH = checkpoint_name(rotate(ops.linear(x_BTD, self.k[...])), 'qkv')
         v_BTKH = checkpoint_name(ops.linear(x_BTD, self.v[...]), 'qkv')
-        if cache is None:
-            out_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT)
-        else:
-            cache = _write_cache(cache, k_BTKH, v_BTKH, positions_BT[0, 0])
-            out_BTNH = ops.cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, cache)
         return checkpoint_name(ops.linear(out_BTNH, self.o[...]), 'attended'), cache
-
-
-def _write_cache(cache, k_BTKH, v_BTKH, start):
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), start, axis=1)
-        for name, new in (('k', k_BTKH), ('v', v_BTKH))
-    }
 
 
 class MLP(nnx.Module):
@@ -120,10 +109,10 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD, ops: Ops, positions_BT, segment_ids_BT=None, cache=None):
+    def __call__(self, x_BTD, ops: Ops, positions_BT, attend, cache=None):
         """The residual stream [B, T, D] after this layer, and its cache."""
         normed_BTD = self.attention_norm(x_BTD, ops)
-        attended_BTD, cache = self.attention(normed_BTD, ops, positions_BT, segment_ids_BT, cache)
+        attended_BTD, cache = self.attention(normed_BTD, ops, positions_BT, attend, cache)
         normed_BTD, x_BTD = self.mlp_norm(attended_BTD, ops, x_BTD)
         return x_BTD + self.mlp(normed_BTD, ops), cache
 
@@ -140,32 +129,32 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(config)
         self.lm_head = _weight(rngs, std, config.embed_dim, config.vocab_size)
 
-    def __call__(self, tokens_BT, ops: Ops, positions_BT=None, segment_ids_BT=None, cache=None, *, remat='none'):
-        """Final hidden states [B, T, D] and the updated cache (None without one)."""
+    def __call__(self, tokens_BT, ops: Ops, attend, positions_BT=None, cache=None, *, layers=None, remat='none'):
+        """Final hidden states [B, T, D] and the layers' caches; `layers`: modules in place of the stacked ones."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = ops.embed(self.embed[...], tokens_BT, compute_dtype(self.config, ops))
 
         def body(x_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            return layer(x_BTD, ops, positions_BT, segment_ids_BT, layer_cache)
+            return layer(x_BTD, ops, positions_BT, attend, layer_cache)
 
         if remat != 'none':
             body = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=not self.config.scan_layers)
-        x_BTD, cache = self._run_layers(body, x_BTD, cache)
+        x_BTD, cache = self._run_layers(body, x_BTD, layers, cache)
         return self.final_norm(x_BTD, ops), cache
 
-    def _run_layers(self, body, x_BTD, cache):
-        if self.config.scan_layers:
+    def _run_layers(self, body, x_BTD, layers, cache):
+        if layers is None and self.config.scan_layers:
             return jax.lax.scan(body, x_BTD, (self.layers, cache))
-        caches = []
-        for layer_and_cache in _unstacked((self.layers, cache), self.config.num_layers):
+        layers, caches = layers or unstacked(self.layers, self.config.num_layers), []
+        for layer_and_cache in zip(layers, cache or [None] * len(layers), strict=True):
             x_BTD, layer_cache = body(x_BTD, layer_and_cache)
             caches.append(layer_cache)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        return x_BTD, caches
 
 
-def _unstacked(tree, count: int) -> list:
+def unstacked(tree, count: int) -> list:
     """The `count` slices of a stacked tree; one split, whose transpose is one concatenation."""
     leaves, structure = jax.tree.flatten(tree)
     split = [[part[0] for part in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
@@ -183,17 +172,27 @@ def init_params(config: ModelConfig, key) -> dict:
 
 
 def hidden(params: dict, tokens_BT, config: ModelConfig, *, ops: Ops | None = None, positions_BT=None,
-           segment_ids_BT=None, cache=None, remat='none'):  # fmt: skip
-    """Final hidden states [B, T, D] in the compute dtype, and the updated cache.
+           segment_ids_BT=None, attend=None, cache=None, remat='none'):  # fmt: skip
+    """Final hidden states [B, T, D] in the compute dtype, and what `attend` returned for each layer.
 
-    Tokens see only those of their own segment; a cache is of one segment and takes no ids.
-    Without `ops`: plain JAX on the default device.
+    Args:
+      params: of `init_params`, or with the layers `unstacked`.
+      ops: by default plain JAX on the default device.
+      segment_ids_BT: tokens see only those of their own segment.
+      attend: (queries, keys, values, the layer's part of `cache`) -> (attended, what to return), in place of
+        attention over the tokens given; see decode.py.
     """
-    assert cache is None or segment_ids_BT is None
     ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
-    llama = nnx.merge(_graphdef(config), nnx.State(params))
+    attend = attend or (lambda q, k, v, _: (ops.attention(q, k, v, segment_ids_BT=segment_ids_BT), None))
+    apart = isinstance(params['layers'], list)
+    llamas = [_merged(params, config, layers) for layers in (params['layers'] if apart else [params['layers']])]
+    llama, layers = llamas[0], [llama.layers for llama in llamas] if apart else None
     with matmul_precision(compute_dtype(config, ops)):
-        return llama(tokens_BT, ops, positions_BT, segment_ids_BT, cache, remat=remat)
+        return llama(tokens_BT, ops, attend, positions_BT, cache, layers=layers, remat=remat)
+
+
+def _merged(params: dict, config: ModelConfig, layers: dict) -> Llama:
+    return nnx.merge(_graphdef(config), nnx.State({**params, 'layers': layers}))
 
 
 def logits(params: dict, x_BTD):

@@ -116,9 +116,14 @@ class Ops:
         """x [B, T, *inputs] times w [*inputs, *outputs]; a library's matrix product, which XLA partitions."""
         return dispatch.linear(x, w, gradient_dtype=self.gradient_dtype, chip=self.chip)
 
-    def cached_attention(self, q_BTNH, k_BSKH, v_BSKH, positions_BT):
-        """Attention over a key-value cache."""
-        return reference.cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT)
+    def cached_attention(self, q_BTNH, k_BKSH, v_BKSH, visible_BS):
+        """Attention over the visible slots of a key-value cache."""
+        return reference.cached_attention(q_BTNH, k_BKSH, v_BKSH, visible_BS)
+
+    def rows_of(self, count: int) -> int:
+        """`count` rounded up to what the mesh divides a batch by."""
+        shards = sharding.batch_shards(self.mesh) if self.mesh else 1
+        return -(-count // shards) * shards
 
     def _how(self, op: str) -> dict:
         return {'impl': dict(self.implementations)[op], 'chip': self.chip}
