@@ -86,16 +86,18 @@ def trees(rows: Sequence[Row], longest: int) -> list[Tree]:
 def batches(found: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
     """Packs trees into batches, the longest first, of at most `most_tokens` positions and a multiple of so many rows.
 
-    What is left over comes in a batch of a power of two rows: one more program, and few rows of padding.
+    What is left over comes in a smaller batch, of one of a few sizes: one more program, and little padding.
     """
     by_length = defaultdict(list)
     for tree in sorted(found, key=lambda tree: -tree.size):
         by_length[max(ROW, padded(max(tree.size, tree.predictions)))].append(tree)
     for T, group in by_length.items():
         rows, most = _packed(group, T), _rounded(max(1, most_tokens // T), multiple)
+        quarter = _rounded(-(-most // 4), multiple)
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
-            yield _batch(part, min(most, _rounded(1 << (len(part) - 1).bit_length(), multiple)), T)
+            power = _rounded(1 << (len(part) - 1).bit_length(), multiple)
+            yield _batch(part, min(most, power, _rounded(len(part), quarter)), T)
 
 
 def _rounded(count: int, multiple: int) -> int:
