@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tinyllama_jax import runtime
+from tinyllama_jax import errors, runtime
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -120,6 +120,26 @@ def test_the_environment_s_own_settings_win(with_a_gpu, monkeypatch):
     assert flags[:2] == [f'--{FLAG}=false', '--xla_dump_to=x'] and f'--{FLAG}=true' not in flags
     assert not any('nondeterministic' in flag for flag in flags)
     assert os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
+
+
+def test_plan_s_flags_leave_out_what_the_environment_says(with_a_gpu, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', f'--{FLAG}=false --xla_gpu_exclude_nondeterministic_ops')
+    flags = runtime.gpu_xla_flags(deterministic=True)
+    assert flags == {name: value for name, value in runtime.GPU_XLA_FLAGS.items() if name != FLAG}
+
+
+@pytest.mark.parametrize(('text', 'fraction'), [(None, 0.9), ('0.75', 0.75), ('1', 1.0)])
+def test_the_share_of_memory_is_the_environment_s(with_a_gpu, monkeypatch, text, fraction):
+    if text:
+        monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', text)
+    assert runtime.memory_fraction() == fraction
+
+
+@pytest.mark.parametrize('text', ['most', '0', '1.5', '-0.5', 'nan'])
+def test_what_is_no_share_of_memory_is_refused(monkeypatch, text):
+    monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', text)
+    with pytest.raises(errors.UsageError, match=f'XLA_PYTHON_CLIENT_MEM_FRACTION={text}: give the share'):
+        runtime.memory_fraction()
 
 
 def _policies() -> list[int]:

@@ -1,7 +1,7 @@
 """The five ops under the mesh: each runs on its device's part of the arrays, as one table of partitions says.
 
 XLA would gather a kernel's inputs and run it whole on every device; so every op, whichever its
-implementation, is called inside `jax.shard_map`, the only one in this project.
+implementation, is called inside `jax.shard_map`, which only this file calls.
 """
 
 import contextlib
@@ -138,20 +138,58 @@ class Ops:
         return VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
 
     def _gathered(self, w, dtype, dim: int):
-        """A device's part of a weight as the whole of it in `dtype`, but for what other axes split."""
-        split = not self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
+        """A device's part of a weight, or its copy, as the whole of it in `dtype`, but for what other axes split."""
+        if self._copied():
+            return w[0].astype(dtype)
+        split = self.mesh.shape[WEIGHTS_AXIS] > 1
         return _gather(w, dim if split else None, self._batch_axes(), dtype, self.gradient_dtype or dtype)
 
     def _on_each_device(self, op: str, local, *arrays):
         if not self._sharded():
             return local(*arrays)
-        whole = (WEIGHTS_AXIS,) if self.whole_weights else ()
-        specs = jax.tree.map(
-            lambda spec: sharding.split_axes(spec, self.mesh, whole if spec in (EMBEDDING, HEAD) else ()),
-            _PARTITIONS[op],
-        )
-        in_specs, out_specs = specs
+        partitions, results = _PARTITIONS[op]
+        arrays, in_specs = zip(*map(self._laid_out, arrays, partitions), strict=True)
+        out_specs = sharding.split_axes(results, self.mesh)
         return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+
+    def _laid_out(self, x, spec: P):
+        """(an argument of an op, its partition); a weight that comes whole as one copy for each part of the batch."""
+        if spec in (EMBEDDING, HEAD) and self._copied():
+            return _copies(x, self.mesh, spec), _copies_spec(self.mesh, spec)
+        return x, sharding.split_axes(spec, self.mesh)
+
+    def _copied(self) -> bool:
+        return self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(w, mesh: Mesh, spec: P):
+    """A whole weight as [devices that split the batch, *w], one for each, so that its gradients stay apart.
+
+    They are then scattered as `spec` says, and only parts of them cross the other axes: of a weight that comes into
+    `jax.shard_map` whole the gradients would be added up whole.
+    """
+    return jnp.broadcast_to(w, (sharding.batch_shards(mesh), *w.shape))
+
+
+def _copies_spec(mesh: Mesh, spec: P) -> P:
+    return P(*sharding.split_axes(P(BATCH), mesh), *sharding.split_axes(spec, mesh, (WEIGHTS_AXIS,)))
+
+
+def _copies_fwd(w, mesh, spec):
+    return _copies(w, mesh, spec), None
+
+
+def _copies_bwd(mesh, spec, _, dw):
+    def local(dw):
+        return _scatter(dw[0], spec.index(WEIGHTS_AXIS), batch_axes)
+
+    batch_axes = tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
+    out_specs = sharding.split_axes(spec, mesh)
+    return (jax.shard_map(local, mesh=mesh, in_specs=_copies_spec(mesh, spec), out_specs=out_specs)(dw),)
+
+
+_copies.defvjp(_copies_fwd, _copies_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -168,14 +206,18 @@ def _gather_fwd(w, dim, batch_axes, dtype, _):
 
 
 def _gather_bwd(dim, batch_axes, _, gradient_dtype, like, dw):
-    dw = dw.astype(gradient_dtype)
-    if dim is not None:
-        dw = jax.lax.psum_scatter(dw, WEIGHTS_AXIS, scatter_dimension=dim, tiled=True)
-        batch_axes = tuple(axis for axis in batch_axes if axis != WEIGHTS_AXIS)
-    return ((jax.lax.psum(dw, batch_axes) if batch_axes else dw).astype(like.dtype),)
+    return (_scatter(dw.astype(gradient_dtype), dim, batch_axes).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _scatter(dw, dim: int | None, batch_axes: tuple[str, ...]):
+    """A device's part along `dim` (None: the whole) of the sum over the batch's axes; only parts cross others."""
+    if dim is not None:
+        dw = jax.lax.psum_scatter(dw, WEIGHTS_AXIS, scatter_dimension=dim, tiled=True)
+        batch_axes = tuple(axis for axis in batch_axes if axis != WEIGHTS_AXIS)
+    return jax.lax.psum(dw, batch_axes) if batch_axes else dw
 
 
 def chip_of(device) -> str | None:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from tinyllama_jax import config as config_lib
-from tinyllama_jax import config_tree, errors, flops, hlo, memory, roofline, runtime, sharding, targets, train
+from tinyllama_jax import errors, flops, hlo, memory, roofline, runtime, sharding, targets, train, variants
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -33,9 +32,7 @@ from tinyllama_jax.roofline import Estimate
 from tinyllama_jax.targets import Target
 
 GIB = 2**30
-MEMORY_FRACTION = 0.9  # of a device's memory is JAX's (XLA_PYTHON_CLIENT_MEM_FRACTION)
-RESERVE_BYTES = 3 * GIB // 2  # of it for what no program tells of: workspaces of libraries
-REMAT = ('none', 'names', 'attention', 'full')  # the least recomputation, and the most memory, first
+RESERVE_BYTES = 3 * GIB // 2  # of JAX's share of the memory for what no program tells of: workspaces of libraries
 # A100-hours per 300 B tokens (TinyLlama's paper, section 2.4).
 PUBLISHED_GPU_HOURS = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B': 7_920}
 # XLA would try out its own Triton products on the device, and without one cannot choose: all go to the library.
@@ -51,6 +48,7 @@ class Cluster:
     target: Target
     nodes: int
     gpus_per_node: int
+    memory_fraction: float  # of a GPU's memory is JAX's
 
     @property
     def size(self) -> int:
@@ -60,7 +58,7 @@ class Cluster:
     @property
     def capacity_bytes(self) -> int:
         """What a program may take of a GPU's memory."""
-        return int(MEMORY_FRACTION * self.target.memory_bytes) - RESERVE_BYTES
+        return int(self.memory_fraction * self.target.memory_bytes) - RESERVE_BYTES
 
     def devices(self) -> list:
         """Devices to compile for. Raises UsageError where JAX's CUDA plugin is missing."""
@@ -94,7 +92,7 @@ def make_cluster(target: str | None, topology: str | None) -> Cluster:
     match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', topology or '')
     if not match:
         raise errors.usage(f'--topology={topology or ""}', 'write NODESxGPUS, as 2x8 for two nodes of eight GPUs')
-    return Cluster(targets.find(target), int(match[1]), int(match[2]))
+    return Cluster(targets.find(target), int(match[1]), int(match[2]), runtime.memory_fraction())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +142,8 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     ops = ops_lib.for_run(config, mesh)
     state = step_lib.abstract_state(config, mesh)
     rows, segment_ids = _abstract_batch(config, mesh)
-    lowered = step_lib.jit_train_step(config, mesh, ops).lower(state, rows, segment_ids)
+    with _needing_cudnn():
+        lowered = step_lib.jit_train_step(config, mesh, ops).lower(state, rows, segment_ids)
     with tempfile.TemporaryDirectory(prefix='plan-') as folder, _without_compilation_cache():
         flags = runtime.gpu_xla_flags(deterministic=config.train.deterministic)
         options = flags | _COMPILER_OPTIONS | {'xla_dump_to': folder, 'xla_dump_hlo_pass_re': 'NONE'}
@@ -156,6 +155,20 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     shapes = memory.Shapes(parameters, config.model.num_layers, config.model.vocab_size)
     parts = memory.parts(memory.at_peak(*dumped), program, shapes, peak)
     return Compiled(config, cluster, mesh, dict(ops.implementations), program, peak, parts)
+
+
+@contextlib.contextmanager
+def _needing_cudnn():
+    """A context in which JAX looks for cuDNN, if attention is cuDNN's; UsageError if it is missing or too old."""
+    try:
+        yield
+    except RuntimeError as error:
+        if 'cuDNN' not in str(error):
+            raise
+        message = (
+            f'cudnn cannot be planned with here ({str(error).rstrip(".")}); choose triton, or install nvidia-cudnn-cu12'
+        )
+        raise errors.usage('config.kernels.attention', message) from error
 
 
 def _parsed(value: str) -> Any:
@@ -190,9 +203,9 @@ def plan_run(
 ) -> None:  # fmt: skip
     """`main.py plan`: prints the plan. Raises UsageError, or DoesNotFit with what would make it fit."""
     cluster = make_cluster(target, topology)
-    found = search_steps(config, cluster) if search else []
-    compiled = found[0] if found else compile_step(config, cluster)
-    plan = report(compiled) | ({'search': [_summary(each) for each in found]} if search else {})
+    tried = search_steps(config, cluster) if search else []
+    compiled = tried[0] if tried else compile_step(config, cluster)
+    plan = report(compiled) | ({'search': [_summary(each) for each in tried if each.fits]} if search else {})
     print(json_lib.dumps(plan, indent=2) if json else text(plan))
     if output:
         from tinyllama_jax import plan_page
@@ -202,26 +215,27 @@ def plan_run(
     if not compiled.fits:
         raise errors.DoesNotFit(
             f'{compiled.peak_bytes / GIB:.1f} GiB do not fit into {cluster.capacity_bytes / GIB:.1f} GiB a GPU; '
-            f'{remedy(compiled)}.'
+            f'{remedy(config, compiled)}.'
         )
 
 
 def search_steps(config: Config, cluster: Cluster) -> list[Compiled]:
-    """Steps that fit, the fastest first: every remat policy with micro-batches from half the configured one upwards."""
-    found = []
-    for policy in REMAT:
-        size = max(config.train.micro_batch_size // 2, 1)
-        for micro_batch_size in (size, 2 * size, 4 * size, 8 * size):
-            candidate = _variant(config, remat=policy, micro_batch_size=micro_batch_size)
-            compiled = _compiled_or_none(candidate, cluster)
-            if not compiled or not compiled.fits:
+    """Steps with every remat policy and the micro-batches of `variants.sizes_to_search`, up to one that does not fit.
+
+    Those that fit come first, the fastest first.
+    """
+    tried, shards = [], sharding.batch_shards(sharding.make_mesh(config.mesh, cluster.devices()))
+    for policy in variants.REMAT:
+        for size in variants.sizes_to_search(config, shards):
+            compiled = _compiled_or_none(variants.variant(config, remat=policy, micro_batch_size=size), cluster)
+            tried += [compiled] if compiled else []
+            if compiled and not compiled.fits:
                 break
-            found.append(compiled)
-    return sorted(found, key=lambda compiled: -compiled.tokens_per_second)
+    return sorted(tried, key=lambda step: (not step.fits, -step.tokens_per_second))
 
 
 def _compiled_or_none(config: Config, cluster: Cluster) -> Compiled | None:
-    """The step, or None for a variant that `train` would refuse: a batch that does not divide, a policy of no use."""
+    """The step, or None for a variant that `train` would refuse: a mesh that does not divide, a policy of no use."""
     try:
         return compile_step(config, cluster)
     except errors.UsageError:
@@ -300,34 +314,21 @@ def _needed(compiled: Compiled) -> dict[str, float]:
     return dict(found)
 
 
-def remedy(compiled: Compiled) -> str:
-    """The least change of remat policy, micro-batch or mesh with which the step fits, found by compiling it."""
-    for config in _smaller(compiled.config):
-        other = _compiled_or_none(config, compiled.cluster)
-        if other and other.fits:
-            return f'it fits ({other.peak_bytes / GIB:.1f} GiB) with {_flags(compiled.config, config)}'
-    return 'no remat policy or micro-batch makes it fit; split the state over more GPUs (--topology, config.mesh.fsdp)'
+def remedy(config: Config, compiled: Compiled) -> str:
+    """The least change of `config` with which its step fits, unlike `compiled`; found by compiling."""
+    cluster, known = compiled.cluster, {(compiled.config.mesh, compiled.config.train): compiled}
 
+    def fitting(other: Config) -> Compiled | None:
+        key = other.mesh, other.train
+        known[key] = step = known[key] if key in known else _compiled_or_none(other, cluster)
+        return step if step and step.fits else None
 
-def _smaller(config: Config) -> Iterator[Config]:
-    """Variants that need less memory: more recomputation, then smaller micro-batches too."""
-    size, policies = config.train.micro_batch_size, REMAT[REMAT.index(config.train.remat) + 1 :]
-    for policy in policies:
-        yield _variant(config, remat=policy)
-    while size > 1 and size % 2 == 0:
-        size //= 2
-        for policy in REMAT[REMAT.index(config.train.remat) :]:
-            yield _variant(config, micro_batch_size=size, remat=policy)
-
-
-def _variant(config: Config, **train_settings) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_settings))
-
-
-def _flags(old: Config, new: Config) -> str:
-    """What a user adds to the command line to get from one configuration to another."""
-    changes = config_tree.differences(config_lib.to_dict(old), config_lib.to_dict(new), 'config')
-    return ' '.join(f'--{field}={value}' for field, (_, value) in changes.items())
+    if found := variants.least_change(config, fitting):
+        return f'it fits ({found.peak_bytes / GIB:.1f} GiB) with {variants.flags(config, found.config)}'
+    return (
+        f'no remat policy, micro-batch or mesh makes it fit {cluster.size} of these GPUs; take more of them '
+        '(--topology), or larger ones (--target)'
+    )
 
 
 def text(plan: Mapping[str, Any]) -> str:

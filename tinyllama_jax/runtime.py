@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 
+from tinyllama_jax import errors
+
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy', 'sentencepiece')
 _NVIDIA_DEVICES = ('/dev/nvidiactl', '/dev/dxg')  # Linux, and Linux in Windows
 # glibc's mallopt: never take memory by mmap, never give it back, one arena for all threads.
@@ -50,14 +52,28 @@ def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = N
 
 
 def gpu_xla_flags(*, deterministic: bool) -> dict[str, str]:
-    """What XLA is told on GPUs, by the name of the flag."""
-    return GPU_XLA_FLAGS | (_DETERMINISTIC_XLA_FLAGS if deterministic else {})
+    """What XLA is told on GPUs beside what XLA_FLAGS says already, by the name of the flag."""
+    flags = GPU_XLA_FLAGS | (_DETERMINISTIC_XLA_FLAGS if deterministic else {})
+    given = {flag.lstrip('-').partition('=')[0] for flag in os.environ.get('XLA_FLAGS', '').split()}
+    return {name: value for name, value in flags.items() if name not in given}
+
+
+def memory_fraction() -> float:
+    """The share of a GPU's memory that JAX takes, as the environment says. Raises UsageError for what is no share."""
+    name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+    text = os.environ.get(name) or _GPU_ENVIRONMENT[name]
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise errors.usage(f'{name}={text}', "give the share of a GPU's memory that is for JAX, as 0.9")
+    return fraction
 
 
 def _set_up_gpus(flags: dict[str, str], compiled: pathlib.Path | None) -> None:
     given = os.environ.get('XLA_FLAGS', '').split()
-    names = {flag.lstrip('-').partition('=')[0] for flag in given}
-    os.environ['XLA_FLAGS'] = ' '.join([*given, *(f'--{name}={flags[name]}' for name in flags if name not in names)])
+    os.environ['XLA_FLAGS'] = ' '.join([*given, *(f'--{name}={value}' for name, value in flags.items())])
     for name, value in _GPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if compiled:
