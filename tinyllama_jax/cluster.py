@@ -110,7 +110,6 @@ class _Joined(Members):
         self._news, self._sending = threading.Condition(), threading.Lock()
         self._hub = self._open_hub() if self.primary else None
         self._socket = self._connect()
-        self._send({'hello': place.process_id, 'host': place.host, 'processes': place.num_processes})
         threading.Thread(target=self._listen, name='watchdog', daemon=True).start()
         self._wait(lambda: self._port, config.join_timeout_s + watchdog.LOST_SECONDS)
 
@@ -124,19 +123,33 @@ class _Joined(Members):
             return None
 
     def _connect(self) -> socket.socket:
+        """A connection on which the hub has answered."""
         deadline = time.monotonic() + self._config.join_timeout_s
         while True:
             try:
                 left = max(deadline - time.monotonic(), _RETRY_SECONDS)
-                return socket.create_connection(self.place.address, timeout=min(left, watchdog.LOST_SECONDS))
+                return self._greet(min(left, watchdog.LOST_SECONDS))
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise errors.Unavailable(
                         f'{self.place}: the coordinator {self.place.coordinator} could not be reached within '
                         f'{self._config.join_timeout_s:g} s ({error}); process 0 must run on that host, and that port '
-                        'be open.'
+                        'be open and free of other programs.'
                     ) from None
                 time.sleep(_RETRY_SECONDS)
+
+    def _greet(self, seconds: float) -> socket.socket:
+        """Raises OSError where no hub answers in time: not each program that accepts a connection is one."""
+        connection = socket.create_connection(self.place.address, timeout=seconds)
+        hello = {'hello': self.place.process_id, 'host': self.place.host, 'processes': self.place.num_processes}
+        begins = b''
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps(hello).encode() + b'\n')
+            begins = connection.recv(1, socket.MSG_PEEK)
+        if begins != b'{':
+            connection.close()
+            raise ConnectionError('what listens there does not answer as process 0 does')
+        return connection
 
     def _wait(self, ready, seconds: float) -> None:
         with self._news:
