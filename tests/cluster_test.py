@@ -175,7 +175,10 @@ def _connected(pid: int) -> bool:
     """Whether a process has a TCP connection, by Linux's /proc."""
     tables = ''.join(pathlib.Path(f'/proc/{pid}/net/{name}').read_text() for name in ('tcp', 'tcp6'))
     established = {fields[9] for fields in map(str.split, tables.splitlines()) if fields[3] == '01'}
-    links = [os.readlink(link) for link in pathlib.Path(f'/proc/{pid}/fd').iterdir()]
+    links = []
+    for link in pathlib.Path(f'/proc/{pid}/fd').iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            links.append(os.readlink(link))
     return any(link == f'socket:[{inode}]' for link in links for inode in established)
 
 
