@@ -33,6 +33,23 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     two.hosts = ['host-0', 'host-1']
     with pytest.raises(errors.UsageError, match='does not see in .* what process 1 on host-1 has written there'):
         measure.files(tmp_path, 1 << 10, two)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_have_removed_their_files_before_one_ends_the_others(tmp_path):
+    class Two(cluster.Members):
+        count, there = 2, {}
+
+        def gather(self, name, value):
+            self.there[name] = [path.name for path in tmp_path.iterdir()]
+            return [value, None]
+
+    two = Two(ALONE.place, None)
+    two.hosts = ['host-0', 'host-1']
+    (tmp_path / 'check-1.tmp').write_bytes(b'seen by this one, which is not seen by it')
+    with pytest.raises(errors.UsageError, match='process 1 on host-1 does not see in .* what process 0 on host-0 has'):
+        measure.files(tmp_path, 1 << 10, two)
+    assert 'check-0.tmp' in two.there['read'] and two.there['removed'] == ['check-1.tmp']
 
 
 def test_clocks_are_set_beside_the_firsts():

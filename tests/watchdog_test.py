@@ -10,11 +10,11 @@ from tinyllama_jax.config import TrainConfig
 CONFIG = TrainConfig(stuck_timeout_s=45, hang_timeout_s=600)
 
 
-def _members(*marks, marked=0.001, doing='waiting for a step'):
+def _members(*marks, marked=0.001, doing='waiting for a step', compiles=False):
     """Members with these marks, set at this time and heard of ever since."""
     members = {i: watchdog.Member(f'host-{i}', 0.0) for i in range(len(marks))}
     for member, count in zip(members.values(), marks, strict=True):
-        member.mark(count, doing, marked)
+        member.mark(count, doing, compiles, marked)
     return members
 
 
@@ -48,7 +48,7 @@ def test_a_process_that_keeps_the_others_waiting_is_stuck():
     assert watchdog.stuck(members, CONFIG, 46.0) == (
         'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
     )
-    members[2].mark(51, 'the step', 40.0)
+    members[2].mark(51, 'the step', False, 40.0)
     assert watchdog.stuck(members, CONFIG, 46.0) is None, 'one of the others goes on'
 
 
@@ -61,15 +61,31 @@ def test_where_none_is_behind_all_are_stuck_but_only_after_the_time_for_a_hang()
     assert watchdog.stuck(members, dataclasses.replace(CONFIG, hang_timeout_s=0), 9_999.0) is None
 
 
-@pytest.mark.parametrize(('marks', 'limit'), [((3, 1), 1_800), ((1, 1), 1_800), ((50, 49), 45)])
-def test_while_the_first_steps_compile_more_time_is_given(marks, limit):
-    assert watchdog.stuck(_members(*marks), CONFIG, limit) is None
-    assert watchdog.stuck(_members(*marks), CONFIG, limit + 1) is not None
+@pytest.mark.parametrize(
+    ('marks', 'compiles', 'limit'),
+    [((3, 1), True, 1_800), ((1, 1), True, 1_800), ((50, 49), True, 1_800), ((3, 1), False, 45), ((1, 1), False, 600)],
+)
+def test_while_what_they_wait_for_compiles_more_time_is_given(marks, compiles, limit):
+    members = _members(*marks, compiles=compiles)
+    assert watchdog.stuck(members, CONFIG, limit) is None
+    assert watchdog.stuck(members, CONFIG, limit + 1) is not None
+
+
+def test_a_process_that_is_stuck_is_not_given_the_time_that_the_others_get_to_compile():
+    members = _members(7, 5, 7, compiles=True)
+    members[1].mark(5, 'a hook', False, 0.001)
+    assert watchdog.stuck(members, CONFIG, 46.0) == (
+        'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
+    )
+
+
+def test_at_first_a_process_starts_and_compiles():
+    assert watchdog.Member('host-0', 0.0).compiles
 
 
 def test_a_process_that_repeats_its_marks_has_not_gone_on():
     members = _members(50)
-    members[0].mark(50, 'validation', 500.0)
+    members[0].mark(50, 'validation', False, 500.0)
     assert 'no step for 601 s' in watchdog.stuck(members, CONFIG, 601.0)
 
 

@@ -6,6 +6,7 @@ number and without its host, and of a stuck one never; the hub tells at once, or
 """
 
 import atexit
+import collections
 import contextlib
 import faulthandler
 import json
@@ -33,7 +34,8 @@ class Members:
 
     def __init__(self, place: Place, config: TrainConfig):
         self.place, self.hosts, self._config = place, [place.host], config
-        self._marks, self._doing = 0, 'starting'
+        self._begun = collections.Counter()  # how often the main thread has begun what
+        self._mark = 0, 'starting', True  # one object, so that no thread sees half a change
 
     def __str__(self) -> str:
         hosts = list(dict.fromkeys(self.hosts))
@@ -49,9 +51,13 @@ class Members:
         """Whether this is process 0, which alone writes the workdir and talks of the run."""
         return self.place.process_id == 0
 
-    def at(self, doing: str) -> None:
-        """Notes what the main thread begins to do. All processes must note the same things in the same order."""
-        self._doing, self._marks = doing, self._marks + 1
+    def at(self, doing: str, *, compiles: int = 0) -> None:
+        """Notes what the main thread begins to do. All processes must note the same things in the same order.
+
+        Its first `compiles` times compile, and may take half an hour.
+        """
+        self._begun[doing] += 1
+        self._mark = self._begun.total(), doing, self._begun[doing] <= compiles
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """The JSON `value` of each process, by process id; returns when all have called it with this name."""
@@ -77,7 +83,7 @@ class Members:
     def _watch_alone(self) -> None:
         itself = {0: watchdog.Member(self.place.host, time.monotonic())}
         while True:
-            itself[0].mark(self._marks, self._doing, now := time.monotonic())
+            itself[0].mark(*self._mark, now := time.monotonic())
             if line := watchdog.stuck(itself, self._config, now):
                 self._exit(errors.Unavailable.exit_code, line, stacks=True)
             time.sleep(watchdog.BEAT_SECONDS)
@@ -110,7 +116,6 @@ class _Joined(Members):
         self._news, self._sending = threading.Condition(), threading.Lock()
         self._hub = self._open_hub() if self.primary else None
         self._socket = self._connect()
-        self._send({'hello': place.process_id, 'host': place.host, 'processes': place.num_processes})
         threading.Thread(target=self._listen, name='watchdog', daemon=True).start()
         self._wait(lambda: self._port, config.join_timeout_s + watchdog.LOST_SECONDS)
 
@@ -124,19 +129,33 @@ class _Joined(Members):
             return None
 
     def _connect(self) -> socket.socket:
+        """A connection on which the hub has answered."""
         deadline = time.monotonic() + self._config.join_timeout_s
         while True:
             try:
                 left = max(deadline - time.monotonic(), _RETRY_SECONDS)
-                return socket.create_connection(self.place.address, timeout=min(left, watchdog.LOST_SECONDS))
+                return self._greet(min(left, watchdog.LOST_SECONDS))
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise errors.Unavailable(
                         f'{self.place}: the coordinator {self.place.coordinator} could not be reached within '
                         f'{self._config.join_timeout_s:g} s ({error}); process 0 must run on that host, and that port '
-                        'be open.'
+                        'be open and free of other programs.'
                     ) from None
                 time.sleep(_RETRY_SECONDS)
+
+    def _greet(self, seconds: float) -> socket.socket:
+        """Raises OSError where no hub answers in time: not each program that accepts a connection is one."""
+        connection = socket.create_connection(self.place.address, timeout=seconds)
+        hello = {'hello': self.place.process_id, 'host': self.place.host, 'processes': self.place.num_processes}
+        begins = b''
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps(hello).encode() + b'\n')
+            begins = connection.recv(1, socket.MSG_PEEK)
+        if begins != b'{':
+            connection.close()
+            raise ConnectionError('what listens there does not answer as process 0 does')
+        return connection
 
     def _wait(self, ready, seconds: float) -> None:
         with self._news:
@@ -177,7 +196,7 @@ class _Joined(Members):
                 )
             if now - beat >= watchdog.BEAT_SECONDS:
                 beat = now
-                self._send({'beat': self._marks, 'doing': self._doing})
+                self._send(dict(zip(('beat', 'doing', 'compiles'), self._mark, strict=True)))
 
     def _lose_hub(self, how: str) -> None:
         if not self._left:

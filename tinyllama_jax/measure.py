@@ -53,35 +53,47 @@ def collective(kind: str, axis: str, size: int, mesh: Mesh, members: Members) ->
 def files(folder: pathlib.Path, size: int, members: Members) -> tuple[float, float]:
     """(written, read) bytes a second of this process, with all at it at once.
 
-    Each writes a file into `folder` and reads its neighbour's. Raises UsageError where it does not see that: the folder
-    is not the same for all.
+    Each writes a file into `folder` and reads its neighbour's. Raises UsageError in all where one does not see that:
+    the folder is not the same for all.
     """
     number = members.place.process_id
+    own, others = (folder / f'check-{i}.tmp' for i in (number, (number + 1) % members.count))
     folder.mkdir(parents=True, exist_ok=True)
     content = np.random.default_rng(number).bytes(size)
     members.gather('before writing', None)
+    try:
+        written = _write(own, content)
+        members.gather('written', None)
+        rates = members.gather('read', _read(others, size))
+    finally:
+        own.unlink(missing_ok=True)
+    members.gather('removed', None)  # one that raises ends the others at once
+    if None in rates:
+        blind = rates.index(None)
+        neighbour = (blind + 1) % members.count
+        raise errors.UsageError(
+            f'process {blind} on {members.hosts[blind]} does not see in {folder} what process {neighbour} on '
+            f'{members.hosts[neighbour]} has written there; --workdir must be a folder that all hosts share.'
+        )
+    return written, rates[number]
+
+
+def _write(path: pathlib.Path, content: bytes) -> float:
     began = time.perf_counter()
-    with open(folder / f'check-{number}.tmp', 'wb') as file:
+    with open(path, 'wb') as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    written = size / (time.perf_counter() - began)
-    members.gather('written', None)
-    neighbour = (number + 1) % members.count
+    return len(content) / (time.perf_counter() - began)
+
+
+def _read(path: pathlib.Path, size: int) -> float | None:
+    """Bytes a second; None where there is no such file."""
     try:
-        rate = _read(folder / f'check-{neighbour}.tmp', size)
+        file = open(path, 'rb', buffering=0)
     except FileNotFoundError:
-        raise errors.UsageError(
-            f'{members.place} does not see in {folder} what process {neighbour} on {members.hosts[neighbour]} has '
-            'written there; --workdir must be a folder that all hosts share.'
-        ) from None
-    members.gather('read', None)
-    (folder / f'check-{number}.tmp').unlink()
-    return written, rate
-
-
-def _read(path: pathlib.Path, size: int) -> float:
-    with open(path, 'rb', buffering=0) as file:
+        return None
+    with file:
         if hasattr(os, 'posix_fadvise'):  # not out of this host's memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         began, left = time.perf_counter(), size

@@ -115,7 +115,7 @@ class _Run:
             with self.throughput.timed('data'):
                 rows_ABR, segment_ids_ABR = self._to_devices(next(batches))
             self._profile(step)
-            self.members.at('the step')
+            self.members.at('the step', compiles=2)  # the second may wait for the first
             self.state, scalars = train_step(self.state, rows_ABR, segment_ids_ABR)
             told = steps.tell()
             self._log(pending)
@@ -153,7 +153,7 @@ class _Run:
         if pending is None:
             return
         step, scalars, told = pending
-        self.members.at('waiting for a step')
+        self.members.at('waiting for a step', compiles=1)
         self.steps.hear(told)
         record = {'step': step} | {name: float(value) for name, value in jax.device_get(scalars).items()}
         if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
@@ -181,7 +181,7 @@ class _Run:
         """Validation loss of each source if that is due; then the hooks."""
         with self.throughput.timed('paused'):
             if validate:
-                self.members.at('validation')
+                self.members.at('validation', compiles=1)
                 columns = sharding.local_columns(self.mesh, batch := self._eval_batch())
                 put = functools.partial(self._to_devices, leading=0)
                 loss = losses(self.eval_step, self.state.params, self.data, batch, columns=columns, put=put)

@@ -5,7 +5,7 @@ a line, over TCP. From a client:
 
     {"hello": id, "host": name, "processes": count}    first of all
     {"gather": name, "value": ...}                     wants every process's value
-    {"beat": marks, "doing": text}                     each second; `marks` counts what its main thread has begun
+    {"beat": marks, "doing": text, "compiles": bool}   each second; `marks` counts what its main thread has begun
     {"bye": status, "line": text}                      it ends, with this exit status
 
 From the hub: {"roster": [host of each process], "port": JAX's}, {"gathered": name, "values": [...], "of": [the index of
@@ -28,8 +28,7 @@ from tinyllama_jax.place import Place
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 20.0  # silent for so long: stopped, or its host is gone
-_STARTING_MARKS = 7  # of the first steps, which compile and take their time
-_STARTING_SECONDS = 1_800.0
+_COMPILING_SECONDS = 1_800.0
 _NAMED = 8  # processes in a sentence
 _SAVED = (0, 130, 143)  # exit statuses that nobody else has to hear of
 
@@ -43,13 +42,14 @@ class Member:
     marks: int = 0
     marked: float = 0.0  # when the marks last changed
     doing: str = 'starting'
+    compiles: bool = True  # what it is doing may take its time
     left: bool = False
 
-    def mark(self, marks: int, doing: str, now: float) -> None:
+    def mark(self, marks: int, doing: str, compiles: bool, now: float) -> None:
         """Takes over what a heartbeat says."""
         if marks != self.marks or not self.marked:
             self.marks, self.marked = marks, now
-        self.doing, self.heard = doing, now
+        self.doing, self.compiles, self.heard = doing, compiles, now
 
 
 def silent(members: Mapping[int, Member], now: float) -> str | None:
@@ -68,10 +68,9 @@ def stuck(members: Mapping[int, Member], config: TrainConfig, now: float) -> str
     idle = now - max(m.marked for m in active.values())
     fewest = min(m.marks for m in active.values())
     behind = {i: m for i, m in active.items() if m.marks == fewest}
-    if fewest < _STARTING_MARKS:
-        limit = max(_STARTING_SECONDS, config.hang_timeout_s)
-    else:
-        limit = config.stuck_timeout_s if len(behind) < len(active) else config.hang_timeout_s
+    limit = config.stuck_timeout_s if len(behind) < len(active) else config.hang_timeout_s
+    if any(m.compiles for m in behind.values()):
+        limit = max(_COMPILING_SECONDS, config.hang_timeout_s)
     if idle <= limit:
         return None
     doing = ', '.join(sorted({m.doing for m in behind.values()}))
@@ -172,7 +171,7 @@ class Hub:
             return
         member.heard = now
         if 'beat' in message:
-            member.mark(message['beat'], message['doing'], now)
+            member.mark(message['beat'], message['doing'], message['compiles'], now)
         elif 'gather' in message:
             self._gather(connection.id, message['gather'], json.dumps(message['value']))
         elif 'bye' in message:
