@@ -15,7 +15,7 @@ import pytest
 
 from eval_bridge import convert
 from tests import kernel_checks, tiny
-from tinyllama_jax import errors, experiment, metrics, train
+from tinyllama_jax import cluster, errors, experiment, metrics, place, train
 from tinyllama_jax.config import KernelConfig
 from tinyllama_jax.data import pipeline, prepare
 from tinyllama_jax.data import store as token_store
@@ -318,6 +318,31 @@ def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp
     assert called == [(1, (320, 32)), (2, (320, 32))]
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
     assert metrics.read_records(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
+
+
+class Noted(cluster.Members):
+    """One process, and what its watchdog is told: what is done, and whether that compiles."""
+
+    def __init__(self):
+        super().__init__(place.Place('host'), None)
+        self.noted = []
+
+    def at(self, doing, **compiles):
+        super().at(doing, **compiles)
+        self.noted.append(self._mark[1:])
+
+
+def test_resumed_one_step_before_a_validation_only_what_compiles_is_given_time_for_it(store, tmp_path, short_run):
+    members, folder = Noted(), shutil.copytree(short_run, tmp_path / 'run')
+    train.train(_config(store, num_steps=3, eval_every_steps=3), folder, hooks=[lambda *_: None], members=members)
+    assert members.noted == [
+        ('reading data', False),
+        ('the step', True),
+        ('waiting for a step', True),
+        ('validation', True),
+        ('a hook', False),
+        ('saving', False),
+    ]
 
 
 def test_an_imported_run_goes_on_with_settings_of_its_own(store, tmp_path, short_run):

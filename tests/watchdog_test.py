@@ -1,10 +1,13 @@
 """Who is lost and who is stuck, by what the hub has heard and when; the real processes are in cluster_test.py."""
 
 import dataclasses
+import json
+import socket
 
 import pytest
 
-from tinyllama_jax import watchdog
+from tests import processes
+from tinyllama_jax import place, watchdog
 from tinyllama_jax.config import TrainConfig
 
 CONFIG = TrainConfig(stuck_timeout_s=45, hang_timeout_s=600)
@@ -87,6 +90,19 @@ def test_a_process_that_repeats_its_marks_has_not_gone_on():
     members = _members(50)
     members[0].mark(50, 'validation', False, 500.0)
     assert 'no step for 601 s' in watchdog.stuck(members, CONFIG, 601.0)
+
+
+def test_the_hub_answers_a_hello_before_its_next_beat(monkeypatch):
+    """A process that came late gives up soon, and its closed connection would end the run."""
+    monkeypatch.setattr(watchdog, 'BEAT_SECONDS', 600.0)
+    address = f'127.0.0.1:{processes.free_port()}'
+    hub = watchdog.Hub(place.Place('host-0', address, 2), CONFIG)
+    with socket.create_connection(place.Place('host-1', address, 2, 1).address, timeout=5) as connection:
+        hello = {'hello': 1, 'host': 'host-1', 'processes': 2}
+        connection.sendall(json.dumps(hello).encode() + b'\n')
+        assert watchdog.parsed(connection.recv(1 << 16)) == {'beat': True}
+        connection.sendall(b'{"bye": 0, "line": ""}\n')
+        hub.wait(5)
 
 
 @pytest.mark.parametrize('line', [b'GET / HTTP/1.1', b'[1]', b'\xff', b''])

@@ -9,7 +9,8 @@ a line, over TCP. From a client:
     {"bye": status, "line": text}                      it ends, with this exit status
 
 From the hub: {"roster": [host of each process], "port": JAX's}, {"gathered": name, "values": [...], "of": [the index of
-each process's value]}, {"beat": true} each second, and {"end": status, "line": text, "stacks": whether to print them}.
+each process's value]}, {"beat": true} in answer to a hello and each second, and {"end": status, "line": text, "stacks":
+whether to print them}.
 The processes run the same program, so their marks can be compared: the one with the fewest keeps the others waiting.
 """
 
@@ -118,7 +119,8 @@ class Hub:
                 beat = now
                 self._send({'beat': True})
                 self._judge(now, started)
-        self._listener.close()
+        for each in (self._listener, self._selector, *self._connections):
+            each.close()
 
     def _judge(self, now: float, started: float) -> None:
         if self._ended:
@@ -202,6 +204,7 @@ class Hub:
             )
         else:
             connection.id, self._members[number] = number, Member(host, now)
+            connection.send({'beat': True})  # at once: it waits for this, with little time left if it came late
             if self._complete():
                 hosts = [self._members[i].host for i in range(count)]
                 self._send({'roster': hosts, 'port': _free_port()})
