@@ -35,12 +35,12 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
 def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
     """One query of each row over the visible slots of a key-value cache, heads before slots; returns [B, 1, N, H]."""
     B, _, N, H = q_B1NH.shape
-    K, wide = k_BKSH.shape[1], _wide(q_B1NH.dtype)
-    q_BKGH = q_B1NH.reshape(B, K, N // K, H) * H**-0.5
-    logits_BKGS = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, preferred_element_type=wide)
+    K = k_BKSH.shape[1]
+    product = functools.partial(jnp.einsum, precision=precision(k_BKSH), preferred_element_type=_wide(q_B1NH.dtype))
+    logits_BKGS = product('bkgh,bksh->bkgs', q_B1NH.reshape(B, K, N // K, H) * H**-0.5, k_BKSH)
     logits_BKGS = jnp.where(visible_BS[:, None, None], logits_BKGS, _MASKED)
     weights_BKGS = jnp.exp(logits_BKGS - jnp.max(logits_BKGS, axis=-1, keepdims=True))
-    out_BKGH = jnp.einsum('bkgs,bksh->bkgh', weights_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=wide)
+    out_BKGH = product('bkgs,bksh->bkgh', weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
     out_BKGH = out_BKGH / jnp.sum(weights_BKGS, axis=-1, keepdims=True)
     return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
 

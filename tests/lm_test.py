@@ -173,6 +173,8 @@ def test_a_request_that_comes_again_is_drawn_again(jax_lm):
     texts = jax_lm.generate_until(requests)
     assert texts[0] != texts[1]
     assert jax_lm.generate_until(requests[1:]) == [texts[0], texts[2]]
+    unlimited = _requests('generate_until', [('class', {**options, 'top_k': 0})])
+    assert jax_lm.generate_until(unlimited) == texts[2:]
 
 
 def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
