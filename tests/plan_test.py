@@ -252,6 +252,7 @@ def test_json_is_one_object_and_the_page_holds_a_chart(run, tmp_path):
     assert {'fsdp', 'tensor'} <= axes and 'other' not in axes
     published = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B': 7_920}
     assert found['gpu_hours_per_300b_tokens'].items() >= published.items()
+    assert '(0.9 of the device, less 1.5 GiB): fits' in plan.text(found)
     assert json.loads((tmp_path / 'plan/plan.json').read_text()) == found
     assert (
         '<img alt="GPU-hours per 300 B tokens" src="data:image/png;base64,'
@@ -329,7 +330,7 @@ def test_a_search_lists_what_fits_the_fastest_first(run):
 @large
 def test_xla_flags_of_the_environment_win():
     """Weights are gathered one by one if the environment says so, where plan would have a layer's gathered at once."""
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_all_gather_combine_threshold_bytes=1'
+    flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_all_gather_combine_threshold_bytes=1'.strip()
     settings = [f'--config.{setting}' for setting in SMALL]
     command = [sys.executable, 'main.py', 'plan', '--config=configs/tinyllama_1b.py', *settings, '--json']
     done = subprocess.run(
@@ -337,6 +338,7 @@ def test_xla_flags_of_the_environment_win():
         cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, 'XLA_FLAGS': flags},
     )  # fmt: skip
     found = json.loads(done.stdout)
+    assert found['xla_flags'] == flags and f'XLA_FLAGS={flags}' in plan.text(found)
     gathered = sum(row['count_per_step'] for row in found['collectives'] if row['kind'] == 'all-gather')
     matrices, layers = 7, 3
     assert gathered >= found['accumulation_steps'] * 2 * layers * matrices  # forward and backward
