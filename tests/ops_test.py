@@ -166,8 +166,11 @@ def _kib_kept_per_token(the_ops, capsys, remat='none') -> float:
     graphdef, state = nnx.split(layer)
     positions_BT = jnp.broadcast_to(jnp.arange(config.seq_len)[None], (3, config.seq_len))
 
+    def attend(q_BTNH, k_BTKH, v_BTKH, _):
+        return the_ops.attention(q_BTNH, k_BTKH, v_BTKH), None
+
     def run(x_BTD, weights):
-        return nnx.merge(graphdef, nnx.State(weights))(x_BTD, the_ops, positions_BT)[0]
+        return nnx.merge(graphdef, nnx.State(weights))(x_BTD, the_ops, positions_BT, attend)[0]
 
     run = run if remat == 'none' else jax.checkpoint(run, policy=model._REMAT[remat])
     x_BTD = jax.ShapeDtypeStruct((3, config.seq_len, config.embed_dim), jnp.bfloat16)
