@@ -30,7 +30,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
-from eval_bridge import local_data, patches, protocols, sandbox
+from eval_bridge import local_data, patches, protocols, sandbox, truncation
 from tinyllama_jax import baselines, errors, metrics
 
 _TASKS = pathlib.Path(__file__).parent / 'tasks'
@@ -96,6 +96,8 @@ def evaluate(
             options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
             _merge(result, _asked(model, names, num_fewshot=shots, log_samples=True, **options))
     _add_gold_errors(result)
+    truncated = truncation.count(model, result['samples'])
+    _tell_truncated(truncated, model)
     if not log_samples:
         del result['samples']
     result['protocol'] = {
@@ -104,6 +106,7 @@ def evaluate(
         'task_versions': result['versions'],
         'harness_version': importlib.metadata.version('lm_eval'),
         'limit': limit,
+        'truncated_requests': truncated,
         **({'task_data': files, 'shots_from_validation': drawn} if task_data else {}),
         **(identity or {}),
     }
@@ -137,6 +140,13 @@ def _add_gold_errors(result: dict[str, Any]) -> None:
         scored = [sample[patches.GOLD] for sample in samples if patches.GOLD in sample]
         if scored:
             result['results'][task][f'{patches.GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
+
+
+def _tell_truncated(counts: Mapping[str, int] | None, model) -> None:
+    told = ', '.join(f'{count:,} of {task}' for task, count in (counts or {}).items() if count)
+    if told:
+        what = f'requests were longer than the model reads ({model.max_length} tokens) and were cut on the left'
+        print(f'evaluate: {what}: {told}.', file=sys.stderr)
 
 
 def _quieten() -> None:

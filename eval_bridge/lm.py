@@ -8,7 +8,6 @@ in batches of one such length.
 Shapes: B rows, T positions, P predictions, C predictions of a chunk, D model, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -46,8 +45,6 @@ class JaxLM(TemplateLM):
       add_bos: put BOS before every text; the paper's protocol does not.
       mesh: devices to spread parameters and rows over; none: the default device.
       dtype: float32 or bfloat16, of the computation.
-
-    Attribute truncated_requests: how many requests were longer than the model reads, and were cut on the left.
     """
 
     def __init__(
@@ -71,7 +68,6 @@ class JaxLM(TemplateLM):
         self.batch_size = batch_size
         self.add_bos = add_bos
         self.dtype = dtype
-        self.truncated_requests = 0
 
     @property
     def max_length(self) -> int:
@@ -121,8 +117,7 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
-        with self._counting_truncated():
-            rows = [self._row(*request) for request in requests]
+        rows = [self._row(*request) for request in requests]
         trees = branches.trees(rows, max(branches.ROW, branches.padded(self.max_length)))
         shards = sharding.batch_shards(self._mesh) if self._mesh else 1
         results = [(0.0, True)] * len(rows)
@@ -153,7 +148,7 @@ class JaxLM(TemplateLM):
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '
                 'leave this task out.'
             )
-        whole = self._truncated(context + continuation, self.max_length + 1)
+        whole = (context + continuation)[-self.max_length - 1 :]
         return whole[: -len(continuation)], continuation
 
     def _score_batch(self, batch: branches.Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -175,9 +170,7 @@ class JaxLM(TemplateLM):
         each time the same request comes again.
         """
         texts = [''] * len(requests)
-        with self._counting_truncated(), tqdm.tqdm(
-            total=len(requests), desc='Generating', disable=disable_tqdm or None
-        ) as bar:  # fmt: skip
+        with tqdm.tqdm(total=len(requests), desc='Generating', disable=disable_tqdm or None) as bar:
             for options, batch in self._generation_batches([request.args for request in requests]):
                 for index, text in self._generate(options, batch):
                     texts[index] = text
@@ -207,7 +200,7 @@ class JaxLM(TemplateLM):
         count = lm_eval_models_utils.normalize_gen_kwargs(arguments, self.max_gen_toks)['max_gen_toks']
         if count >= self.max_length:
             raise errors.UsageError(f'a task wants {count} new tokens, but seq_len is {self.max_length}.')
-        return self._truncated(self.tok_encode(context) or [self.prefix_token_id], self.max_length - count)
+        return (self.tok_encode(context) or [self.prefix_token_id])[count - self.max_length :]
 
     def _generate(self, options: dict, prompts: list['_Prompt']) -> Iterator[tuple[int, str]]:
         """(index, text) of each prompt, as it ends."""
@@ -232,20 +225,6 @@ class JaxLM(TemplateLM):
     @functools.cached_property
     def _generator(self) -> generate.Generator:
         return generate.Generator(self._params, self._config, ops=ops_lib.make_ops(ops_lib.PLAIN, self._mesh))
-
-    def _truncated(self, tokens: list[int], length: int) -> list[int]:
-        """The last `length` tokens; a request that loses some is counted."""
-        self.truncated_requests += len(tokens) > length
-        return tokens[-length:]
-
-    @contextlib.contextmanager
-    def _counting_truncated(self):
-        """A context after which the requests that were cut in it are told of."""
-        before = self.truncated_requests
-        yield
-        if count := self.truncated_requests - before:
-            what = f'{count:,} requests were longer than the model reads and were cut on the left'
-            print(f'evaluate: {what} (seq_len = {self.max_length}).', file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

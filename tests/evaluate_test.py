@@ -105,6 +105,7 @@ def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_pat
     assert written['protocol'] == {
         'name': 'paper', 'num_fewshot': dict.fromkeys(('tiny_group', 'tiny_cloze', 'tiny_perplexity'), 0),
         'limit': 20, 'step': 7, 'harness_version': '0.4.13', 'task_versions': written['versions'],
+        'truncated_requests': {'tiny_cloze': 0, 'tiny_perplexity': 0},
     }  # fmt: skip
 
 

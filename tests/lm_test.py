@@ -195,19 +195,6 @@ def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
     assert len(set(texts[0])) == len(asked)
 
 
-def test_requests_that_are_cut_are_counted_and_told_of(encoder, capsys):
-    cut = lm.JaxLM(tiny_export.params(), CONFIG, encoder)
-    cut.loglikelihood(_requests('loglikelihood', [*PAIRS[:2], (LONG, ' x')]))
-    assert cut.truncated_requests == 1
-    assert '1 requests were longer than the model reads' in capsys.readouterr().err
-    cut.generate_until(_requests('generate_until', [(LONG, {'until': [], 'max_gen_toks': 3})] * 2))
-    assert cut.truncated_requests == 3
-    cut.loglikelihood(_requests('loglikelihood', PAIRS[:2]))
-    cut.loglikelihood_rolling(_requests('loglikelihood_rolling', [(LONG,)]))
-    assert cut.truncated_requests == 3
-    assert capsys.readouterr().err.count('cut on the left') == 1
-
-
 def test_what_does_not_fit_is_refused(jax_lm):
     with pytest.raises(errors.UsageError, match='does not fit seq_len = 48'):
         jax_lm._loglikelihood_tokens([(None, [1], [5] * 49)])
