@@ -147,19 +147,23 @@ def usage(launched: Launch, chip: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(binary.asm['cubin'])
         file.flush()
-        resources, code = (
-            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (('cuobjdump', '--dump-resource-usage'), ('nvdisasm', '-c'))
-        )
+        resources = _told('cuobjdump', '--dump-resource-usage', file.name)
+        registers, stack, local = (int(re.search(rf'{name}:(\d+)', resources)[1]) for name in ('REG', 'STACK', 'LOCAL'))
+        # What spills has a stack; the code of the others need not be read, which takes longer than most compile.
+        code = _told('nvdisasm', '-c', file.name) if stack or local else ''
     return {
         'kernel': launched.name,
         'chip': chip,
-        'registers': int(re.search(r'REG:(\d+)', resources)[1]),
+        'registers': registers,
         'spills': len(re.findall(r'\b(?:STL|LDL)\b', code)),
         'shared_bytes': binary.metadata.shared,
         'global_scratch_bytes': binary.metadata.global_scratch_size,
         'tf32': len(re.findall(r'\.tf32', binary.asm['ptx'])),
     }
+
+
+def _told(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def table(chips=launch.CHIPS) -> list[dict]:
