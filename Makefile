@@ -36,6 +36,7 @@ format: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	$(VENV)/bin/python bench/cpu_train.py
 	$(VENV)/bin/python bench/decode.py
+	$(VENV)/bin/python bench/evaluate.py
 	$(VENV)/bin/python bench/loader.py
 	$(VENV)/bin/python bench/tokenize.py
 
