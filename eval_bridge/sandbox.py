@@ -123,11 +123,11 @@ def _run(program: str, limits: Limits) -> str:
         raise errors.RunError(f'the jail of a program did not answer for {seconds} s.') from None
     except OSError as error:
         raise errors.RunError(f'a jail could not be set up ({error}).') from None
-    verdict = ended.stdout.decode()
-    if ended.returncode or verdict not in (PASSED, FAILED, TIMED_OUT):
+    begun, _, verdict = ended.stdout.decode().partition(jail.BEGUN)
+    if begun or jail.BEGUN.encode() not in ended.stdout:
         cause = ended.stderr.decode(errors='replace').strip() or f'exit status {ended.returncode}'
         raise errors.RunError(f'a jail could not be set up ({cause}).')
-    return verdict
+    return verdict if verdict in (PASSED, FAILED, TIMED_OUT) else FAILED  # it has made an end of process 1 somehow
 
 
 @functools.cache

@@ -86,3 +86,10 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert _kept(p) == [True] * 5
     # top_p looks at what top_k left: 0.4 / 0.7 = 0.57 of it is the first.
     assert _kept(p, top_k=2, top_p=0.5) == [False, True, False, False, False]
+
+
+def test_the_likeliest_is_argmax_s_and_the_first_of_equal_ones():
+    logits_BV = np.random.default_rng(0).integers(0, 9, (64, 50)).astype(np.float32)  # with many equal ones
+    logits_BV[0] = -np.inf
+    np.testing.assert_array_equal(decode.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
+    assert decode.likeliest(jnp.full((1, 50), jnp.nan))[0] == 49  # a token all the same

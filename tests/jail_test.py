@@ -11,6 +11,7 @@ import time
 import pytest
 
 from eval_bridge import jail, sandbox
+from tests.conftest import ROOT
 from tinyllama_jax import errors
 
 
@@ -74,7 +75,7 @@ def test_all_ends_with_the_launcher():
     process, family = _sleeping()
     with process:
         process.kill()
-        assert process.stdout.read() == b''  # which ends when nobody holds it
+        assert process.stdout.read() == b'begun: '  # which ends when nobody holds it
     deadline = time.monotonic() + 60
     while any(pathlib.Path(f'/proc/{number}').exists() for number in family) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -96,4 +97,24 @@ def test_what_cannot_be_set_up_gives_a_reason_and_no_verdict(changes, reason):
 def test_a_verdict_needs_the_secret():
     for program, verdict in {'pass': b'passed', 'import os; os._exit(0)': b'failed', '1/0': b'failed'}.items():
         process = _start(program)
-        assert (process.communicate(), process.returncode) == ((verdict, b''), 0)
+        assert (process.communicate(), process.returncode) == ((b'begun: ' + verdict, b''), 0)
+
+
+_SEARCH = 'ctypes.CDLL(None).syscall({keyctl}, 10, ctypes.c_long(-3), b"user", b"tinyllama-jail", 0)'
+_WITH_A_KEY = """
+import ctypes, sys
+from eval_bridge import sandbox
+call = ctypes.CDLL(None).syscall
+call({keyctl}, 1, None)
+call({keyctl} - 2, b"user", b"tinyllama-jail", b"x", ctypes.c_size_t(1), ctypes.c_long(-3))
+print("kept" if {search} > 0 else "none", *sandbox.run(["import ctypes; assert {search} == -1"]))
+"""
+
+
+def test_the_caller_s_keys_are_out_of_reach():
+    keyctl = jail._KEYCTL.get(os.uname().machine)
+    code = _WITH_A_KEY.format(keyctl=keyctl, search=_SEARCH.format(keyctl=keyctl).replace('"', "'"))
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    if run.stdout.startswith('none'):
+        pytest.skip('no key can be kept here')
+    assert run.stdout == 'kept passed\n', run.stderr

@@ -36,6 +36,9 @@ HOSTILE = {
     'kills its parent': 'import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(1)\nassert os.getppid() != 1',
     'kills this process': 'import os; os.kill({process}, 9)',
     'kills everybody': 'import os; os.kill(-1, 9); assert False',
+    'has process 1 look up': 'import os, time\nos.kill(1, 17)\ntime.sleep(1000)',
+    'sends process 1 every signal': 'import os\nfor n in range(1, 32): os.kill(1, n)\nassert False',
+    'limits process 1': 'import resource as r\nfor n in range(16): r.prlimit(1, n, (0, 0))\nassert False',
     'opens a socket': 'import socket; socket.create_connection(("127.0.0.1", {port}), timeout=1)',
     'becomes root': 'import os; os.setuid(0)',
     'mounts': 'import ctypes; assert ctypes.CDLL(None).mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0',
@@ -46,6 +49,9 @@ HOSTILE = {
 GOOD = {
     'computes': 'assert sum(range(10 ** 5)) == 4999950000',
     'imports and writes': 'import json, pathlib\npathlib.Path("x").write_text("1")\nassert open("/tmp/x").read()',
+    'outlives orphans': (
+        'import os, time\nif not os.fork():\n    os.fork() or time.sleep(0.2)\n    os._exit(0)\ntime.sleep(0.5)'
+    ),
     'ends its children': 'import os\nchild = os.fork() or os._exit(3)\nassert os.waitpid(child, 0)[1] >> 8 == 3',
 }
 
