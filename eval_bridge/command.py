@@ -56,7 +56,7 @@ def evaluate_run(
 
     Raises UsageError for what cannot be evaluated, RunError where parity does not hold.
     """
-    _check(folder, model, models, table, figure, output)
+    _check(folder, model, models, table, figure, output, parity, limit, step)
     tasks = tasks or tuple(results.TABLES.get(table or figure or 0, ()))
     of_tasks = {'task_data': task_data, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
     options = {'include_path': include_path, 'limit': limit, 'log_samples': log_samples, **of_tasks}
@@ -66,19 +66,28 @@ def evaluate_run(
     if table or figure:
         place = pathlib.Path(output) if output else folder / 'eval'
         how = dataclasses.replace(how, kept=place / 'responses')
-        place.mkdir(parents=True, exist_ok=True)
+        shown = results.TABLES[table or 2]
+        if not any(task in shown for task in tasks):
+            flag = f'--{"table" if table else "figure"}={table or figure}'
+            raise errors.UsageError(
+                f'--tasks: none of {", ".join(tasks)} is in {flag}, which shows {", ".join(shown)}; leave it out.'
+            )
+        _make_folder(place)
         sources = _named(models or ([model] if model else []))
         if table:
             if folder:
                 sources[folder.resolve().name] = opening.Run(folder, step, config)
+            _check_sources(sources.values())
             print(_table(how, place, sources, table))
         else:
-            points = {_tokens(name): (name, source) for name, source in sources.items()}
+            points = _by_tokens(sources)
+            _check_sources(sources.values())
             if folder:
                 points |= _checkpoints(folder, config)
             print(f'figure: {_figure(how, place, points)}')
         return
     source = opening.Folder(pathlib.Path(model)) if model else opening.Run(folder, step, config)
+    source.check(compared=parity)
     if folder or output:
         how = dataclasses.replace(how, kept=(folder / 'eval' if folder else pathlib.Path(output).parent) / 'responses')
     result = _evaluated(how, source, compared=parity)
@@ -92,9 +101,19 @@ def evaluate_run(
         parity_lib.require(result['parity'])
 
 
-def _check(folder, model, models, table, figure, output) -> None:
+def _check(folder, model, models, table, figure, output, parity, limit, step) -> None:
+    if parity and (table or figure):
+        raise errors.UsageError('--parity compares one model; give it without --table and --figure.')
+    if limit is not None and limit < 1:
+        raise errors.UsageError(f'--limit={limit}: give a number of examples, 1 or more.')
     if models and not (table or figure):
         raise errors.UsageError('--models=[NAME=]FOLDER,... belongs to --table or --figure; give --model=FOLDER.')
+    if model and folder and not (table or figure):
+        raise errors.UsageError(f'--workdir={folder} and --model={model} are two models; give one, or --table=2.')
+    if step is not None and not folder:
+        raise errors.UsageError(f'--step={step} is of a run; give its --workdir.')
+    if output and pathlib.Path(output).is_dir() and not (table or figure):
+        raise errors.UsageError(f'--output={output} is a folder; give a file to write, FILE.json.')
     if table and figure:
         raise errors.UsageError('--table and --figure are made one at a time.')
     if table and table not in results.TABLES:
@@ -103,6 +122,13 @@ def _check(folder, model, models, table, figure, output) -> None:
         raise errors.UsageError(f'--figure={figure}: the figure is 2.')
     if (table or figure) and not (output or folder):
         raise errors.UsageError('--output=DIR, where the results go, is missing.')
+
+
+def _make_folder(place: pathlib.Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.UsageError(f'--output={place} cannot be made a folder: {error.strerror}.') from None
 
 
 def _evaluated(how: _How, source, *, compared: bool = False, label: str = '') -> dict[str, Any]:
@@ -144,6 +170,22 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
             raise errors.UsageError(f'--models: {name} is there twice; name them, as --models=NAME=FOLDER.')
         found[name] = opening.Folder(path)
     return found
+
+
+def _check_sources(sources) -> None:
+    for source in sources:  # before the first is evaluated, which takes long
+        source.check()
+
+
+def _by_tokens(sources: dict[str, opening.Folder]) -> dict[float, tuple[str, Any]]:
+    """Training tokens -> name, model."""
+    points: dict[float, tuple[str, Any]] = {}
+    for name, source in sources.items():
+        tokens = _tokens(name)
+        if tokens in points:
+            raise errors.UsageError(f'--models: {points[tokens][0]} and {name} have the same training tokens.')
+        points[tokens] = name, source
+    return points
 
 
 def _table(how: _How, place: pathlib.Path, sources, table: int) -> str:

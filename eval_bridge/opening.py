@@ -44,6 +44,11 @@ class Run:
     step: int | None = None
     config: Config | None = None
 
+    def check(self, *, compared: bool = False) -> None:
+        """Makes sure, before another is evaluated, that there is a run. Raises UsageError where not."""
+        del compared  # a run is a Llama
+        workdir.read_config(self.folder)
+
     @contextlib.contextmanager
     def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
         """The model in JAX, or of an export of it by transformers (`backend` hf). Raises UsageError as workdir.load."""
@@ -65,6 +70,18 @@ class Folder:
     """A Hugging Face folder."""
 
     folder: pathlib.Path
+
+    def check(self, *, compared: bool = False) -> None:
+        """Makes sure, before another is evaluated, that there is a model, one of ours if it is to be compared.
+
+        Raises UsageError where not.
+        """
+        kind = convert.read_config(self.folder).get('model_type')
+        if compared and kind != 'llama':
+            raise errors.UsageError(
+                f"--parity compares our model with transformers' on the same weights, and {self.folder} is no Llama: "
+                f'its model_type is {kind!r}.'
+            )
 
     @contextlib.contextmanager
     def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
@@ -112,12 +129,16 @@ def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
         ) from None
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=protocol.dtype, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=protocol.dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # which names them; they are refused below
         )
     except Exception as error:  # of safetensors and tokenizers too, which raise bare Exception
         raise errors.UsageError(f'{folder} cannot be opened by transformers: {_first_line(error)}') from None
     for kind in ('missing_keys', 'mismatched_keys'):  # transformers would make numbers up for them
-        for name in sorted(map(str, found[kind])):
+        for name in sorted(key if isinstance(key, str) else key[0] for key in found[kind]):
             raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json makes it.')
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     try:

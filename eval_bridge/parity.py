@@ -39,7 +39,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
             different_texts += sum(a != b for a, b in zip(mine, others, strict=True))
             continue
         requests += len(mine)
-        differences = np.abs(np.subtract(mine, others))
+        differences = np.nan_to_num(np.abs(np.subtract(mine, others)), nan=np.inf)
         if where is None or differences.max() > largest:
             largest, where = float(differences.max()), [task, sample['doc_id'], int(differences.argmax())]
         if len(mine) > 1:

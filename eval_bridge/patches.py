@@ -1,9 +1,11 @@
 """What is changed of lm-eval's tasks while they run, as it has no arguments for it: scored, refused, left out."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jinja2
 from lm_eval.api.task import ConfigurableTask
 
 from eval_bridge.tasks import instructeval
@@ -53,12 +55,23 @@ def _check_gold(task: ConfigurableTask, doc, gold, choices) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Lets tasks refuse documents whose score would mean nothing: an answer that is no choice, an empty text.
+    """Lets tasks refuse documents whose score would mean nothing: an answer that is no choice, an empty text,
+    what ends in an error, and answers that are no numbers.
 
     The likelihood of an empty text is 1 whatever the model, and its length 0 a divisor of acc_norm.
     """
     doc_to_choice, doc_to_target = ConfigurableTask.doc_to_choice, ConfigurableTask.doc_to_target
-    construct_requests = ConfigurableTask.construct_requests
+    construct_requests = _named('construct_requests')
+
+    process_results = _named('process_results')
+
+    def processed(self, doc, results):
+        if any(_is_nan(result) for result in results):
+            raise errors.RunError(
+                f'the task {self.config.task}: the model gives what is not a number (nan) for {doc}; its weights are '
+                'damaged, or its values overflow.'
+            )
+        return process_results(self, doc, results)
 
     def choices(self, doc, *options):
         found = doc_to_choice(self, doc, *options)
@@ -83,8 +96,33 @@ def refusing() -> Iterator[None]:
         replaced(ConfigurableTask, 'doc_to_choice', choices),
         replaced(ConfigurableTask, 'doc_to_target', target),
         replaced(ConfigurableTask, 'construct_requests', requests),
+        replaced(ConfigurableTask, 'fewshot_context', _named('fewshot_context')),
+        replaced(ConfigurableTask, 'process_results', processed),
     ):
         yield
+
+
+def _named(method: str) -> Callable:
+    """A method of tasks whose failure names the task and the document, which it most likely cannot take."""
+    original = getattr(ConfigurableTask, method)
+
+    def called(self, doc, *arguments, **options):
+        try:
+            return original(self, doc, *arguments, **options)
+        except (errors.Failure, jinja2.UndefinedError):
+            raise
+        except Exception as error:
+            raise errors.UsageError(
+                f'the task {self.config.task} cannot take {doc}: {type(error).__name__} ({error}).'
+            ) from error
+
+    return called
+
+
+def _is_nan(result) -> bool:
+    """Of a log-likelihood, alone or with whether it is greedy; or a text."""
+    value = result[0] if isinstance(result, tuple) else result
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _refuse_empty(task: ConfigurableTask, doc) -> None:

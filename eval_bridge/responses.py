@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from lm_eval.api.model import LM
+from lm_eval.models import utils
 
 from tinyllama_jax import errors
 
@@ -86,7 +87,7 @@ class Remembering(LM):
 
 def _key(kind: str, arguments) -> str | None:
     """What identifies a request; None for one whose answer is drawn."""
-    if kind == 'generate_until' and arguments[1].get('do_sample'):
+    if kind == 'generate_until' and utils.normalize_gen_kwargs(arguments[1]).get('do_sample'):
         return None
     return _hash([kind, *arguments])
 
@@ -100,7 +101,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         for line in file:
             try:
                 key, answer = json.loads(line)
-            except ValueError:
+            except (TypeError, ValueError):  # no pair, or no JSON
                 break
             if not line.endswith(b'\n'):
                 break

@@ -111,6 +111,20 @@ def test_prompts_are_printed_in_order_as_their_tokens_come(tmp_path, capsys):
     assert shown[0] and whole[0].startswith(shown[0] + shown[1]), 'the second waits for the first'
 
 
+def test_a_text_that_ends_within_a_character_is_printed(tmp_path, capsys):
+    pieces = tokenizer.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    prompt, new = pieces.encode('def one'), [*pieces.encode(' is'), pieces.encode('é\U0001f600')[-4]]
+    assert pieces.decode(prompt + new).endswith('\ufffd')
+    generate._print([prompt], iter([generate.Rows([new], [True])]), pieces)
+    assert capsys.readouterr().out == pieces.decode(prompt + new) + '\n'
+
+
+def test_more_of_the_likeliest_than_there_are_are_all(params):
+    options = {'max_new_tokens': 4, 'temperature': 1.0}
+    drawn = generate.generate(params, CONFIG, PROMPT, top_k=99_999_999_999, **options)
+    assert drawn == generate.generate(params, CONFIG, PROMPT, **options)
+
+
 def test_it_ends_after_eos_and_yields_it(params, greedy):
     eos = greedy[12]
     expected = greedy[: greedy.index(eos) + 1]
@@ -168,6 +182,7 @@ def test_samples_follow_the_model_s_distribution(params):
         ({'max_new_tokens': 0}, 'max_new_tokens'),
         ({'temperature': -0.1}, 'temperature'),
         ({'temperature': float('nan')}, 'temperature'),
+        ({'temperature': 1e-39}, 'temperature must be 0, or a finite number from 1e-06 up'),
         ({'temperature': 1.0, 'top_k': 0}, 'top_k'),
         ({'temperature': 1.0, 'top_p': 0.0}, 'top_p'),
         ({'temperature': 1.0, 'top_p': 1.1}, 'top_p'),

@@ -175,6 +175,9 @@ def test_a_request_that_comes_again_is_drawn_again(jax_lm):
     assert jax_lm.generate_until(requests[1:]) == [texts[0], texts[2]]
     unlimited = _requests('generate_until', [('class', {**options, 'top_k': 0})])
     assert jax_lm.generate_until(unlimited) == texts[2:]
+    of_one = _requests('generate_until', [('class', {**options, 'temperature': 1.0})])
+    by_default = _requests('generate_until', [('class', {'until': [], 'max_gen_toks': 12, 'do_sample': True})])
+    assert jax_lm.generate_until(by_default) == jax_lm.generate_until(of_one)
 
 
 def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):

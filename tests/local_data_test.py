@@ -30,6 +30,9 @@ RECORDS = {
     },
 }  # fmt: skip
 
+HELLASWAG = RECORDS['hellaswag/validation.jsonl']
+MMLU = {'question': 'Why?', 'subject': 'astronomy', 'choices': ['a', 'b', 'c', 'd'], 'answer': 0}
+
 
 def _write(root, path, records):
     file = root / path
@@ -43,6 +46,7 @@ def data(tmp_path):
     for number, (path, record) in enumerate(RECORDS.items()):
         many = [record | {'question': f'{index}?'} if 'question' in record else record for index in range(4)]
         _write(tmp_path / 'eval', f'{path}.gz' if number % 2 else path, many)
+    _write(tmp_path / 'eval', 'mmlu/astronomy_test.jsonl', [MMLU])
     return tmp_path / 'eval'
 
 
@@ -98,9 +102,40 @@ def test_a_group_with_missing_members_is_refused_and_the_rest_named(data):
         ('hellaswag', 'hellaswag/validation.jsonl', [RECORDS['hellaswag/validation.jsonl'] | {'endings': 'runs.'}],
          "hellaswag/validation.jsonl, record 1: endings is 'runs.', which is no list"),
         ('piqa', 'piqa/validation.jsonl', [RECORDS['piqa/validation.jsonl'] | {'label': 2}],
-         'the task piqa: the answer 2 is none of the choices'),
+         'record 1: label is 2, which is none of 0, 1'),
         ('piqa', 'piqa/validation.jsonl', [RECORDS['piqa/validation.jsonl'], {'goal': {}}],
          r'record 2: goal is \{\}, which is no text'),
+        ('hellaswag', 'hellaswag/validation.jsonl', [HELLASWAG | {'label': 'x'}],
+         "label is 'x', which is none of 0, 1"),
+        ('hellaswag', 'hellaswag/validation.jsonl', [HELLASWAG, HELLASWAG | {'endings': ['a', '']}],
+         r"record 2: endings is \['a', ''\], and each must be a text that is not empty"),
+        ('arc_easy', 'arc_easy/test.jsonl.gz', [RECORDS['arc_easy/test.jsonl'] | {'answerKey': 'Z'}],
+         "record 1: answerKey is 'Z', which is none of A, B"),
+        ('openbookqa', 'openbookqa/test.jsonl.gz', [
+            RECORDS['openbookqa/test.jsonl'] | {'choices': {'text': ['a'], 'label': ['A', 'B']}},
+        ], 'record 1: choices has 1 texts and 2 labels'),
+        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'answer': '3'}],
+         "answer is '3', which is none of 1, 2"),
+        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'sentence': 'a b'}],
+         'has no gap _'),
+        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'option1': ''}],
+         'option1 and option2 is'),
+        ('boolq', 'boolq/validation.jsonl.gz', [RECORDS['boolq/validation.jsonl'] | {'label': -1}],
+         'label is -1, which is none of 0, 1'),
+        ('drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl'] | {'answer': {'number': '1'}}],
+         'record 1: answer has .* which is no number, date'),
+        ('drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl'] | {
+            'validated_answers': {'number': ['1', '2'], 'date': [NONE['date']], 'spans': [[]]},
+        }], 'not lists number, date and spans of one length'),
+        ('instructeval_drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl']] * 3,
+         'can use 3 records: 3 are examples, and no question is left'),
+        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'answer': 4}] * 5, 'answer is 4, which is none of'),
+        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'choices': ['a', 'b']}] * 5, 'which are not four'),
+        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU] * 4, 'has 4 records, and 5 are needed'),
+        ('instructeval_bbh_navigate', 'bbh/navigate.json', {'examples': [{'input': 'a', 'target': 'b'}] * 3},
+         'can use 3 records: 3 are examples'),
+        ('bbh_fewshot_navigate', 'bbh/navigate.json', {'examples': [{'input': 'a', 'target': ''}]},
+         r"record 1: input and target is \['a', ''\]"),
         ('piqa', 'piqa/validation.jsonl', ['text'], r'piqa cannot be loaded .*validation\.jsonl'),
     ],
 )  # fmt: skip
@@ -108,9 +143,16 @@ def test_data_that_is_missing_or_malformed_is_named(data, task, path, records, m
     if records is None:
         (data / path).unlink()
     else:
-        _write(data, path, records)
+        _write(data, path, [records] if isinstance(records, dict) else records)
     with pytest.raises(errors.UsageError, match=message):
         evaluate.evaluate(Scripted(), [task], task_data=data)
+
+
+def test_a_file_that_is_no_text_or_has_no_lines_is_named(data):
+    for content in (b'\xff\xfe{"goal": 1}', b'\n\n\n'):
+        (data / 'piqa/validation.jsonl').write_bytes(content)
+        with pytest.raises(errors.UsageError, match=r'piqa.*validation\.jsonl'):
+            evaluate.evaluate(Scripted(), ['piqa'], task_data=data)
 
 
 def test_a_file_cut_short_is_named(data):

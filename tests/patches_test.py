@@ -12,7 +12,7 @@ from tinyllama_jax import errors
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
 
-METHODS = ('process_results', 'doc_to_choice', 'doc_to_target', 'construct_requests', 'download')
+METHODS = ('process_results', 'fewshot_context', 'doc_to_choice', 'doc_to_target', 'construct_requests', 'download')
 TASK = {
     'task': 'tiny', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': 'tasks/data.jsonl'}},
     'test_split': 'test', 'output_type': 'multiple_choice', 'doc_to_text': '{{context}}', 'doc_to_choice': 'choices',
@@ -48,12 +48,19 @@ def test_the_gold_metric_is_of_the_right_answers(tmp_path):
     [
         ({'answer': -1}, {}, 'the answer -1 is none of the choices'),
         ({'choices': ['b', '']}, {}, 'an empty choice or target'),
+        ({'choices': None}, {}, r'the task tiny .*TypeError'),
         ({'answer': ''}, {'output_type': 'loglikelihood', 'doc_to_choice': None, 'target_delimiter': ''}, 'an empty'),
     ],
 )
 def test_a_document_that_would_give_a_wrong_number_is_refused(tmp_path, last, changes, message):
     with pytest.raises(errors.UsageError, match=message):
         _evaluate(tmp_path, last, **changes)
+
+
+def test_what_is_not_a_number_is_no_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, 'loglikelihood', lambda self, requests, **_: [(float('nan'), False)] * len(requests))
+    with pytest.raises(errors.RunError, match=r'the task tiny: the model gives what is not a number'):
+        _evaluate(tmp_path, {'answer': 1})
 
 
 def test_every_prompt_fits_a_model_without_tokens():

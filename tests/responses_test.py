@@ -70,13 +70,15 @@ def test_a_line_that_was_cut_off_is_asked_again(remembering, tmp_path):
     whole = remembering(_Counting(), path)
     assert whole.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
     whole.close()
-    path.write_bytes(path.read_bytes()[:-3])
-    model = _Counting()
-    torn = remembering(model, path)
-    assert torn.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
-    assert model.asked == [('de',)]
-    torn.close()
-    assert len(path.read_text().splitlines()) == 2
+    lines = path.read_bytes().splitlines(keepends=True)
+    for torn_line in (lines[1][:-3], b'5\n', b'["a"]\n'):
+        path.write_bytes(lines[0] + torn_line)
+        model = _Counting()
+        torn = remembering(model, path)
+        assert torn.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
+        assert model.asked == [('de',)]
+        torn.close()
+        assert path.read_bytes().splitlines(keepends=True) == lines
 
 
 def test_other_kinds_and_arguments_are_other_requests(remembering, tmp_path):
@@ -91,9 +93,10 @@ def test_other_kinds_and_arguments_are_other_requests(remembering, tmp_path):
 def test_sampled_texts_are_asked_for_each_time(remembering, tmp_path):
     model = _Counting()
     kept = remembering(model, tmp_path / 'x.jsonl')
-    sampled = _requests('generate_until', ('a', {'until': [], 'do_sample': True}))
-    assert kept.generate_until(sampled) == kept.generate_until(sampled) == ['A']
-    assert len(model.asked) == 2 and not (tmp_path / 'x.jsonl').read_text()
+    options = {'until': [], 'do_sample': True}, {'until': [], 'temperature': 0.5}  # the same for lm-eval
+    sampled = _requests('generate_until', *(('a', each) for each in options))
+    assert kept.generate_until(sampled) == kept.generate_until(sampled) == ['A', 'A']
+    assert len(model.asked) == 4 and not (tmp_path / 'x.jsonl').read_text()
 
 
 def test_files_differ_with_what_was_computed(tmp_path):

@@ -24,6 +24,7 @@ from tinyllama_jax.ops import Ops
 _SMALLEST = 32  # positions; sizes are this times 1, 2, 3, 4, 6, 8, 12, ...
 _MOST_ROWS = 32  # prompts of a command at once
 _PATIENCE_S = 0.1  # a block is doubled while it takes less
+_COLDEST = 1e-6  # temperature: logits divided by less overflow
 _ALL = 2.0  # as top_p: above any sum of probabilities, however rounded
 
 
@@ -53,6 +54,10 @@ def generate_run(
     pieces, shape = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.model
     bos = [pieces.bos_id] if loaded.config.data.bos else []
     ids = [bos + pieces.encode(text) for text in texts]
+    if not all(ids):
+        number, given = ids.index([]) + 1, len(prompt)
+        where = f'--prompt number {number}' if number <= given else f'line {number - given} of --prompts={prompts}'
+        raise errors.UsageError(f'{where} is empty: without BOS (data.bos) there is nothing to continue.')
     generator = Generator(loaded.params, shape)
     with runtime.awake_cores():
         for start in range(0, len(ids), _MOST_ROWS):
@@ -62,7 +67,7 @@ def generate_run(
 
 def _lines(path: str | None) -> list[str]:
     try:
-        return pathlib.Path(path).read_text(encoding='utf-8').splitlines() if path else []
+        return pathlib.Path(path).read_text(encoding='utf-8').removesuffix('\n').split('\n') if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UsageError(f'--prompts={path} cannot be read: {error}.') from None
 
@@ -72,7 +77,7 @@ def _print(prompts: Sequence[list[int]], blocks: Iterator['Rows'], pieces: token
     for rows in blocks:
         while row < len(prompts):
             text = pieces.decode(prompts[row] + rows.tokens[row])
-            if not text.endswith('\ufffd'):  # half a character: wait for its other bytes
+            if rows.ended[row] or not text.endswith('\ufffd'):  # half a character: wait for its other bytes
                 print(text[len(shown) :], end='', flush=True)
                 shown = text
             if not rows.ended[row]:
@@ -145,7 +150,8 @@ class Generator:
         Raises UsageError for arguments that cannot work.
         """
         _check(prompts, self._config, max_new_tokens, temperature, top_k, top_p)
-        sampling = (temperature, top_k or self._config.vocab_size, top_p or _ALL) if temperature else None
+        most = self._config.vocab_size
+        sampling = (temperature, min(top_k or most, most), top_p or _ALL) if temperature else None
         seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         return self._blocks(prompts, max_new_tokens, sampling, seeds, decode.NOTHING if eos_id is None else eos_id)
 
@@ -195,8 +201,8 @@ def _check(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top
             refuse("the prompt's ids", f'{min(ids)} to {max(ids)}', f'below vocab_size = {config.vocab_size}')
     if max_new_tokens < 1:
         refuse('max_new_tokens', max_new_tokens, 'at least 1')
-    if not (math.isfinite(temperature) and temperature >= 0):
-        refuse('temperature', temperature, 'a finite number, 0 or above')
+    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= _COLDEST)):
+        refuse('temperature', temperature, f'0, or a finite number from {_COLDEST} up')
     if top_k is not None and top_k < 1:
         refuse('top_k', top_k, 'at least 1')
     if top_p is not None and not 0 < top_p <= 1:

@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
+from tinyllama_jax import errors
+
 MOST_TOKENS = 2048
 _SHOTS = 3
 
@@ -34,6 +36,13 @@ class InstructEval(ConfigurableTask):
                 break
         return prompt
 
+    def require_more(self, count: int) -> None:
+        """Raises UsageError unless more than the examples are left of `count` records."""
+        if count <= _SHOTS:
+            raise errors.UsageError(
+                f'the task {self.config.task} can use {count} records: {_SHOTS} are examples, and no question is left.'
+            )
+
     def process_results(self, doc, results) -> dict[str, float]:
         """Whether the answer begins with the label."""
         return {'acc': float(results[0].strip().startswith(self.doc_to_target(doc)))}
@@ -46,6 +55,7 @@ class Bbh(InstructEval):
         """Loads and divides the rows."""
         super().download(dataset_kwargs, **options)
         rows = self.dataset['test']
+        self.require_more(len(rows))
         self.dataset = {'shots': rows.select(range(_SHOTS)), 'test': rows.select(range(_SHOTS, len(rows)))}
 
 
@@ -60,9 +70,11 @@ class Drop(InstructEval):
         super().download(dataset_kwargs, **options)
         rows = [{**row, 'label': _answers(row)} for row in self.dataset['validation']]
         rows = [{**row, 'label': row['label'][0]} for row in rows if len(set(row['label'])) == 1]
+        self.require_more(len(rows))
         shots = random.Random(0).sample(rows, _SHOTS)
         seen = {row['passage'] for row in shots}
         parts = {'shots': shots, 'validation': [row for row in rows if row['passage'] not in seen]}
+        self.require_more(_SHOTS + len(parts['validation']))
         self.dataset = {split: datasets.Dataset.from_list(part) for split, part in parts.items()}
 
 
