@@ -1,9 +1,10 @@
 """The command `evaluate`: one model on given tasks, or the paper's tables and figure of several."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_eval.utils import make_table
@@ -67,10 +68,10 @@ def evaluate_run(
         place = pathlib.Path(output) if output else folder / 'eval'
         how = dataclasses.replace(how, kept=place / 'responses')
         shown = results.TABLES[table or 2]
-        if not any(task in shown for task in tasks):
+        if others := [task for task in tasks if task not in shown]:
             flag = f'--{"table" if table else "figure"}={table or figure}'
             raise errors.UsageError(
-                f'--tasks: none of {", ".join(tasks)} is in {flag}, which shows {", ".join(shown)}; leave it out.'
+                f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; evaluate those alone.'
             )
         _make_folder(place)
         sources = _named(models or ([model] if model else []))
@@ -129,6 +130,14 @@ def _make_folder(place: pathlib.Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.UsageError(f'--output={place} cannot be made a folder: {error.strerror}.') from None
+
+
+@contextlib.contextmanager
+def _writing(place: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise errors.RunError(f'{error.filename or place} could not be written: {error.strerror}.') from None
 
 
 def _evaluated(how: _How, source, *, compared: bool = False, label: str = '') -> dict[str, Any]:
@@ -195,7 +204,8 @@ def _table(how: _How, place: pathlib.Path, sources, table: int) -> str:
         result = _evaluated(how, source, label=name)
         evaluate.write(place / f'{name}-table{table}.json', result)
         rows[name] = results.scores(table, result, name)
-    return results.write_table(place, table, rows)
+    with _writing(place):
+        return results.write_table(place, table, rows)
 
 
 def _figure(how: _How, place: pathlib.Path, sources) -> pathlib.Path:
@@ -206,7 +216,8 @@ def _figure(how: _How, place: pathlib.Path, sources) -> pathlib.Path:
         result = _evaluated(how, source, label=name)
         evaluate.write(place / f'{name}.json', result)
         points[tokens] = results.scores(2, result, name)
-    return results.write_figure(place, points)
+    with _writing(place):
+        return results.write_figure(place, points)
 
 
 def _checkpoints(folder: pathlib.Path, config: Config | None) -> dict[float, tuple[str, opening.Run]]:
