@@ -123,6 +123,8 @@ def _asked(model, names: Sequence[str], **options) -> dict[str, Any]:
         raise errors.UsageError(
             f'a record of the data does not fit the template of its task, of {", ".join(names)}: {error}.'
         ) from error
+    except UnicodeDecodeError as error:  # of a text in the middle of a file, which is decoded when it is read
+        raise errors.UsageError(f'the data of {", ".join(names)} is no UTF-8: {error}.') from error
 
 
 def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:

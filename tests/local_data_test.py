@@ -153,6 +153,10 @@ def test_a_file_that_is_no_text_or_has_no_lines_is_named(data):
         (data / 'piqa/validation.jsonl').write_bytes(content)
         with pytest.raises(errors.UsageError, match=r'piqa.*validation\.jsonl'):
             evaluate.evaluate(Scripted(), ['piqa'], task_data=data)
+    text = json.dumps(RECORDS['piqa/validation.jsonl']).encode()
+    (data / 'piqa/validation.jsonl').write_bytes(text.replace(b'"go"', b'"g\xff"'))
+    with pytest.raises(errors.UsageError, match='the data of piqa is no UTF-8'):
+        evaluate.evaluate(Scripted(), ['piqa'], task_data=data)
 
 
 def test_a_file_cut_short_is_named(data):
