@@ -67,25 +67,15 @@ def evaluate_run(
     if table or figure:
         place = pathlib.Path(output) if output else folder / 'eval'
         how = dataclasses.replace(how, kept=place / 'responses')
-        shown = results.TABLES[table or 2]
-        if others := [task for task in tasks if task not in shown]:
-            flag = f'--{"table" if table else "figure"}={table or figure}'
-            raise errors.UsageError(
-                f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; evaluate those alone.'
-            )
+        _check_shown(tasks, table)
         _make_folder(place)
         sources = _named(models or ([model] if model else []))
-        if table:
-            if folder:
-                sources[folder.resolve().name] = opening.Run(folder, step, config)
-            _check_sources(sources.values())
-            print(_table(how, place, sources, table))
-        else:
-            points = _by_tokens(sources)
-            _check_sources(sources.values())
-            if folder:
-                points |= _checkpoints(folder, config)
-            print(f'figure: {_figure(how, place, points)}')
+        if table and folder:
+            sources[folder.resolve().name] = opening.Run(folder, step, config)
+        points = {} if table else _by_tokens(sources, _checkpoints(folder, config) if folder else {})
+        for each in sources.values():  # before the first is evaluated, which takes long
+            each.check()
+        print(_table(how, place, sources, table) if table else f'figure: {_figure(how, place, points)}')
         return
     source = opening.Folder(pathlib.Path(model)) if model else opening.Run(folder, step, config)
     source.check(compared=parity)
@@ -123,6 +113,16 @@ def _check(folder, model, models, table, figure, output, parity, limit, step) ->
         raise errors.UsageError(f'--figure={figure}: the figure is 2.')
     if (table or figure) and not (output or folder):
         raise errors.UsageError('--output=DIR, where the results go, is missing.')
+
+
+def _check_shown(tasks: Sequence[str], table: int | None) -> None:
+    """Raises UsageError for tasks that the table, or Figure 2, does not show."""
+    shown = results.TABLES[table or 2]
+    if others := [task for task in tasks if task not in shown]:
+        flag = f'--table={table}' if table else '--figure=2'
+        raise errors.UsageError(
+            f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; evaluate those alone.'
+        )
 
 
 def _make_folder(place: pathlib.Path) -> None:
@@ -181,14 +181,9 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
     return found
 
 
-def _check_sources(sources) -> None:
-    for source in sources:  # before the first is evaluated, which takes long
-        source.check()
-
-
-def _by_tokens(sources: dict[str, opening.Folder]) -> dict[float, tuple[str, Any]]:
-    """Training tokens -> name, model."""
-    points: dict[float, tuple[str, Any]] = {}
+def _by_tokens(sources: dict[str, opening.Folder], checkpoints: dict[float, tuple[str, Any]]) -> dict[float, Any]:
+    """Training tokens -> name, model: of folders by their names, and of a run's checkpoints."""
+    points = dict(checkpoints)
     for name, source in sources.items():
         tokens = _tokens(name)
         if tokens in points:

@@ -55,8 +55,9 @@ def _check_gold(task: ConfigurableTask, doc, gold, choices) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Lets tasks refuse documents whose score would mean nothing: an answer that is no choice, an empty text,
-    what ends in an error, and answers that are no numbers.
+    """Lets tasks refuse what would give a score without meaning, or none.
+
+    Documents with an answer that is no choice, or with an empty text, or that end in an error; a model's nan.
 
     The likelihood of an empty text is 1 whatever the model, and its length 0 a divisor of acc_norm.
     """

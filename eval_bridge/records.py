@@ -83,9 +83,8 @@ def _texts(name: str, values: Any) -> str | None:
 
 
 def _index(name: str, value: int | str, count: int) -> str | None:
-    known = [str(number) for number in range(count)]
+    return _one_of(name, value, [str(number) for number in range(count)])
+
+
+def _one_of(name: str, value: int | str, known: list[str]) -> str | None:
     return None if str(value) in known else f'{name} is {value!r}, which is none of {", ".join(known)}'
-
-
-def _one_of(name: str, value: str, known: list[str]) -> str | None:
-    return None if value in known else f'{name} is {value!r}, which is none of {", ".join(known)}'

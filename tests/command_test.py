@@ -163,6 +163,8 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
         assert [float(row['tokens']) for row in csv.DictReader(file)] == [105e9, 1e12]
     _evaluate(task_files, run, tasks=['piqa'], figure=2)
     assert (run / 'eval' / 'figure2.html').exists() and (run / 'eval' / 'step-0.json').exists()
+    with pytest.raises(errors.UsageError, match='step-0 and x-0b have the same training tokens'):
+        _evaluate(task_files, run, tasks=['piqa'], models=[f'x-0b={llama}'], figure=2)
 
 
 @pytest.mark.parametrize(
