@@ -34,11 +34,11 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff format .
 
 bench: $(DEV_STAMP)
-	$(VENV)/bin/python bench/cpu_train.py
-	$(VENV)/bin/python bench/decode.py
-	$(VENV)/bin/python bench/evaluate.py
-	$(VENV)/bin/python bench/loader.py
-	$(VENV)/bin/python bench/tokenize.py
+	$(VENV)/bin/python bench/cpu/train.py
+	$(VENV)/bin/python bench/cpu/decode.py
+	$(VENV)/bin/python bench/cpu/evaluate.py
+	$(VENV)/bin/python bench/cpu/loader.py
+	$(VENV)/bin/python bench/cpu/tokenize.py
 
 # Resolves requirements-dev.txt afresh for this Python, from the default package index; once for each of the two.
 lock:

@@ -7,7 +7,11 @@ import sys
 
 from absl import flags
 
-from tinyllama_jax import cluster, commands, errors, experiment, place, runtime
+from tinyllama_jax import errors
+from tinyllama_jax.cluster import members as cluster
+from tinyllama_jax.cluster import place
+from tinyllama_jax.process import signals, xla
+from tinyllama_jax.settings import commands, experiment
 
 _USAGE = f'usage: main.py {"|".join(commands.COMMANDS)} --config=FILE --workdir=DIR'
 _NEED_CONFIG = ('prepare', 'train', 'check', 'plan')  # the others find it in the workdir
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> int | None:
         workdir = FLAGS.workdir and pathlib.Path(FLAGS.workdir)
         config = experiment.resolve(FLAGS.config, workdir, overrides, required=command in _NEED_CONFIG)
         exact = command == 'train' and config.train.deterministic
-        runtime.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact else None)
+        xla.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact else None)
         _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
     except (flags.Error, errors.Failure) as error:
         print(f'main.py: {error}', file=sys.stderr)
@@ -69,5 +73,5 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == '__main__':
-    runtime.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command takes it up again.')
+    signals.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command takes it up again.')
     sys.exit(main(sys.argv))

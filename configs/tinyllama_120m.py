@@ -7,7 +7,7 @@
 
 12 layers of width 768, 12 query and 4 key-value heads; 2.6 B tokens, some twenty a parameter. It has not been
 trained yet. Expect a loss between 3.0 and 3.4 at the end: Chinchilla's law (Hoffmann et al., 2022) gives 3.4 for
-text, and code is easier. `bench/gpu_learn.sh` trains its first steps in bfloat16 and in float32.
+text, and code is easier. `bench/gpu.sh learn` trains its first steps in bfloat16 and in float32.
 """
 
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SourceConfig, TrainConfig

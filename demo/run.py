@@ -17,7 +17,7 @@ import sys
 import time
 
 from demo import cloze
-from tinyllama_jax import runtime
+from tinyllama_jax.process import signals
 
 CONFIG = 'configs/demo.py'
 SOURCE = 'slimpajama'  # the one whose held-out documents become the cloze task
@@ -138,5 +138,5 @@ def _next_commands(folder: pathlib.Path, step: int) -> tuple[str, ...]:
 
 
 if __name__ == '__main__':
-    runtime.end_on_ctrl_c('demo: stopped by Ctrl-C; `make demo` goes on from here.')
+    signals.end_on_ctrl_c('demo: stopped by Ctrl-C; `make demo` goes on from here.')
     sys.exit(main(*sys.argv[1:]))

@@ -9,10 +9,13 @@ from typing import Any
 
 from lm_eval.utils import make_table
 
-from eval_bridge import evaluate, opening, protocols, responses, results
+from eval_bridge import evaluate, opening, protocols
 from eval_bridge import parity as parity_lib
-from tinyllama_jax import checkpoint, errors, workdir
+from eval_bridge.harness import responses
+from eval_bridge.tables import results
+from tinyllama_jax import checkpoint, errors
 from tinyllama_jax.config import Config
+from tinyllama_jax.run import workdir
 
 _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 _OF_ANSWERS = ('weights_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length')

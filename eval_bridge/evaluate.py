@@ -30,8 +30,11 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
-from eval_bridge import local_data, patches, protocols, sandbox, truncation
-from tinyllama_jax import baselines, errors, metrics
+from eval_bridge import protocols
+from eval_bridge.harness import local_data, patches, truncation
+from eval_bridge.jail import sandbox
+from tinyllama_jax import errors, files
+from tinyllama_jax.report import baselines
 
 _TASKS = pathlib.Path(__file__).parent / 'tasks'
 _MADE = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members are one file, _NAME, with another dataset
@@ -161,7 +164,7 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        metrics.write_atomically(path, text + '\n')
+        files.write_atomically(path, text + '\n')
     except OSError as error:
         raise errors.RunError(f'--output={path} could not be written: {error.strerror}.') from error
 

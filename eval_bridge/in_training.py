@@ -19,8 +19,9 @@ from lm_eval.api.model import LM
 from lm_eval.models import utils as lm_eval_models_utils
 
 from eval_bridge import evaluate, lm, protocols
-from tinyllama_jax import errors, metrics, tokenizer
+from tinyllama_jax import errors, tokenizer
 from tinyllama_jax.config import Config
+from tinyllama_jax.run import metrics
 
 _FIELD = 'config.train.evaluate_tasks'
 

@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from lm_eval.api.model import LM
 
-from eval_bridge import convert, lm
+from eval_bridge import lm
+from eval_bridge.hf import convert
 from eval_bridge.protocols import Protocol
-from tinyllama_jax import errors, sharding, tokenizer, workdir
+from tinyllama_jax import errors, sharding, tokenizer
 from tinyllama_jax.config import Config, MeshConfig, ModelConfig
+from tinyllama_jax.run import workdir
 
 BACKENDS = ('jax', 'hf')
 _BATCH_SIZE = 8
@@ -136,7 +138,7 @@ def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
             ignore_mismatched_sizes=True,  # which names them; they are refused below
         )
     except Exception as error:  # of safetensors and tokenizers too, which raise bare Exception
-        raise errors.UsageError(f'{folder} cannot be opened by transformers: {_first_line(error)}') from None
+        raise errors.UsageError(f'{folder} cannot be opened by transformers: {errors.first_line(error)}') from None
     for kind in ('missing_keys', 'mismatched_keys'):  # transformers would make numbers up for them
         for name in sorted(key if isinstance(key, str) else key[0] for key in found[kind]):
             raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json makes it.')
@@ -147,13 +149,11 @@ def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
             batch_size=_BATCH_SIZE,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise errors.UsageError(f'{folder} has no tokenizer that transformers opens: {_first_line(error)}') from None
+        raise errors.UsageError(
+            f'{folder} has no tokenizer that transformers opens: {errors.first_line(error)}'
+        ) from None
     _refuse_tokenizer(folder, len(opened.tokenizer), model.get_input_embeddings().num_embeddings)
     return opened
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition('\n')[0]
 
 
 def _refuse_tokenizer(path: pathlib.Path, pieces: int, known: int) -> None:

@@ -40,14 +40,16 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
 # The files that take longest begin first, so that both processes end together.
 _LONGEST = (
-    'cluster_test', 'resources_test', 'train_test', 'gpu_bench_test', 'demo_test', 'plan_test', 'watchdog_test',
-    'sharding_test', 'attention_test', 'checkpoint_test', 'convert_test', 'main_test',
+    'tinyllama_jax/cluster/members', 'kernels/resources', 'tinyllama_jax/train', 'bench/gpu', 'demo/run',
+    'tinyllama_jax/plan/command', 'tinyllama_jax/cluster/watchdog', 'tinyllama_jax/sharding', 'kernels/attention',
+    'tinyllama_jax/checkpoint', 'eval_bridge/hf/convert', 'main',
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     """Orders the tests by `_LONGEST`."""
-    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    rank = {ROOT / f'tests/{name}_test.py': number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope='session')
@@ -77,8 +79,8 @@ def run_main():
 
 @pytest.fixture(scope='session')
 def tiny_store(tmp_path_factory) -> pathlib.Path:
-    """A prepared store of tests/tiny_experiment.py, which finds its corpus by $CORPUS."""
-    from tests import tiny, tiny_experiment
+    """A prepared store of tests/support/tiny_experiment.py, which finds its corpus by $CORPUS."""
+    from tests.support import tiny, tiny_experiment
     from tinyllama_jax.data import prepare
 
     folder = tmp_path_factory.mktemp('tiny')

@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tinyllama_jax import commands, errors, place
+from tinyllama_jax import errors
+from tinyllama_jax.cluster import place
+from tinyllama_jax.settings import commands
 
 JOBSET = yaml.safe_load((ROOT / 'launch/jobset.yaml').read_text())
 

@@ -2,7 +2,7 @@
 
 import ast
 import functools
-import pathlib
+import graphlib
 import re
 import subprocess
 import sys
@@ -26,11 +26,6 @@ def _sources() -> dict[str, ast.Module]:
 
 
 SOURCES = _sources()
-
-
-def _layers() -> dict[str, int]:
-    rows = re.findall(r'^\| (\d+) \| `([^`]+)` \|', (ROOT / 'docs/design.md').read_text(), re.MULTILINE)
-    return {path: int(layer) for layer, path in rows}
 
 
 @functools.cache
@@ -72,15 +67,45 @@ def _files_where(predicate) -> set[str]:
     return {path for path, tree in SOURCES.items() if predicate(tree)}
 
 
-def test_every_file_has_its_row_in_the_table():
-    assert _layers().keys() == SOURCES.keys()
+# A file imports from its own line and the lines above, without circles. A name that ends with / is a folder; the other
+# names without a folder are files of tinyllama_jax/, and rooms are its folders.
+ORDER = (
+    ('kernels/',),
+    ('errors', 'files', 'config', 'flops', 'tokenizer'),
+    ('settings/', 'process/'),
+    ('data/',),
+    ('sharding', 'ops', 'model', 'optimizer', 'step', 'checkpoint_errors', 'checkpoint', 'decode', 'generate'),
+    ('run/',),
+    ('report/',),
+    ('cluster/',),
+    ('train',),
+    ('plan/',),
+    ('eval_bridge/',),
+    ('configs/', 'demo/', 'main'),
+)
+
+
+def _line(path: str) -> int:
+    """The number of the line of ORDER that a file belongs to."""
+    name = path.removeprefix('tinyllama_jax/').removesuffix('.py')
+    return next(number for number, line in enumerate(ORDER) if {name, f'{name.split("/")[0]}/'} & set(line))
+
+
+def test_every_line_of_the_order_has_files():
+    names = {path.removeprefix('tinyllama_jax/').removesuffix('.py') for path in SOURCES}
+    rooms = {f'{name.split("/")[0]}/' for name in names if '/' in name}
+    assert {name for line in ORDER for name in line} == {name for name in names if '/' not in name} | rooms
 
 
 @pytest.mark.parametrize('path', SOURCES)
-def test_imports_only_lower_layers(path):
-    layers = _layers()
-    too_high = {other for other in _local_files(SOURCES[path]) if layers[other] >= layers[path]}
-    assert not too_high, f'{path} is in layer {layers[path]}'
+def test_imports_from_its_line_and_the_lines_above(path):
+    below = {other for other in _local_files(SOURCES[path]) if _line(other) > _line(path)}
+    assert not below, f'{path} is in line {ORDER[_line(path)]} of ORDER'
+
+
+def test_there_is_no_circle_of_imports():
+    graph = {path: _local_files(tree) - {path} for path, tree in SOURCES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_reader_of_imports_sees_them():
@@ -103,7 +128,7 @@ def test_only_sharding_names_mesh_axes():
 
 
 def test_only_convert_knows_hugging_face_names():
-    assert _files_where(lambda tree: any(HF_NAMES.search(s) for s in _strings(tree))) == {'eval_bridge/convert.py'}
+    assert _files_where(lambda tree: any(HF_NAMES.search(s) for s in _strings(tree))) == {'eval_bridge/hf/convert.py'}
 
 
 def test_only_main_reads_flags():
@@ -115,7 +140,7 @@ def test_only_main_reads_flags():
 def test_the_step_does_no_io_and_the_loop_no_maths():
     step, loop = SOURCES['tinyllama_jax/step.py'], SOURCES['tinyllama_jax/train.py']
     assert not _names(step) & {'open', 'print', 'os', 'pathlib', 'json', 'sys'}
-    assert not {name for name in _imports(step) if name.startswith('tinyllama_jax.metrics')}
+    assert not {name for name in _imports(step) if name.startswith('tinyllama_jax.run.metrics')}
     assert not {name for name in _imports(loop) if name.startswith(('jax.numpy', 'jax.lax', 'optax'))}
     assert not _names(loop) & {'jnp', 'lax', 'grad', 'value_and_grad'}
 
@@ -163,7 +188,7 @@ def test_transformers_does_not_take_our_kernels_for_its_own():
 
 
 def test_settings_are_read_without_jax():
-    loaded = _modules_after('import tinyllama_jax.config, tinyllama_jax.experiment')
+    loaded = _modules_after('import tinyllama_jax.config, tinyllama_jax.settings.experiment')
     assert 'jax' not in loaded
     assert 'tinyllama_jax' in loaded
 
@@ -182,11 +207,12 @@ def test_the_first_files_to_read_stay_short():
     assert lines < 1_300
 
 
-OTHERS = [
-    str(path.relative_to(ROOT)) for glob in ('bench/*.py', 'docs/*.md', 'launch/*') for path in sorted(ROOT.glob(glob))
-]
+TESTS = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*_test.py')}
+# These test more than one module, or what is not a module of the product.
+ACROSS = {f'tests/{name}_test.py' for name in ('layout', 'trajectory', 'launch', 'bench/gpu')}
 
 
-@pytest.mark.parametrize('path', [*SOURCES, *OTHERS])
-def test_the_readme_names_every_file(path):
-    assert re.search(rf'\b{re.escape(pathlib.Path(path).name)}\b', (ROOT / 'README.md').read_text())
+def test_every_module_has_a_test_file_of_its_name_and_every_test_file_its_module():
+    # An experiment needs none: main_test validates every file in configs/.
+    modules = {path.removesuffix('.py') for path in SOURCES if not path.startswith('configs/')}
+    assert {f'tests/{module}_test.py' for module in modules} == TESTS - ACROSS

@@ -14,11 +14,10 @@ import pytest
 from absl import flags
 
 import main
-from eval_bridge import convert
-from tests import tiny_export
-from tinyllama_jax import commands
-
-ROOT = pathlib.Path(__file__).parent.parent
+from eval_bridge.hf import convert
+from tests.conftest import ROOT
+from tests.support import tiny_export
+from tinyllama_jax.settings import commands
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import tinyllama_1b
-from tests import tiny, tiny_export
+from tests.support import tiny, tiny_export
 from tinyllama_jax import sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, MeshConfig

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from tinyllama_jax import checkpoint_errors, errors, runtime
+from tinyllama_jax import checkpoint_errors, errors
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
+from tinyllama_jax.process import versions
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int]) -> 
         'config': config_lib.to_dict(config),
         'data': fingerprint,
         'seen': seen,
-        'versions': runtime.versions(),
+        'versions': versions.installed(),
     }
 
 

@@ -25,7 +25,7 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSError
 def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
     """The sentence that names damaged checkpoints, {step: failure}, and what is wrong with the first."""
     step, error = next(iter(damaged.items()))
-    reason = str(error).strip().split('\n')[0][:200]
+    reason = errors.first_line(error, limit=200)
     which = ', '.join(str(folder / str(step)) for step in damaged)
     return f'damaged checkpoint: {which} (step {step}: {reason}).'
 
@@ -63,7 +63,7 @@ def reading(path: pathlib.Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         if cause := _outside_cause(error) or _outside_cause(_unreadable(path)):
-            reason = str(cause).strip().split('\n')[0][:300] or type(cause).__name__
+            reason = errors.first_line(cause, limit=300)
             raise errors.Unavailable(
                 f'{path}: {what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
                 'permissions or free memory, and run the same command again; to go on without it, move it away.'
@@ -109,7 +109,7 @@ class Writing:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, errors.Failure):
-            reason = str(error).strip().split('\n')[0][:300]
+            reason = errors.first_line(error, limit=300)
             raise errors.RunError(
                 f'{self._folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
                 'that were complete before are untouched; make room or mend the storage and run the same command again.'

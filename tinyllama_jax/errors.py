@@ -45,3 +45,9 @@ class Stopped(Failure):
 def usage(where: str, problem: str) -> UsageError:
     """A UsageError whose message begins with the flag or field it is about."""
     return UsageError(f'{where}: {problem}.')
+
+
+def first_line(error: BaseException, *, limit: int | None = None) -> str:
+    """Returns the first line of an exception's text, or its type's name if it has none; at most `limit` characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Text from a model: many prompts at once, greedy or sampled; the command `generate`.
+"""Continues many prompts at once, greedy or sampled.
 
 Lengths are rounded up, so that prompts of many lengths share a few compiled programs (decode.py). A sequence
 depends on its prompt and its seed, not on what else is in the batch.
@@ -8,7 +8,6 @@ Shapes: B rows, P positions of the padded prompts.
 
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
@@ -16,74 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax import decode, errors, model, runtime, tokenizer, workdir
+from tinyllama_jax import decode, errors, model
 from tinyllama_jax import ops as ops_lib
-from tinyllama_jax.config import Config, ModelConfig
+from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.ops import Ops
 
 _SMALLEST = 32  # positions; sizes are this times 1, 2, 3, 4, 6, 8, 12, ...
-_MOST_ROWS = 32  # prompts of a command at once
 _PATIENCE_S = 0.1  # a block is doubled while it takes less
 _COLDEST = 1e-6  # temperature: logits divided by less overflow
 _ALL = 2.0  # as top_p: above any sum of probabilities, however rounded
-
-
-def generate_run(
-    folder: pathlib.Path,
-    config: Config | None,
-    *,
-    prompt: Sequence[str],
-    prompts: str | None = None,
-    step: int | None = None,
-    **options,
-) -> None:
-    """Prints prompts with their continuations by a workdir's checkpoint; `options` are those of `Generator.batch`.
-
-    They are continued together and printed one after another, the first one that has not ended as its tokens come.
-
-    Args:
-      prompt: texts.
-      prompts: a file with a further text on each line.
-
-    Raises UsageError for what cannot be read or continued.
-    """
-    texts = [*prompt, *_lines(prompts)]
-    if not texts:
-        raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
-    loaded = workdir.load(folder, config, step)
-    pieces, shape = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.model
-    bos = [pieces.bos_id] if loaded.config.data.bos else []
-    ids = [bos + pieces.encode(text) for text in texts]
-    if not all(ids):
-        number, given = ids.index([]) + 1, len(prompt)
-        where = f'--prompt number {number}' if number <= given else f'line {number - given} of --prompts={prompts}'
-        raise errors.UsageError(f'{where} is empty: without BOS (data.bos) there is nothing to continue.')
-    generator = Generator(loaded.params, shape)
-    with runtime.awake_cores():
-        for start in range(0, len(ids), _MOST_ROWS):
-            some = ids[start : start + _MOST_ROWS]
-            _print(some, generator.batch(some, eos_id=pieces.eos_id, **options), pieces)
-
-
-def _lines(path: str | None) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text(encoding='utf-8').removesuffix('\n').split('\n') if path else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.UsageError(f'--prompts={path} cannot be read: {error}.') from None
-
-
-def _print(prompts: Sequence[list[int]], blocks: Iterator['Rows'], pieces: tokenizer.Tokenizer) -> None:
-    row, shown = 0, ''
-    for rows in blocks:
-        while row < len(prompts):
-            text = pieces.decode(prompts[row] + rows.tokens[row])
-            if rows.ended[row] or not text.endswith('\ufffd'):  # half a character: wait for its other bytes
-                print(text[len(shown) :], end='', flush=True)
-                shown = text
-            if not rows.ended[row]:
-                break
-            print()
-            row, shown = row + 1, ''
 
 
 def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> list[int]:

@@ -1,7 +1,7 @@
 """The Llama of the paper (section 2.2): RoPE, pre-norm RMSNorm, SwiGLU, grouped-query attention.
 
 Parameters are a plain nested dict in float32, whose paths and shapes are a
-contract (tests/model_test.py); NNX modules give them structure and are merged
+contract (tests/tinyllama_jax/model_test.py); NNX modules give them structure and are merged
 with them inside each call. Layers are stacked on a leading axis L.
 
 Shapes: B batch, T time, D model, N query heads, K key-value heads, H head dim,

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, files
 
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
 # Before each run of spaces, and around newlines and tabs.
@@ -163,7 +163,4 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None
     except (RuntimeError, ValueError) as error:
         raise errors.UsageError(f'config.data.tokenizer_pieces={pieces}: a tokenizer of so many pieces cannot be '
                                 f'trained on the sources ({str(error).strip()}).') from None  # fmt: skip
-    path = Path(path)
-    temporary = path.with_name(path.name + '.part')
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(path)
+    files.write_atomically(path, model.getvalue())

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, cluster, errors, flops, journal, metrics, ops, resume, runtime, selftest, sharding
+from tinyllama_jax import checkpoint, errors, flops, ops, sharding
 from tinyllama_jax import step as step_lib
+from tinyllama_jax.cluster import members as cluster
+from tinyllama_jax.cluster.lockstep import Lockstep
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
-from tinyllama_jax.lockstep import Lockstep
-from tinyllama_jax.validation import losses
+from tinyllama_jax.process import cores, signals, xla
+from tinyllama_jax.run import journal, metrics, resume, selftest
+from tinyllama_jax.run.validation import losses
 
 Hook = Callable[[int, Any], None]  # called with (step, params) after each validation and every evaluate_every_steps
 
@@ -50,10 +53,10 @@ def train(
     SIGTERM or Ctrl-C).
     """
     members = members or cluster.alone(config.train)
-    with runtime.StopSignals() as signals, runtime.awake_cores() if members.count == 1 else contextlib.nullcontext():
+    with signals.StopSignals() as stop_signals, cores.awake_cores() if members.count == 1 else contextlib.nullcontext():
         run = _Run(config, pathlib.Path(folder), command, tuple(hooks), members)
         try:
-            run.loop(Lockstep(members, signals))
+            run.loop(Lockstep(members, stop_signals))
         finally:
             run.close()
 
@@ -99,7 +102,7 @@ class _Run:
         self.journal.say(self._banner())
         self.journal.say(self.ops.table())
         if self.ops.chip:
-            self.journal.say(runtime.gpu_settings())
+            self.journal.say(xla.gpu_settings())
         if self.config.kernels.self_test:
             selftest.check(self.config, self.ops, self.journal.say)
         train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)

@@ -1,4 +1,4 @@
-"""HumanEval's scoring: each program with its tests in a jail (eval_bridge/sandbox.py).
+"""HumanEval's scoring: each program with its tests in a jail (eval_bridge/jail/sandbox.py).
 
 The functions have the signatures that lm-eval calls; humaneval.yaml and instructeval_humaneval.yaml name them.
 """
@@ -6,7 +6,7 @@ The functions have the signatures that lm-eval calls; humaneval.yaml and instruc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eval_bridge import sandbox
+from eval_bridge.jail import sandbox
 
 
 def judge(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:

@@ -19,9 +19,11 @@ from typing import Any
 
 import tqdm
 
-from tinyllama_jax import config_tree, errors, runtime, tokenizer
+from tinyllama_jax import errors, tokenizer
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
+from tinyllama_jax.process import signals
+from tinyllama_jax.settings import tree
 
 _LISTED_RECORDS = 100  # bad records of a source that are listed; all are counted
 _SAMPLE_CHARACTERS = 4_000_000  # a tokenizer is trained on
@@ -90,7 +92,7 @@ def _source_settings(source: SourceConfig, splits: Mapping[str, list[readers.Inp
 
 
 def _check_same(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
-    differing = sorted(config_tree.differences(manifest['settings'], settings))
+    differing = sorted(tree.differences(manifest['settings'], settings))
     if not differing:
         made = manifest['sources']
         differing = [
@@ -233,7 +235,7 @@ def _run(executor: tasks.Executor, plan: tasks.Plan, max_bad_share: float) -> No
             _check_bad_share(plan, task, result['bad'], bad[task.source], max_bad_share)
 
     try:
-        with runtime.keyboard_interrupts():
+        with signals.keyboard_interrupts():
             executor.run(on_done)
     except KeyboardInterrupt:
         raise errors.Stopped('prepare was stopped; run it again to go on where it was.', signal.SIGINT) from None

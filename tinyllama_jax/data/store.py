@@ -13,7 +13,6 @@ Rows are a view: row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_l
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, files
 
 MANIFEST = 'manifest.json'
 TOKENIZER = 'tokenizer.model'
@@ -186,14 +185,8 @@ class _ShardedAppender:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON to the file `path` so that it is either whole or not there."""
-    temporary = path.with_name(path.name + '.part')
     try:
-        with open(temporary, 'w', encoding='utf-8') as file:
-            json.dump(value, file, indent=1, ensure_ascii=True)
-            file.write('\n')
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write_atomically(path, json.dumps(value, indent=1) + '\n')
     except OSError as error:
         raise write_error(path.parent, error) from None
 

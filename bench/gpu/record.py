@@ -1,0 +1,364 @@
+"""What the GPU benchmarks share: phases in processes of their own, timing in turns, errors, JSON and Markdown.
+
+A benchmark is a module with `PHASES`, {name: function of a Setting that returns its results}. On a GPU each phase
+runs in a process of its own, so that one that breaks the GPU's context, or dies, takes nothing else along.
+Results are plain dictionaries; `rows` in them becomes a table and `failures`, sentences, a failed run.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from tinyllama_jax import config as config_lib
+from tinyllama_jax import ops as ops_lib
+from tinyllama_jax.process import versions
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'triton', 'jax-triton', 'torch', 'transformers')
+_ERROR_CHARACTERS = 2_000
+_SHORTEST = 30  # a phase is not begun with less than so many seconds left
+_HASTY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+_SMALL = config_lib.ModelConfig(
+    vocab_size=256, seq_len=32, num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, hidden_dim=128,
+    compute_dtype='bfloat16',
+)  # fmt: skip
+
+
+class Skipped(Exception):
+    """Something that cannot run here, and why; no failure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Whether this is the small run on a CPU, and a folder for what does not outlive the run."""
+
+    smoke: bool
+    work: pathlib.Path
+
+    @property
+    def kernels(self) -> str:
+        """The implementation that is ours: Triton's, interpreted on a CPU."""
+        return 'interpret' if self.smoke else 'triton'
+
+    @property
+    def chip(self) -> str | None:
+        """The first device's compute capability, as sm_90; None for a CPU."""
+        return ops_lib.chip_of(jax.devices()[0])
+
+    @property
+    def model(self) -> config_lib.ModelConfig:
+        """TinyLlama 1.1 B in bfloat16, its layers unrolled; a layer of a few thousand parameters in the smoke run."""
+        return _SMALL if self.smoke else config_lib.ModelConfig(compute_dtype='bfloat16', scan_layers=False)
+
+    @property
+    def batch(self) -> int:
+        """Sequences a step."""
+        return 1 if self.smoke else 8
+
+    def config(
+        self, impl: str | None = None, *, remat: str = 'none', attention: str | None = None
+    ) -> config_lib.Config:
+        """A run of that model at a constant rate, its ops all of `impl` (attention: of its own, if given)."""
+        ops = dict.fromkeys(dispatch.OPS, impl or self.kernels)
+        return config_lib.validated(
+            config_lib.Config(
+                model=self.model,
+                kernels=config_lib.KernelConfig(**ops | ({'attention': attention} if attention else {})),
+                optimizer=config_lib.OptimizerConfig(warmup_steps=0, peak_learning_rate=1e-4, final_learning_rate=1e-4),
+                train=config_lib.TrainConfig(
+                    num_steps=1_000, global_batch_size=self.batch, micro_batch_size=self.batch, remat=remat
+                ),
+            )
+        )
+
+
+def in_turns(calls: dict[Any, Callable[[], Any]], *, repeats: int, count: int) -> dict[Any, list[float]]:
+    """Seconds a call, one figure for each of `repeats` turns of `count` calls, which come in changing order.
+
+    Each is called once before. A call starts its work; what it returns is then waited for, once a turn.
+    """
+    for call in calls.values():
+        wait(call())
+    seconds = {name: [] for name in calls}
+    for repeat in range(repeats):
+        for name in list(calls)[:: 1 if repeat % 2 else -1]:
+            start = time.perf_counter()
+            for _ in range(count):
+                result = calls[name]()
+            wait(result)
+            seconds[name].append((time.perf_counter() - start) / count)
+    return seconds
+
+
+def medians(calls: dict[Any, Callable[[], Any]], *, repeats: int, count: int) -> dict[Any, float]:
+    """The median seconds a call, from `in_turns`."""
+    return {name: statistics.median(each) for name, each in in_turns(calls, repeats=repeats, count=count).items()}
+
+
+def wait(result) -> None:
+    """Waits for the arrays of JAX, or of torch, in `result`."""
+    jax.block_until_ready(result)  # takes torch's tensors for constants
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def relative_error(found, wanted) -> float:
+    """The norm of the difference relative to the norm of `wanted`, in float32."""
+    return float(_relative_error(found, wanted))
+
+
+@jax.jit
+def _relative_error(found, wanted):
+    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.linalg.norm((found - wanted).ravel()) / jnp.maximum(jnp.linalg.norm(wanted.ravel()), 1e-30)
+
+
+def peak_bytes() -> int | None:
+    """The most device memory that this process has used so far; None where it is not counted (CPUs)."""
+    return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+
+
+def compiler_memory(compiled) -> dict[str, int | None]:
+    """What the compiler plans to use: temporary buffers, and the peak with arguments and results."""
+    analysis = compiled.memory_analysis()
+    names = {'temporary_bytes': 'temp_size_in_bytes', 'predicted_peak_bytes': 'peak_memory_in_bytes'}
+    return {ours: getattr(analysis, theirs, None) for ours, theirs in names.items()}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, the driver and the packages that decide the figures; None for one that is missing."""
+    found: dict[str, str | None] = {'python': sys.version.split()[0], 'driver': _driver()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _driver() -> str | None:
+    command = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split('\n')[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device(setting: Setting) -> dict[str, Any]:
+    """What runs the phases. Fails without a GPU, unless in the smoke run."""
+    first = jax.devices()[0]
+    if not (setting.smoke or setting.chip):
+        raise RuntimeError(f'JAX finds no GPU, only {first.device_kind!r}; --smoke runs the same code on a CPU')
+    limit = (first.memory_stats() or {}).get('bytes_limit')
+    return {'kind': first.device_kind, 'chip': setting.chip, 'bytes_limit': limit}
+
+
+def outcome(function: Callable[[Setting], dict], setting: Setting) -> dict[str, Any]:
+    """What a phase came to: its status (ok, failed, skipped), seconds, error and results."""
+    start, results, error = time.perf_counter(), {}, None
+    try:
+        results = function(setting)
+        status = 'failed' if results.get('failures') else 'ok'
+    except Skipped as reason:
+        status, error = 'skipped', str(reason)
+    except Exception as failure:  # whatever it is: the others still run
+        traceback.print_exc()
+        status, error = 'failed', f'{type(failure).__name__}: {failure}'[:_ERROR_CHARACTERS]
+    return {'status': status, 'seconds': round(time.perf_counter() - start, 1), 'error': error, 'results': results}
+
+
+def in_process(module: str, phase: str, setting: Setting, *, limit_s: float, env: dict[str, str] | None = None) -> dict:
+    """The outcome of a phase of `module` that runs in a new process, killed after `limit_s` seconds."""
+    file = setting.work / f'{phase}.outcome.json'
+    file.unlink(missing_ok=True)
+    command = [sys.executable, '-P', '-m', module, f'--phase={phase}', f'--work={setting.work}']
+    path = filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), **(env or {})}
+    start = time.perf_counter()
+    status = _status(command + ['--smoke'] * setting.smoke, environment, limit_s)
+    if file.exists():
+        return json.loads(file.read_text())
+    error = f'the process of {phase} ended with status {status} and no result'
+    if status is None:
+        error = f'{phase} took longer than {limit_s:.0f} s and was killed'
+    return {'status': 'failed', 'seconds': round(time.perf_counter() - start, 1), 'error': error, 'results': {}}
+
+
+def _status(command: list[str], env: dict[str, str], limit_s: float) -> int | None:
+    """The exit status of a command; None if it took too long and was killed, with the processes that it started."""
+    nested = 'TINYLLAMA_BENCH_PHASE' in env  # a phase's own processes stay in its group, and end with it
+    env = {**env, 'TINYLLAMA_BENCH_PHASE': '1'}
+    process = subprocess.Popen(command, env=env, start_new_session=not nested)
+    try:
+        return process.wait(limit_s)
+    except BaseException as error:
+        if nested:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+def parsed(module: str, doc: str, phases, arguments=None) -> argparse.Namespace:
+    """The flags that every GPU benchmark takes."""
+    parser = argparse.ArgumentParser(prog=module, description=doc.splitlines()[0])
+    parser.add_argument('results', nargs='?', type=pathlib.Path, help='a folder; default: bench/results/CHIP')
+    parser.add_argument('--smoke', action='store_true', help='tiny sizes on a CPU, to check the code; no figures')
+    parser.add_argument('--only', type=lambda names: names.split(','), default=list(phases), metavar='PHASE,...',
+                        help='of ' + ', '.join(phases))  # fmt: skip
+    parser.add_argument('--limit', type=float, default=530, help='seconds that all phases may take')
+    parser.add_argument('--phase', help=argparse.SUPPRESS)  # the process of one phase
+    parser.add_argument('--work', type=pathlib.Path, help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    unknown = sorted(set(flags.only) - set(phases))
+    if unknown:
+        parser.error(f'--only: there is no phase {unknown[0]!r}, only {", ".join(phases)}')
+    return flags
+
+
+def run(module: str, doc: str, phases: dict, *, name: str, hidden: dict | None = None, arguments=None) -> int:
+    """A benchmark's command line: runs its phases, writes NAME.json and NAME.md; the exit status.
+
+    `hidden` phases are those that phases run in processes of their own.
+    """
+    flags = parsed(module, doc, phases, arguments)
+    flags.deadline = time.perf_counter() + flags.limit
+    if flags.smoke:
+        _set_up_smoke()
+    if flags.phase:
+        setting = Setting(flags.smoke, flags.work)
+        functions = {'device': device, **phases, **(hidden or {})}
+        result = outcome(functions[flags.phase], setting)
+        (flags.work / f'{flags.phase}.outcome.json').write_text(json.dumps(result))
+        return 0
+    with tempfile.TemporaryDirectory(prefix='tinyllama-bench-') as work:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.9')
+        _share_compiled(pathlib.Path(work) / 'compiled')
+        setting = Setting(flags.smoke, pathlib.Path(work))
+        first = outcome(device, setting) if flags.smoke else in_process(module, 'device', setting, limit_s=120)
+        if first['status'] != 'ok':
+            print(f'{name}: {first["error"]}', file=sys.stderr)
+            return 2
+        return _run_all(module, phases, setting, flags, name, first['results'])
+
+
+def _set_up_smoke() -> None:
+    """A CPU, whatever else there is; and programs compiled in a hurry, since compiling is all that takes time here."""
+    jax.config.update('jax_platforms', 'cpu')
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_HASTY}'.strip()
+
+
+def _share_compiled(folder: pathlib.Path) -> None:
+    """What one phase has compiled serves the others, and both processes of a resume run the same program."""
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+    jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])  # this process's own
+    seconds = float(os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'])
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)
+
+
+def _run_all(module: str, phases: dict, setting: Setting, flags, name: str, about: dict) -> int:
+    folder = flags.results or _default_folder(setting, about)
+    record = {'benchmark': name, 'smoke': setting.smoke, 'device': about, 'versions': package_versions()}
+    record |= {'commit': versions.commit(), 'phases': {}}
+    for phase, result in _outcomes(module, phases, setting, flags):
+        record['phases'][phase] = result
+        print(f'== {phase}: {result["status"]} in {result["seconds"]:.0f} s', result['error'] or '', flush=True)
+        for row in result['results'].get('rows', ()):
+            print('   ', ', '.join(f'{key} {shown(value)}' for key, value in row.items() if value is not None))
+        write(record, folder, name)
+    print(f'written: {folder / f"{name}.json"} and {name}.md')
+    for failure in record['failures']:
+        print(f'FAILED: {failure}', file=sys.stderr)
+    return 1 if record['failures'] else 0
+
+
+def _outcomes(module: str, phases: dict, setting: Setting, flags) -> Iterator[tuple[str, dict]]:
+    """Each phase's name and outcome, as it comes."""
+    for phase in flags.only:
+        left = flags.deadline - time.perf_counter()
+        print(f'== {phase} ({max(left, 0):.0f} s of {flags.limit:.0f} left)', flush=True)
+        if left <= _SHORTEST:
+            error = f'the {flags.limit:.0f} s were over; run it with --only={phase}'
+            yield phase, {'status': 'skipped', 'seconds': 0.0, 'error': error, 'results': {}}
+        elif setting.smoke:
+            yield phase, outcome(phases[phase], setting)
+        else:
+            yield phase, in_process(module, phase, setting, limit_s=left)
+
+
+def _default_folder(setting: Setting, about: dict) -> pathlib.Path:
+    if setting.smoke:
+        return pathlib.Path(tempfile.mkdtemp(prefix='tinyllama-bench-smoke-'))
+    commit = (versions.commit() or 'unknown')[:7]
+    return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower() / commit
+
+
+def failures_of(record: dict) -> list[str]:
+    """What makes a run a failed one, a sentence each."""
+    found = []
+    for phase, result in record['phases'].items():
+        found += [f'{phase}: {failure}' for failure in result['results'].get('failures', ())]
+        if result['status'] == 'failed' and result['error']:
+            found.append(f'{phase}: {result["error"]}')
+    return found
+
+
+def write(record: dict, folder: pathlib.Path, name: str) -> None:
+    """Writes NAME.json and NAME.md into `folder`, with the failures gathered."""
+    record['failures'] = failures_of(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
+    (folder / f'{name}.md').write_text(markdown(record))
+
+
+def markdown(record: dict) -> str:
+    """The record as a page: what it ran on, and a table for each phase."""
+    known = ', '.join(f'{name} {version}' for name, version in record['versions'].items() if version)
+    lines = [f'# {record["benchmark"]} on {record["device"]["kind"]}', '', f'{known}; commit {record["commit"]}.', '']
+    if record['smoke']:
+        lines += ['A smoke run on a CPU: it shows that the code runs, and its times mean nothing.', '']
+    lines += [f'- FAILED: {failure}' for failure in record['failures']]
+    for phase, result in record['phases'].items():
+        lines += ['', f'## {phase}: {result["status"]} in {result["seconds"]:.0f} s', '']
+        if result['error']:
+            lines += [result['error'], '']
+        scalars = {key: value for key, value in result['results'].items() if isinstance(value, int | float | str)}
+        lines += [f'- {key}: {shown(value)}' for key, value in scalars.items()]
+        lines += ['', *_table(result['results'].get('rows', []))]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def _table(rows: list[dict]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        return []
+    body = ['| ' + ' | '.join(shown(row.get(key)) for key in columns) + ' |' for row in rows]
+    return ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns), *body]
+
+
+def shown(value) -> str:
+    """A figure to four digits; nothing for None."""
+    if isinstance(value, float):
+        return f'{value:.4g}' if abs(value) < 10_000 else f'{value:.0f}'
+    return '' if value is None else str(value).replace('|', '/').replace('\n', ' ')

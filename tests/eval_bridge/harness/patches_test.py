@@ -1,0 +1,71 @@
+"""What is changed of lm-eval's tasks while they run: it ends with them, and refuses documents wherever they are."""
+
+import json
+
+import pytest
+from lm_eval.api.task import ConfigurableTask
+
+from eval_bridge import evaluate
+from eval_bridge.harness import patches
+from eval_bridge.tasks import instructeval
+from tests.support.scripted import Scripted
+from tinyllama_jax import errors
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+
+METHODS = ('process_results', 'fewshot_context', 'doc_to_choice', 'doc_to_target', 'construct_requests', 'download')
+TASK = {
+    'task': 'tiny', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': 'tasks/data.jsonl'}},
+    'test_split': 'test', 'output_type': 'multiple_choice', 'doc_to_text': '{{context}}', 'doc_to_choice': 'choices',
+    'doc_to_target': 'answer', 'metric_list': [{'metric': 'acc'}],
+}  # fmt: skip
+
+
+def _evaluate(root, last, **changes):
+    """A task of two documents, of which the second is `last`."""
+    (root / 'tasks').mkdir()
+    first = {'context': 'a', 'choices': ['b', 'cc'], 'answer': 'x' if last.get('answer') == '' else 0}
+    (root / 'tasks' / 'data.jsonl').write_text('\n'.join(map(json.dumps, [first, {**first, **last}])))
+    (root / 'tasks' / 'tiny.yaml').write_text(json.dumps(TASK | changes))
+    return evaluate.evaluate(Scripted(), ['tiny'], include_path=root / 'tasks')
+
+
+def test_methods_are_as_before_whatever_happened(tmp_path):
+    before = [getattr(ConfigurableTask, name) for name in METHODS] + [instructeval.InstructEval.fits]
+    with pytest.raises(errors.UsageError):
+        _evaluate(tmp_path, {'answer': 5})
+    assert [getattr(ConfigurableTask, name) for name in METHODS] + [instructeval.InstructEval.fits] == before
+
+
+def test_the_gold_metric_is_of_the_right_answers(tmp_path):
+    found = _evaluate(tmp_path, {'answer': 1})['results']['tiny']
+    # Scripted's log-likelihood is minus the length: 2 and 3 nats of 2 and 3 bytes, with the space before each.
+    assert found[f'{patches.GOLD},none'] == pytest.approx(1.442695, abs=1e-6)
+    assert found['acc,none'] == 0.5
+
+
+@pytest.mark.parametrize(
+    ('last', 'changes', 'message'),
+    [
+        ({'answer': -1}, {}, 'the answer -1 is none of the choices'),
+        ({'choices': ['b', '']}, {}, 'an empty choice or target'),
+        ({'choices': None}, {}, r'the task tiny .*TypeError'),
+        ({'answer': ''}, {'output_type': 'loglikelihood', 'doc_to_choice': None, 'target_delimiter': ''}, 'an empty'),
+    ],
+)
+def test_a_document_that_would_give_a_wrong_number_is_refused(tmp_path, last, changes, message):
+    with pytest.raises(errors.UsageError, match=message):
+        _evaluate(tmp_path, last, **changes)
+
+
+def test_what_is_not_a_number_is_no_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, 'loglikelihood', lambda self, requests, **_: [(float('nan'), False)] * len(requests))
+    with pytest.raises(errors.RunError, match=r'the task tiny: the model gives what is not a number'):
+        _evaluate(tmp_path, {'answer': 1})
+
+
+def test_every_prompt_fits_a_model_without_tokens():
+    with patches.fitting(object()):
+        assert instructeval.InstructEval.fits('x' * 10_000, 1)
+    with patches.fitting(Scripted(max_length=10)):
+        assert instructeval.InstructEval.fits('x' * 9, 1) and not instructeval.InstructEval.fits('x' * 10, 1)

@@ -1,0 +1,378 @@
+"""Export and import: bit-equal round trips, published folders, what transformers reads, what is refused."""
+
+import dataclasses
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import sentencepiece
+from hypothesis import strategies
+
+from eval_bridge.hf import convert, weights
+from tests.conftest import ROOT
+from tests.support import tiny_export
+from tinyllama_jax import errors, tokenizer
+from tinyllama_jax.config import ModelConfig
+
+MODEL = tiny_export.MODEL
+
+SPECIAL = ('<s>', '</s>', '<unk>')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tiny_export.write_export(tmp_path_factory.mktemp('convert'))
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / 'copy')
+
+
+def _same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _edit(folder, **fields):
+    path = folder / 'config.json'
+    values = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({field: value for field, value in values.items() if value != 'drop'}))
+
+
+def _computed(config):
+    """The part of a ModelConfig that decides the function, as import returns it."""
+    return dataclasses.replace(config, init='normal', compute_dtype=None)
+
+
+@pytest.mark.parametrize('max_shard_bytes', [weights.MAX_SHARD_BYTES, 40_000])
+@pytest.mark.parametrize('format', ['safetensors', 'pytorch'])
+@pytest.mark.parametrize('rope_scaling', [1.0, 4.0])
+def test_round_trip_is_bit_equal(tmp_path, format, max_shard_bytes, rope_scaling):
+    if format == 'pytorch':
+        pytest.importorskip('torch')
+    config = dataclasses.replace(MODEL, rope_scaling=rope_scaling)
+    folder = tiny_export.write_export(tmp_path, config, format=format, max_shard_bytes=max_shard_bytes)
+    weights = [path for path in folder.iterdir() if path.suffix in ('.safetensors', '.bin')]
+    assert len(weights) == 1 if max_shard_bytes > 40_000 else len(weights) > 2
+    params, found = convert.import_weights(folder)
+    _same(params, tiny_export.params())
+    assert found == _computed(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['export', 'tokenizer.model']
+
+
+@pytest.mark.parametrize('format', ['safetensors', 'pytorch'])
+def test_bfloat16_rounds_once_and_then_stays(tmp_path, format):
+    if format == 'pytorch':
+        pytest.importorskip('torch')
+    folder = tiny_export.write_export(tmp_path, dtype='bfloat16', format=format)
+    params, config = convert.import_weights(folder)
+    _same(params, jax.tree.map(lambda leaf: leaf.astype('bfloat16').astype('float32'), tiny_export.params()))
+    again = tmp_path / 'again'
+    convert.export(params, config, tmp_path / 'tokenizer.model', again, dtype='bfloat16', format=format)
+    if format == 'safetensors':  # torch's files hold a time
+        assert (again / 'model.safetensors').read_bytes() == (folder / 'model.safetensors').read_bytes()
+    _same(convert.import_weights(again)[0], params)
+
+
+def test_the_safetensors_library_reads_the_file(folder):
+    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    params = tiny_export.params()
+    D = MODEL.embed_dim
+    np.testing.assert_array_equal(tensors['lm_head.weight'], params['lm_head'].T)
+    np.testing.assert_array_equal(
+        tensors['model.layers.1.self_attn.q_proj.weight'], params['layers']['attention']['q'][1].reshape(D, -1).T
+    )
+    np.testing.assert_array_equal(
+        tensors['model.layers.0.self_attn.o_proj.weight'], params['layers']['attention']['o'][0].reshape(-1, D).T
+    )
+
+
+def test_transformers_loads_it_offline(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    folder = tiny_export.write_export(tmp_path, dataclasses.replace(MODEL, rope_scaling=4.0), dtype='bfloat16')
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    assert str(loaded.dtype) == 'torch.bfloat16'
+    assert loaded.config.rope_parameters['rope_type'] == 'linear'
+    assert loaded.config.rope_parameters['factor'] == 4.0
+    assert (loaded.config.rms_norm_eps, loaded.config.max_position_embeddings) == (MODEL.norm_eps, MODEL.seq_len)
+    assert not loaded.generation_config.do_sample
+    assert loaded.generation_config.eos_token_id == 2
+
+
+# Tokenizer.
+
+HARD_TEXTS = [
+    '', ' ', '   ', 'a', ' a', 'a ', 'Hello  world\n\n\tx', '\u2581', 'a\u2581b', '你好 🙂 e\u0301', '\x00\x7f\r\n',
+    '1234567890', '<0x0A>', 'def f(x):\n        return x', *(f'{" " * count}x{" " * count}' for count in range(1, 70)),
+]  # fmt: skip
+
+
+def _tokenizers(folder):
+    ours = convert.load_tokenizer(folder)
+    (folder / 'tokenizer.model').unlink()
+    return ours, convert.load_tokenizer(folder)
+
+
+def test_tokenizer_json_gives_sentencepiece_s_ids(copied):
+    ours, theirs = _tokenizers(copied)
+    assert isinstance(ours, tokenizer.Tokenizer)
+    assert not isinstance(theirs, tokenizer.Tokenizer)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_id, theirs.eos_id, theirs.vocab_size)
+    for text in [*HARD_TEXTS, tiny_export.text()]:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+
+    @hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(strategies.text(strategies.characters(exclude_categories=['Cs'])))
+    def check(text):
+        hypothesis.assume(not any(token in text for token in SPECIAL))
+        assert ours.encode(text) == theirs.encode(text)
+
+    check()
+
+
+def test_llama_s_tokenizer_json_gives_sentencepiece_s_ids(tmp_path, test_data_dir):
+    config = dataclasses.replace(MODEL, vocab_size=32_000)
+    params, output = dict(tiny_export.params()), tmp_path / 'export'
+    params |= {
+        'embed': np.zeros((32_000, MODEL.embed_dim), np.float32),
+        'lm_head': np.zeros((MODEL.embed_dim, 32_000), np.float32),
+    }
+    convert.export(params, config, test_data_dir / 'tokenizer' / 'tokenizer.model', output)
+    ours, theirs = _tokenizers(output)
+    for text in [*HARD_TEXTS, tiny_export.text()]:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize('add_bos', [False, True])
+def test_auto_tokenizer_gives_our_ids(tmp_path, add_bos):
+    transformers = pytest.importorskip('transformers')
+    folder = tiny_export.write_export(tmp_path, add_bos=add_bos)
+    ours, theirs = convert.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert len(theirs) == ours.vocab_size
+    for text in HARD_TEXTS:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs(text)['input_ids'] == [ours.bos_id] * add_bos + ids
+        assert theirs.decode(ids) == ours.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [({'model_type': 'unigram'}, 'is not BPE'), ({'byte_fallback': False}, 'byte fallback'),
+     ({'normalization_rule_name': 'nmt_nfkc'}, 'normalises'), ({'user_defined_symbols': ['@']}, 'user-defined')],
+)  # fmt: skip
+def test_other_kinds_of_tokenizers_are_refused(tmp_path, options, reason):
+    settings = {'model_type': 'bpe', 'byte_fallback': True, 'normalization_rule_name': 'identity', **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny_export.text().splitlines()), model_prefix=str(tmp_path / 'other'),
+        vocab_size=380, remove_extra_whitespaces=False, minloglevel=2, **settings,
+    )  # fmt: skip
+    with pytest.raises(errors.UsageError, match=reason):
+        convert.export(tiny_export.params(), MODEL, tmp_path / 'other.model', tmp_path / 'export')
+    assert not (tmp_path / 'export').exists()
+
+
+# Import of other people's folders.
+
+
+def _published(folder):
+    """Rewrites an export in the form of TinyLlama's repositories on the Hub: .bin, old config, rotary buffers."""
+    torch = pytest.importorskip('torch')
+    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    state = {name: torch.from_numpy(array).to(torch.float16) for name, array in tensors.items()}
+    for layer in range(MODEL.num_layers):
+        state[f'model.layers.{layer}.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
+    torch.save(state, folder / 'pytorch_model.bin')
+    (folder / 'model.safetensors').unlink()
+    _edit(folder, head_dim='drop', rope_theta='drop', attention_bias='drop', mlp_bias='drop', pretraining_tp=1,
+          transformers_version='4.31.0.dev0')  # fmt: skip
+
+
+def test_a_folder_as_published_is_imported(copied):
+    _published(copied)
+    params, config = convert.import_weights(copied)
+    assert config == _computed(MODEL)
+    _same(params, jax.tree.map(lambda leaf: leaf.astype('float16').astype('float32'), tiny_export.params()))
+
+
+def test_a_folder_saved_by_transformers_is_imported(copied, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    _edit(copied, rope_scaling={'type': 'linear', 'factor': 4.0})
+    transformers.AutoModelForCausalLM.from_pretrained(copied).save_pretrained(tmp_path / 'saved')
+    params, config = convert.import_weights(tmp_path / 'saved')
+    _same(params, tiny_export.params())
+    assert config == dataclasses.replace(_computed(MODEL), rope_scaling=4.0)
+
+
+def test_tied_embeddings_become_two_equal_matrices(copied):
+    tensors = safetensors.numpy.load_file(copied / 'model.safetensors')
+    del tensors['lm_head.weight']
+    safetensors.numpy.save_file(tensors, copied / 'model.safetensors')
+    with pytest.raises(errors.UsageError, match=r'lacks 1 tensors, lm_head\.weight'):
+        convert.import_weights(copied)
+    _edit(copied, tie_word_embeddings=True)
+    params, _ = convert.import_weights(copied)
+    np.testing.assert_array_equal(params['lm_head'], params['embed'].T)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'named'),
+    [
+        ({'model_type': 'mistral'}, 'model_type'),
+        ({'model_type': 'drop'}, 'model_type'),
+        ({'hidden_act': 'gelu'}, 'hidden_act'),
+        ({'attention_bias': True}, 'attention_bias'),
+        ({'mlp_bias': True}, 'mlp_bias'),
+        ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+        ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'rope_scaling'),
+        ({'rope_parameters': {'rope_type': 'yarn'}}, 'rope_parameters'),
+        ({'rope_scaling': {'type': 'linear'}}, 'factor'),
+        ({'hidden_size': 'drop'}, 'hidden_size'),
+        ({'num_key_value_heads': 3}, 'num_kv_heads'),
+        ({'intermediate_size': 50}, r'mlp\.\w+_proj\.weight has the shape'),
+    ],
+)
+def test_another_model_is_refused_naming_the_field(copied, fields, named):
+    _edit(copied, **fields)
+    with pytest.raises(errors.UsageError, match=named):
+        convert.import_weights(copied)
+
+
+def _extra_tensor(folder):
+    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    safetensors.numpy.save_file(
+        tensors | {'model.layers.0.self_attn.q_proj.bias': np.zeros(32, np.float32)}, folder / 'model.safetensors'
+    )
+
+
+def _truncated(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:-100])
+
+
+def _missing_shard(folder):
+    (folder / 'model.safetensors').unlink()
+    index = {'weight_map': {'lm_head.weight': 'model-00001-of-00002.safetensors'}}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'named'),
+    [
+        (_extra_tensor, r'q_proj\.bias'),
+        (_truncated, r'model\.safetensors cannot be read'),
+        (_missing_shard, 'model-00001-of-00002'),
+        (lambda folder: (folder / 'model.safetensors').unlink(), 'neither model.safetensors'),
+        (lambda folder: (folder / 'config.json').unlink(), r'config\.json cannot be read'),
+        (lambda folder: (folder / 'config.json').write_text('{'), r'config\.json is not JSON'),
+    ],
+)
+def test_a_spoilt_folder_is_refused_naming_the_file(copied, spoil, named):
+    spoil(copied)
+    with pytest.raises(errors.UsageError, match=named):
+        convert.import_weights(copied)
+
+
+def test_a_bin_that_holds_more_than_weights_is_not_executed(copied):
+    torch = pytest.importorskip('torch')
+    (copied / 'model.safetensors').unlink()
+    torch.save({'x': print}, copied / 'pytorch_model.bin')
+    with pytest.raises(errors.UsageError, match=r'pytorch_model\.bin cannot be read as weights alone'):
+        convert.import_weights(copied)
+
+
+def test_without_torch_the_bin_format_is_refused_in_one_line(copied, tmp_path, monkeypatch):
+    (copied / 'model.safetensors').rename(copied / 'pytorch_model.bin')
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(errors.UsageError, match='torch, which is not installed'):
+        convert.import_weights(copied)
+    with pytest.raises(errors.UsageError, match='--format=pytorch needs torch'):
+        tiny_export.write_export(tmp_path, format='pytorch')
+
+
+# Where an export goes.
+
+
+def test_an_output_that_is_not_empty_is_refused_and_kept(tmp_path):
+    output = tmp_path / 'export'
+    output.mkdir()
+    (output / 'mine').write_text('precious')
+    with pytest.raises(errors.UsageError, match=f'--output={output}'):
+        tiny_export.write_export(tmp_path)
+    assert [path.name for path in output.iterdir()] == ['mine']
+    (output / 'mine').unlink()
+    tiny_export.write_export(tmp_path)
+    assert (output / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('format', ['safetensors', 'pytorch'])
+def test_a_write_that_fails_leaves_nothing(tmp_path, format):
+    if format == 'pytorch':
+        pytest.importorskip('torch')
+    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the weights are larger than this
+    try:
+        with pytest.raises(errors.RunError, match='could not be written'):
+            convert.export(
+                tiny_export.params(), MODEL, tmp_path / 'tokenizer.model', tmp_path / 'export', format=format
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ['tokenizer.model']
+
+
+_INTERRUPTED = """
+import os, pathlib, signal, sys
+from eval_bridge import convert, weight_files
+from tinyllama_jax import workdir
+from tinyllama_jax.process import signals
+
+def interrupt(*_, **__):
+    assert len(os.listdir(sys.argv[2])) == 1  # the folder that is being made
+    os.kill(os.getpid(), signal.SIGINT)
+
+weights.write = workdir.write_record = interrupt
+signals.end_on_ctrl_c('stopped')
+source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2], 'output')
+"""
+
+
+@pytest.mark.parametrize(
+    'program',
+    [
+        "convert.export(*convert.import_weights(source), source / 'tokenizer.model', output)",
+        "convert.import_run(str(source), output, None, '')",
+    ],
+)
+def test_ctrl_c_leaves_nothing_half_made(folder, tmp_path, program):
+    command = [sys.executable, '-c', _INTERRUPTED + program, folder, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and done.stderr.endswith('stopped\n'), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('config', 'options', 'named'),
+    [
+        (dataclasses.replace(MODEL, vocab_size=300), {}, 'vocab_size'),
+        (dataclasses.replace(MODEL, num_heads=6), {}, 'embed_dim'),
+        (MODEL, {'dtype': 'float16'}, '--dtype'),
+        (MODEL, {'format': 'gguf'}, '--format'),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path, config: ModelConfig, options, named):
+    with pytest.raises(errors.UsageError, match=named):
+        tiny_export.write_export(tmp_path, config, **options)
+    assert not (tmp_path / 'export').exists()

@@ -1,0 +1,136 @@
+"""Evaluation in training: the same losses with it, the same steps after a resume, files, what is refused."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from eval_bridge import in_training
+from tests.support import tiny_experiment
+from tinyllama_jax import errors, train
+from tinyllama_jax.run import metrics
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: [" one", " x"]
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+TEXT = """
+task: tiny_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/questions.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: " one"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope='module')
+def task_files(tmp_path_factory):
+    root = tmp_path_factory.mktemp('in_training')
+    for folder in ('data', 'tasks'):
+        (root / folder).mkdir()
+    records = [{'context': f'zero one {word}', 'answer': number % 2} for number, word in enumerate('abcdef')]
+    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    long = TEXT.replace(': 4}', ': 32}').replace('tiny_text', 'tiny_long')
+    for name, text in (('choice', CHOICE), ('text', TEXT), ('long', long)):
+        (root / 'tasks' / f'{name}.yaml').write_text(text)
+    return root / 'tasks'
+
+
+@pytest.fixture(scope='module')
+def config(tiny_store, task_files):
+    """Eight steps on eight devices; evaluated every third."""
+    config = tiny_experiment.get_config('8')
+    fields = {'micro_batch_size': 1, 'checkpoint_every_steps': 2, 'eval_every_steps': 4, 'evaluate_every_steps': 3}
+    fields |= {'evaluate_tasks': ('tiny_choice', 'tiny_text'), 'evaluate_limit': 4}
+    fields |= {'evaluate_include_path': str(task_files)}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, store=str(tiny_store)),
+        train=dataclasses.replace(config.train, **fields),
+    )
+
+
+def _losses(folder):
+    return [record['loss'] for record in metrics.read_records(folder / 'metrics.jsonl')]
+
+
+def _train(config, folder):
+    train.train(config, folder, hooks=in_training.hooks(config, folder, 1))
+
+
+@pytest.fixture(scope='module')
+def evaluated(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('evaluated')
+    _train(config, folder)
+    return folder
+
+
+def test_what_was_found_is_written(evaluated):
+    records = metrics.read_records(evaluated / 'evaluation.jsonl')
+    assert [record['step'] for record in records] == [3, 6, 8]
+    assert set(records[0]['tasks']) == {'tiny_choice', 'tiny_text'}
+    assert {'acc', 'acc_stderr', 'gold_bits_per_byte'} <= set(records[0]['tasks']['tiny_choice'])
+    gold = [record['tasks']['tiny_choice']['gold_bits_per_byte'] for record in records]
+    assert gold[-1] < gold[0]  # it learns
+    assert list((evaluated / 'tensorboard' / 'evaluation').iterdir())
+    files = sorted((evaluated / 'eval' / 'training').iterdir())
+    assert [path.name for path in files] == ['step-3.json', 'step-6.json', 'step-8.json']
+    result = json.loads(files[-1].read_text())
+    assert result['n-samples']['tiny_text'] == {'original': 6, 'effective': 4}
+    assert (result['protocol']['name'], result['protocol']['step'], result['protocol']['limit']) == ('paper', 8, 4)
+
+
+def test_losses_are_the_same_digits_without_it(config, evaluated, tmp_path):
+    train.train(config, tmp_path)
+    assert _losses(tmp_path) == _losses(evaluated)
+    assert [record['step'] for record in metrics.read_records(tmp_path / 'validation.jsonl')] == [4, 8]
+
+
+def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, evaluated, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def killed(step, params):
+        if step == 4:
+            raise Killed
+
+    hooks = (*in_training.hooks(config, tmp_path, 1), killed)
+    with pytest.raises(Killed):
+        train.train(config, tmp_path, hooks=hooks)
+    assert [record['step'] for record in metrics.read_records(tmp_path / 'evaluation.jsonl')] == [3]
+    _train(config, tmp_path)  # from step 2 on
+    assert _losses(tmp_path) == _losses(evaluated)
+    assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()
+
+
+def _refused(config, message, processes=1, **fields):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+    with pytest.raises(errors.UsageError, match=message):
+        in_training.hooks(config, pathlib.Path('nowhere'), processes)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_training(config):
+    _refused(config, 'config.train.evaluate_tasks: one process evaluates while it trains, 2 do not', processes=2)
+    _refused(config, "evaluate_tasks: .*no task 'tiny_chioce'; the nearest is", evaluate_tasks=('tiny_chioce',))
+    _refused(config, 'evaluate_tasks: a task wants 32 new tokens, but seq_len is 32', evaluate_tasks=('tiny_long',))
+    _refused(config, 'evaluate_tasks: --include_path=none is not a folder', evaluate_include_path='none')
+    _refused(config, 'humaneval: programs that the model wrote do not run while', evaluate_tasks=('humaneval',))
+
+
+def test_without_tasks_there_is_no_hook(config):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_tasks=()))
+    assert in_training.hooks(config, pathlib.Path('nowhere'), 2) == ()

@@ -1,0 +1,78 @@
+"""Opened models: how they are computed, what identifies them, what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from eval_bridge import lm, opening, protocols
+from eval_bridge.hf import convert
+from tests.support import tiny_export
+from tinyllama_jax import errors, tokenizer
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tiny_export.write_export(tmp_path_factory.mktemp('opening'), add_bos=True, dtype='bfloat16')
+
+
+def test_the_protocol_decides_precision_and_bos(folder):
+    for protocol, dtype, add_bos in ((protocols.PAPER, 'float32', False), (protocols.CURRENT, 'bfloat16', True)):
+        with opening.Folder(folder).opened(protocol) as opened:
+            assert (opened.identity['dtype'], opened.identity['add_bos']) == (dtype, add_bos)
+            assert (opened.model.dtype, opened.model.add_bos) == (dtype, add_bos)
+
+
+def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
+    def identity(path):
+        with opening.Folder(path).opened(protocols.PAPER) as opened:
+            return opened.identity
+
+    before = identity(folder)
+    shutil.copytree(folder, tmp_path / 'copy')
+    assert identity(tmp_path / 'copy') == before | {'model': 'copy'}
+    convert.export(
+        tiny_export.random_params(tiny_export.MODEL, seed=1),
+        tiny_export.MODEL,
+        folder / 'tokenizer.model',
+        tmp_path / 'other',
+    )
+    other = identity(tmp_path / 'other')
+    assert other['weights_sha256'] != before['weights_sha256']
+    assert other['tokenizer_sha256'] == before['tokenizer_sha256']
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder):
+    pieces = tokenizer.Tokenizer(folder / 'tokenizer.model')
+    shape = dataclasses.replace(tiny_export.MODEL, vocab_size=tiny_export.PIECES - 8)
+    with pytest.raises(errors.UsageError, match='has 400 pieces, but the model knows 392'):
+        opening._in_jax({}, shape, pieces, protocols.PAPER, 'float32', False)
+
+
+def test_weights_of_another_shape_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'wide')
+    path = tmp_path / 'wide' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'intermediate_size': 96}))
+    with (
+        pytest.raises(errors.UsageError, match='_proj.weight has the shape'),
+        opening.Folder(tmp_path / 'wide').opened(protocols.PAPER),
+    ):
+        pass
+
+
+def test_rows_and_weights_are_divided_among_the_devices(folder):
+    requests = [(None, list(range(3, 3 + length)), [length, 9]) for length in range(1, 30)]
+    with opening.Folder(folder).opened(protocols.PAPER) as opened:
+        embed = opened.model._params['embed']
+        assert embed.sharding.shard_shape(embed.shape) == (tiny_export.PIECES, tiny_export.MODEL.embed_dim // 8)
+        found = opened.model._loglikelihood_tokens(requests)
+        alone = lm.JaxLM(*convert.import_weights(folder), convert.load_tokenizer(folder))
+        for (value, greedy), (expected, same) in zip(found, alone._loglikelihood_tokens(requests), strict=True):
+            assert (value, greedy) == (pytest.approx(expected, abs=1e-5), same)
+
+
+def test_a_width_that_the_devices_do_not_divide_leaves_the_weights_whole():
+    assert dict(opening._mesh(tiny_export.MODEL).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
+    odd = dataclasses.replace(tiny_export.MODEL, embed_dim=36)
+    assert dict(opening._mesh(odd).shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}

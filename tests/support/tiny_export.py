@@ -1,0 +1,78 @@
+"""A tokenizer, weights and Hugging Face folder small enough to make in a test."""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from eval_bridge.hf import convert
+from tests.conftest import ROOT
+from tests.support import tiny
+from tinyllama_jax import model, tokenizer
+
+PIECES = 400
+MODEL = dataclasses.replace(tiny.MODEL, vocab_size=PIECES, seq_len=48)
+
+
+@functools.cache
+def text() -> str:
+    """English, code and other scripts: this project's own sources."""
+    files = sorted(ROOT.glob('tinyllama_jax/**/*.py')) + sorted(ROOT.glob('kernels/*.py'))
+    return '\n'.join(path.read_text(encoding='utf-8') for path in files)[:60_000] + 'naïve café Straße Ωμέγα 42\n'
+
+
+def random_params(config, *, std: float = 0.1, seed: int = 0):
+    """Weights whose logits are far from uniform and whose norms are not 1; needs no compilation."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape, scale=std).astype(np.float32)
+        return noise + 1 if path[-1].key == 'scale' else noise
+
+    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def params():
+    """Weights of `MODEL`."""
+    return random_params(MODEL)
+
+
+@functools.cache
+def _tokenizer_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / 'tokenizer.model'
+        tokenizer.train_tokenizer([text()], path, PIECES)
+        return path.read_bytes()
+
+
+def write_tokenizer(path: pathlib.Path) -> pathlib.Path:
+    """Writes a SentencePiece model of `PIECES` pieces, trained once."""
+    path.write_bytes(_tokenizer_bytes())
+    return path
+
+
+def write_export(folder: pathlib.Path, config=MODEL, **options) -> pathlib.Path:
+    """A Hugging Face folder with `params()` inside `folder`."""
+    output = folder / 'export'
+    convert.export(params(), config, write_tokenizer(folder / 'tokenizer.model'), output, **options)
+    return output
+
+
+def require_torch():
+    """The torch module, on one thread: for models this small its threads only wait for each other. Skips without it."""
+    torch = pytest.importorskip('torch')
+    torch.set_num_threads(1)
+    return torch
+
+
+def transformers_llama(params, config, folder: pathlib.Path):
+    """transformers' model with our weights, through an export inside `folder`."""
+    transformers = pytest.importorskip('transformers')
+    convert.export(params, config, write_tokenizer(folder / 'tokenizer.model'), folder / 'export')
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / 'export', attn_implementation='eager')

@@ -1,0 +1,30 @@
+"""Failures: their exit status and the line of a library's error that is shown."""
+
+import pytest
+
+from tinyllama_jax import errors
+
+
+@pytest.mark.parametrize(
+    ('failure', 'status'),
+    [
+        (errors.RunError('x'), 1),
+        (errors.UsageError('x'), 2),
+        (errors.DoesNotFit('x'), 3),
+        (errors.Unavailable('x'), 75),
+        (errors.Stopped('x', 15), 143),
+        (errors.Stopped('x', 2), 130),
+    ],
+)
+def test_each_failure_has_its_exit_status(failure, status):
+    assert isinstance(failure, errors.Failure) and failure.exit_code == status and str(failure) == 'x'
+
+
+def test_a_usage_error_begins_with_the_field():
+    assert str(errors.usage('config.seed', 'must be >= 0, got -1')) == 'config.seed: must be >= 0, got -1.'
+
+
+def test_the_first_line_of_an_error_is_its_text_or_its_type():
+    assert errors.first_line(ValueError('\n\n one\ntwo')) == 'one'
+    assert errors.first_line(ValueError('x' * 9), limit=4) == 'xxxx'
+    assert errors.first_line(TimeoutError()) == 'TimeoutError'

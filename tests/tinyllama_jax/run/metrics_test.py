@@ -1,0 +1,77 @@
+"""Metrics files: cut atomically, no step twice, recomputed losses held against the old; throughput."""
+
+import json
+
+import pytest
+
+from tinyllama_jax import errors
+from tinyllama_jax.run import metrics
+
+
+def _write(path, steps):
+    path.write_text(''.join(json.dumps({'step': step, 'loss': 1.0 / step}) + '\n' for step in steps))
+
+
+def test_cut_keeps_up_to_the_step_and_returns_the_rest(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    _write(path, range(1, 8))
+    path.write_text(path.read_text() + '{"step": 8, "lo')  # a write cut short by a kill
+    cut = metrics.cut_records(path, 5)
+    assert [record['step'] for record in cut] == [6, 7]
+    assert [record['step'] for record in metrics.read_records(path)] == [1, 2, 3, 4, 5]
+    assert path.read_text().endswith('\n') and not list(tmp_path.glob('*.tmp'))
+
+
+def test_a_missing_file_is_no_records(tmp_path):
+    assert metrics.cut_records(tmp_path / 'none.jsonl', 3) == [] and not (tmp_path / 'none.jsonl').exists()
+
+
+def test_recomputed_losses_must_be_the_same_digits_however_often_it_is_interrupted(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    _write(path, range(1, 8))
+    for _ in range(2):  # the second start finds the file already cut
+        recomputed = metrics.Recomputed(path, 5)
+        recomputed.check(5, 9.9)
+        recomputed.check(6, 1 / 6)
+        with pytest.raises(errors.RunError, match=r'step 7: .* is 0.25, but 0.14285714285714285 was logged'):
+            recomputed.check(7, 0.25)
+    assert [record['step'] for record in metrics.read_records(path)] == [1, 2, 3, 4, 5]
+    recomputed = metrics.Recomputed(path, 6)
+    recomputed.check(7, 1 / 7)
+    assert not (tmp_path / 'recompute.jsonl').exists()
+
+
+def test_losses_that_may_differ_are_forgotten(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    _write(path, range(1, 8))
+    recomputed = metrics.Recomputed(path, 5)
+    recomputed.forget()
+    recomputed.check(6, 9.9)
+    metrics.Recomputed(path, 5).check(6, 8.8)
+
+
+def test_writer_appends_and_nests_for_tensorboard(tmp_path):
+    writer = metrics.Writer(tmp_path / 'validation.jsonl', start_step=0)
+    writer.write({'step': 1, 'loss': {'web': 2.0, 'code': 1.0}, 'mfu': None})
+    writer.close()
+    assert metrics.read_records(tmp_path / 'validation.jsonl') == [
+        {'step': 1, 'loss': {'web': 2.0, 'code': 1.0}, 'mfu': None}
+    ]
+    assert list((tmp_path / 'tensorboard' / 'validation').glob('events*'))
+
+
+def test_throughput_leaves_pauses_out_and_sums_losses():
+    now = iter([0.0, 1.0, 1.5, 2.0, 4.0, 6.0, 6.0]).__next__
+    throughput = metrics.Throughput(clock=now)
+    with throughput.timed('data'):
+        pass
+    with throughput.timed('paused'):
+        pass
+    assert throughput.lap(800) == {'tokens_per_second': 200.0, 'data_seconds': 0.5, 'checkpoint_seconds': 0.0}
+
+
+def test_progress_prints_a_line_per_record_without_a_terminal(capsys):
+    progress = metrics.Progress(0, 100, tokens_per_step=10)
+    progress.update({'step': 40, 'loss': 2.5, 'tokens_per_second': 5.0})
+    progress.close()
+    assert 'step 40/100: loss 2.5000, 5 tokens/s, 0:02:00 to go' in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""A run's folder: the record, what contradicts it, and a run begun from given parameters."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support import tiny
+from tinyllama_jax import errors, model
+from tinyllama_jax import step as step_lib
+from tinyllama_jax.run import workdir
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    params = model.init_params(tiny.MODEL, jax.random.key(0))
+    given = tmp_path_factory.mktemp('given') / 'tokenizer.model'
+    given.write_bytes(b'pieces')
+    workdir.create(folder, tiny.CONFIG, step_lib.make_state(tiny.CONFIG, params), given, 'main.py import')
+    return folder, params
+
+
+def test_a_created_run_loads_bit_for_bit(run):
+    folder, params = run
+    loaded = workdir.load(folder)
+    assert (loaded.step, loaded.config) == (0, tiny.CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def test_the_record_says_what_ran(run):
+    record = json.loads((run[0] / 'config.json').read_text())
+    assert record['command'] == 'main.py import'
+    assert record['devices'] == '8 x cpu'
+    assert record['versions']['jax'] == jax.__version__
+    assert workdir.read_config(run[0]) == tiny.CONFIG
+
+
+def test_a_config_of_another_model_is_refused(run):
+    other = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.MODEL, num_layers=3))
+    with pytest.raises(errors.UsageError, match='config.model.num_layers is 2 in .* but 3 was given'):
+        workdir.load(run[0], other)
+
+
+def test_a_folder_in_use_is_not_overwritten(run):
+    with pytest.raises(errors.UsageError, match='is not empty'):
+        workdir.create(run[0], tiny.CONFIG, None, None, '')
+
+
+def test_without_a_run_or_a_checkpoint_the_train_command_is_named(tmp_path):
+    with pytest.raises(errors.UsageError, match='no config.json; run main.py train'):
+        workdir.load(tmp_path)
+    workdir.write_record(tmp_path, tiny.CONFIG, '')
+    with pytest.raises(errors.UsageError, match='no checkpoint yet; run main.py train'):
+        workdir.load(tmp_path)
+
+
+def test_without_a_tokenizer_it_is_said_where_to_put_it(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / 'run')
+    assert workdir.missing_tokenizer(copy) is None
+    (copy / 'tokenizer.model').unlink()
+    with pytest.raises(errors.UsageError, match=f'run has no tokenizer: copy .* to {copy}/tokenizer.model'):
+        workdir.load(copy)
+
+
+def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
+    (tmp_path / 'a.model').write_bytes(b'a')
+    (tmp_path / 'b.model').write_bytes(b'b')
+    for _ in range(2):
+        workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'a.model')
+    with pytest.raises(errors.UsageError, match='wrong tokenizer: .*/run was begun with its own'):
+        workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'b.model')
+    assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'a'

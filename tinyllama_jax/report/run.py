@@ -1,0 +1,325 @@
+"""One page about a run, from its workdir's files: pictures, tables and a summary for programs.
+
+    WORKDIR/report/index.html     self-contained: the pictures are inside
+    WORKDIR/report/*.png          the same pictures
+    WORKDIR/report/summary.json   step, tokens, parameters, heldout_loss, unigram_loss, tasks, ...
+
+The page also shows WORKDIR/eval/figure2.png, which `evaluate --figure=2` makes.
+
+Losses are in nats per token. What a workdir does not have is left out with a word.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tinyllama_jax import errors, files, flops
+from tinyllama_jax.config import Config
+from tinyllama_jax.report import baselines, page
+from tinyllama_jax.run import metrics, workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What was read of a workdir; `notes` says what is missing and why."""
+
+    folder: pathlib.Path
+    record: Mapping[str, Any]  # config.json
+    config: Config
+    training: Sequence[Mapping[str, Any]]
+    validation: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]  # by step
+    in_training: Sequence[Mapping[str, Any]]  # evaluation.jsonl
+    unigram: baselines.Unigram | None
+    notes: Sequence[str]
+
+    @property
+    def step(self) -> int:
+        return self.training[-1]['step']
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.model.seq_len
+
+
+def report_run(folder: pathlib.Path, config: Config | None) -> None:
+    """Writes a workdir's report and prints where it is; see `report`."""
+    print(report(folder, config))
+
+
+def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.Path:
+    """Writes FOLDER/report/ and returns the path of its index.html.
+
+    Raises UsageError where there is no run, or a `config` given is not the run's.
+    """
+    if config is not None:
+        workdir.refuse_contradiction(pathlib.Path(folder), config)
+    run = _read(pathlib.Path(folder))
+    output = run.folder / 'report'
+    output.mkdir(exist_ok=True)
+    summary = _summary(run)
+    files.write_atomically(output / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    pictures = {}
+    for name, (title, draw) in _PICTURES.items():
+        if figure := draw(run):
+            figure.savefig(output / f'{name}.png', dpi=110)
+            plt.close(figure)
+            pictures[title] = output / f'{name}.png'
+    files.write_atomically(output / 'index.html', _page(run, summary, pictures))
+    return output / 'index.html'
+
+
+def _read(folder: pathlib.Path) -> _Run:
+    training = metrics.read_records(folder / 'metrics.jsonl')
+    if not training:
+        raise errors.UsageError(
+            f'--workdir={folder}: there is no metrics.jsonl with a logged step; '
+            f'run main.py train --config=FILE --workdir={folder} first.'
+        )
+    config, notes = workdir.read_config(folder), []
+    try:
+        unigram = baselines.unigram(config, config.data.store_path(folder), folder / 'tokenizer.model')
+    except errors.Failure as error:
+        unigram = None
+        notes.append(f'The unigram baseline is left out: {error}')
+    validation = metrics.read_records(folder / 'validation.jsonl')
+    evaluations = _evaluations(folder / 'eval')
+    in_training = metrics.read_records(folder / 'evaluation.jsonl')
+    if not validation:
+        notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
+    if not evaluations:
+        notes.append(f'Nothing was evaluated yet: main.py evaluate --workdir={folder} --tasks=NAMES does it.')
+    record = workdir.read_record(folder)
+    return _Run(folder, record, config, training, validation, evaluations, in_training, unigram, notes)
+
+
+def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What `evaluate` wrote about checkpoints of this run, by step."""
+    found = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
+    results = [result for result in found if isinstance(result, dict)]  # a table is a list
+    return sorted((result for result in results if 'step' in result.get('protocol', {})), key=_step_of)
+
+
+def _step_of(evaluation: Mapping[str, Any]) -> int:
+    return evaluation['protocol']['step']
+
+
+def _summary(run: _Run) -> dict[str, Any]:
+    """The content of summary.json."""
+    summary = {
+        'step': run.step,
+        'tokens': run.step * run.tokens_per_step,
+        'parameters': sum(flops.parameter_counts(run.config.model).values()),
+        'training_loss': run.training[-1]['loss'],
+        'tokens_per_second': statistics.median(record['tokens_per_second'] for record in run.training),
+        'heldout_loss': run.validation[-1]['loss'] if run.validation else {},
+        'unigram_loss': run.unigram.losses if run.unigram else {},
+        'tasks': {},
+    }
+    for evaluation in run.evaluations:  # the newest last
+        for task in evaluation['results']:
+            summary['tasks'][task] = {'step': _step_of(evaluation), **_task_figures(run, evaluation, task)}
+    return summary
+
+
+def _task_figures(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
+    """metric -> value and metric_stderr -> standard error, with what the logged samples give besides."""
+    figures = {
+        name.removesuffix(',none'): value
+        for name, value in evaluation['results'][task].items()
+        if isinstance(value, float) and ',' in name
+    }
+    samples = baselines.choices(evaluation.get('samples', {}).get(task, ()))
+    if samples:
+        figures['chance_acc'] = statistics.mean(1 / len(sample.texts) for sample in samples)
+        if run.unigram:
+            figures['unigram_bits_per_byte'] = run.unigram.bits_per_byte(samples)
+    return figures
+
+
+def _draw_training(run: _Run) -> Figure:
+    figure, (top, bottom) = plt.subplots(
+        2, sharex=True, figsize=(9, 6), height_ratios=(3, 1), layout='constrained'
+    )  # fmt: skip
+    steps = [record['step'] for record in run.training]
+    top.plot(steps, [record['loss'] for record in run.training], color='0.45', linewidth=1, label='training batch')
+    _plot_validation(run, top)
+    top.set_ylabel('loss (nats per token)')
+    top.legend()
+    bottom.plot(steps, [record['learning_rate'] for record in run.training], color='tab:green')
+    bottom.set_ylabel('learning rate')
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+    _step_axis(run, bottom)
+    _tokens_axis(run, top)
+    return figure
+
+
+def _draw_throughput(run: _Run) -> Figure:
+    figure, axes = plt.subplots(figsize=(9, 3.2), layout='constrained')
+    speeds = [record['tokens_per_second'] for record in run.training]
+    axes.plot([record['step'] for record in run.training], speeds, color='tab:purple', linewidth=1)
+    axes.axhline(
+        statistics.median(speeds), color='0.6', linestyle=':', label=f'median {statistics.median(speeds):,.0f}'
+    )
+    axes.set_ylabel('tokens per second')
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _step_axis(run, axes)
+    return figure
+
+
+def _draw_validation(run: _Run) -> Figure | None:
+    if not run.validation:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+    _plot_validation(run, axes)
+    for i, (source, loss) in enumerate(run.unigram.losses.items() if run.unigram else ()):
+        axes.axhline(loss, color=f'C{i}', linestyle='--', linewidth=1, label=f'{source}, unigram baseline')
+    axes.set_ylabel('held-out loss (nats per token)')
+    axes.legend()
+    _step_axis(run, axes)
+    return figure
+
+
+def _plot_validation(run: _Run, axes: Axes) -> None:
+    for i, source in enumerate(run.validation[-1]['loss'] if run.validation else ()):
+        points = [(record['step'], record['loss'][source]) for record in run.validation if source in record['loss']]
+        axes.plot(*zip(*points, strict=True), color=f'C{i}', marker='o', markersize=4, label=f'{source}, held out')
+
+
+def _draw_evaluations(run: _Run) -> Figure | None:
+    if not run.evaluations:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+    tasks = sorted({task for evaluation in run.evaluations for task in evaluation['results']})
+    for i, task in enumerate(tasks):
+        points = [_accuracy(run, evaluation, task) for evaluation in run.evaluations if task in evaluation['results']]
+        points = [point for point in points if point]
+        if not points:
+            continue
+        steps, values, stderrs, chances = zip(*points, strict=True)
+        axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=task)
+        if chances[-1]:
+            axes.axhline(chances[-1], color=f'C{i}', linestyle=':', linewidth=1, label=f'{task}, chance')
+    axes.set_ylabel('accuracy (± standard error)')
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    _step_axis(run, axes)
+    return figure
+
+
+def _accuracy(run: _Run, evaluation: Mapping[str, Any], task: str) -> tuple[int, float, float, float | None] | None:
+    """(step, accuracy, standard error, chance) of a task; normalised by length where the task reports that."""
+    figures = _task_figures(run, evaluation, task)
+    name = 'acc_norm' if 'acc_norm' in figures else 'acc'
+    if name not in figures:
+        return None
+    return _step_of(evaluation), figures[name], figures.get(f'{name}_stderr', 0.0), figures.get('chance_acc')
+
+
+def _draw_in_training(run: _Run) -> Figure | None:
+    if not run.in_training:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+    for i, task in enumerate(run.in_training[-1]['tasks']):
+        name = _main_metric(run.in_training[-1]['tasks'][task])
+        points = [(record['step'], record['tasks'][task]) for record in run.in_training if task in record['tasks']]
+        points = [(step, values[name], values.get(_stderr(name), 0.0)) for step, values in points if name in values]
+        steps, values, stderrs = zip(*points, strict=True)
+        axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=f'{task}, {name}')
+    axes.set_ylabel('score (± standard error)')
+    axes.legend()
+    _step_axis(run, axes)
+    return figure
+
+
+def _main_metric(values: Mapping[str, float]) -> str:
+    """The metric to show of a task: accuracy if it has one, normalised if it has that."""
+    return next((name for name in ('acc_norm', 'acc') if name in values), next(iter(values)))
+
+
+def _stderr(metric: str) -> str:
+    """The name of a metric's standard error: it stands before the filter, which follows a slash."""
+    name, separator, extraction = metric.partition('/')
+    return f'{name}_stderr{separator}{extraction}'
+
+
+def _step_axis(run: _Run, axes: Axes) -> None:
+    axes.set_xlim(0, run.step * 1.02)
+    axes.set_xlabel('optimiser step')
+    axes.grid(alpha=0.3)
+
+
+def _tokens_axis(run: _Run, axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    scale = run.tokens_per_step / 1e6
+    above = axes.secondary_xaxis('top', functions=(lambda step: step * scale, lambda tokens: tokens / scale))
+    above.set_xlabel('training tokens (millions)')
+
+
+_PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
+    'training': ('Loss and learning rate', _draw_training),
+    'validation': ('Held-out loss of each source', _draw_validation),
+    'evaluation': ('Tasks', _draw_evaluations),
+    'in_training': ('Tasks in the course of the training, on their first examples', _draw_in_training),
+    'throughput': ('Throughput', _draw_throughput),
+}
+
+
+def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> str:
+    """The HTML."""
+    parts = [page.heading(run.folder.resolve().name, 1), page.table(_facts(run, summary))]
+    parts += map(page.note, run.notes)
+    if run.validation:
+        parts += [page.heading('Held-out loss (nats per token)'), page.table(_loss_rows(summary))]
+    if summary['tasks']:
+        parts += [page.heading('Evaluation'), page.table(_task_rows(summary['tasks']))]
+    parts += [page.picture(title, path) for title, path in pictures.items()]
+    if (figure := run.folder / 'eval' / 'figure2.png').exists():  # of `evaluate --figure=2`
+        parts.append(page.picture("The paper's Figure 2, of this run's checkpoints", figure))
+    return page.page(str(run.folder), parts)
+
+
+def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ('parameters', f'{summary["parameters"]:,}'),
+        ('trained', f'{summary["step"]:,} of {run.config.train.num_steps:,} steps, {summary["tokens"]:,} tokens'),
+        ('training loss', f'{summary["training_loss"]:.4f} nats per token'),
+        ('speed', f'{summary["tokens_per_second"]:,.0f} tokens per second (median)'),
+        ('devices', str(run.record.get('devices'))),
+        ('command', str(run.record.get('command'))),
+        ('commit', str(run.record.get('commit'))),
+        ('versions', ', '.join(f'{name} {version}' for name, version in run.record.get('versions', {}).items())),
+    ]
+
+
+def _loss_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [('source', 'model', 'unigram baseline')]
+    for source, loss in summary['heldout_loss'].items():
+        baseline = summary['unigram_loss'].get(source)
+        rows.append((source, f'{loss:.4f}', 'left out' if baseline is None else f'{baseline:.4f}'))
+    return rows
+
+
+def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram')]
+    beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'gold_bits_per_byte': 'unigram_bits_per_byte'}
+    for task, figures in tasks.items():
+        for name, value in figures.items():
+            if name == 'step' or name in beside.values() or name.endswith('_stderr'):
+                continue
+            stderr, chance = figures.get(f'{name}_stderr'), figures.get(beside.get(name, ''))
+            shown = f'{value:.4f}' if stderr is None else f'{value:.4f} ± {stderr:.4f}'
+            rows.append((task, str(figures['step']), name, shown, '' if chance is None else f'{chance:.4f}'))
+    return rows
