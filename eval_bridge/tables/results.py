@@ -1,7 +1,7 @@
-"""The paper's Tables 2 and 3 and Figure 2 from results of `evaluate`, beside the published values.
+"""Makes the paper's Tables 2 and 3 and Figure 2 from results of `evaluate`, beside the published values.
 
-Scores are per cent. A difference is given in standard errors of the measured score, as lm-eval computes them: what
-the sampling of the task's examples leaves open.
+Scores are in per cent. A difference is given in standard errors of the measured score; lm-eval computes them from the
+sampling of the task's examples.
 """
 
 import csv
@@ -22,7 +22,7 @@ from eval_bridge.tables import published
 from tinyllama_jax import files
 from tinyllama_jax.report import page
 
-# Task -> its metric, as lm-eval names it (the paper's section 3); Table 3 by lm-eval's tasks and by InstructEval's.
+# Task -> its metric, both by lm-eval's names (the paper's section 3). Table 3 has lm-eval's tasks and InstructEval's.
 TABLES = {
     2: {
         'hellaswag': 'acc_norm', 'openbookqa': 'acc_norm', 'winogrande': 'acc', 'arc_challenge': 'acc_norm',
@@ -39,12 +39,12 @@ _TITLES = {
     'hellaswag': 'HellaSwag', 'openbookqa': 'OpenBookQA', 'winogrande': 'WinoGrande', 'arc_challenge': 'ARC-Challenge',
     'arc_easy': 'ARC-Easy', 'boolq': 'BoolQ', 'piqa': 'PIQA', AVERAGE: 'Average',
 }  # fmt: skip
-_UNITS = ((1e9, ' (billions)'), (1e6, ' (millions)'), (1.0, ''))
+_UNITS = ((1e9, ' (billions)'), (1e6, ' (millions)'), (1, ''))  # in which Figure 2 counts tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A measured score and its standard error (None where lm-eval has none), and what was published for it."""
+    """A measured score, its standard error (None where lm-eval has none) and the published score, if any."""
 
     value: float
     stderr: float | None
@@ -52,7 +52,7 @@ class Score:
 
     @property
     def difference(self) -> float | None:
-        """From the published value, in standard errors."""
+        """The difference from the published value in standard errors; None if either is unknown."""
         if self.published is None or not self.stderr:
             return None
         return (self.value - self.published) / self.stderr
@@ -66,38 +66,38 @@ class Score:
 
 
 def scores(table: int, result: Mapping[str, Any], model: str) -> dict[str, Score]:
-    """Task -> score of a model, of those tasks of a table that `result` has; with Table 2's average where it is whole.
+    """Returns task -> score for the table's tasks that `result` has, and the average of Table 2 if it has them all.
 
     `model` is the name under which scores may have been published.
     """
     known = published.scores(table, model)
-    found = {}
+    measured = {}
     for task, metric in TABLES[table].items():
         if task in result['results']:
             value, stderr = _metric(result['results'][task], metric)
-            found[task] = Score(100 * value, None if stderr is None else 100 * stderr, known.get(task))
-    if table == 2 and len(found) == len(TABLES[2]):
-        found[AVERAGE] = _average(list(found.values()))
-    return found
+            measured[task] = Score(100 * value, None if stderr is None else 100 * stderr, known.get(task))
+    if table == 2 and len(measured) == len(TABLES[2]):
+        measured[AVERAGE] = _average(list(measured.values()))
+    return measured
 
 
 def _metric(values: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """A task's metric and its standard error, whatever the filter (which stands after a comma)."""
+    """Returns a task's metric and its standard error; lm-eval's names end with a comma and a filter."""
     name = next(name for name in values if name.partition(',')[0] == metric)
     stderr = values.get(name.replace(metric, f'{metric}_stderr', 1))
     return values[name], stderr if isinstance(stderr, float) else None
 
 
-def _average(found: Sequence[Score]) -> Score:
-    """The plain mean over tasks; its standard error if their examples are independent."""
-    known = [score.published for score in found if score.published is not None]
-    stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in found)) / len(found)
-    whole = sum(known) / len(known) if len(known) == len(found) else None
-    return Score(sum(score.value for score in found) / len(found), stderr, whole)
+def _average(scores: Sequence[Score]) -> Score:
+    """Returns the plain mean over tasks; its standard error assumes that their examples are independent."""
+    known = [score.published for score in scores if score.published is not None]
+    stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in scores)) / len(scores)
+    average = sum(known) / len(known) if len(known) == len(scores) else None
+    return Score(sum(score.value for score in scores) / len(scores), stderr, average)
 
 
 def write_table(folder: pathlib.Path, table: int, rows: Mapping[str, Mapping[str, Score]]) -> str:
-    """Writes tableN.md, .csv, .json and .html of model -> task -> score; returns the Markdown."""
+    """Writes model -> task -> score as tableN.md, .csv, .json and .html, and returns the Markdown."""
     tasks = [task for task in (*TABLES[table], AVERAGE) if any(task in row for row in rows.values())]
     cells = [('model', *tasks), *((model, *(str(row.get(task, '')) for task in tasks)) for model, row in rows.items())]
     text = _markdown(cells) + '\nIn brackets: published, and the difference in standard errors (se).\n'
@@ -112,8 +112,8 @@ def write_table(folder: pathlib.Path, table: int, rows: Mapping[str, Mapping[str
         'json': json.dumps(flat, indent=2) + '\n',
         'html': page.page(f'Table {table}', [page.heading(f'Table {table}', 1), page.table(cells), *_notes(rows)]),
     }
-    for suffix, written in content.items():
-        files.write_atomically(folder / f'table{table}.{suffix}', written)
+    for suffix, file_text in content.items():
+        files.write_atomically(folder / f'table{table}.{suffix}', file_text)
     return text
 
 
@@ -139,26 +139,28 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score]]) -> pathlib.Path:
-    """Figure 2 of the paper: writes figure2.csv, .png and .html of training tokens -> task -> score; returns the page.
+    """Writes training tokens -> task -> score as figure2.csv, .png and .html, and returns the page's path.
 
-    Besides the curves measured: Pythia-1.4B's line and TinyLlama's own published scores.
+    Beside the measured curves it shows Pythia-1.4B's and TinyLlama's published scores.
     """
-    points = dict(sorted(points.items()))
+    points, baseline = dict(sorted(points.items())), published.FIGURE_2_BASELINE
     rows = [
-        {'tokens': tokens, 'task': task, 'score': score.value, 'stderr': score.stderr,
-         published.FIGURE_2_BASELINE: _published(published.FIGURE_2_BASELINE, task)}
+        {
+            'tokens': tokens,
+            'task': task,
+            'score': score.value,
+            'stderr': score.stderr,
+            baseline: _published(baseline, task),
+        }
         for tokens, scored in points.items()
         for task, score in scored.items()
-    ]  # fmt: skip
+    ]
     files.write_atomically(folder / 'figure2.csv', _csv(rows))
     picture = folder / 'figure2.png'
     _draw(points, picture)
     tasks = _tasks(points)
     cells = [('training tokens', *(_TITLES[task] for task in tasks))]
-    cells += [
-        (f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()
-    ]  # fmt: skip
-    baseline = published.FIGURE_2_BASELINE
+    cells += [(f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()]
     cells.append((f'{baseline}, published', *(f'{_published(baseline, task):.2f}' for task in tasks)))
     parts = [page.heading('Figure 2', 1), page.picture('Scores in the course of the training', picture)]
     html = folder / 'figure2.html'
@@ -177,7 +179,7 @@ def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> No
     size = (max(2.4 * columns, 4.5), 2.1 * rows + 0.4)
     with plt.rc_context({'font.size': 8, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False}):
         figure, grid = plt.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
-        unit, name = _unit(max(points))
+        unit, name = next((unit, name) for unit, name in _UNITS if max(points) >= unit or unit == 1)
         for axes, task in zip(grid.flat, tasks, strict=False):
             curve = [(tokens / unit, scored[task]) for tokens, scored in points.items() if task in scored]
             _draw_task(axes, task, curve, unit)
@@ -194,30 +196,21 @@ def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> No
         plt.close(figure)
 
 
-def _unit(tokens: float) -> tuple[float, str]:
-    """In what the tokens of a figure are counted."""
-    return next((unit, name) for unit, name in _UNITS if tokens >= unit or unit == _UNITS[-1][0])
-
 
 def _draw_task(axes, task: str, curve: Sequence[tuple[float, Score]], unit: float) -> None:
-    """Measured points with their standard errors, the line of Pythia-1.4B, and TinyLlama's points up to the last."""
+    """Draws the measured points with standard errors, Pythia-1.4B's line and TinyLlama's points of as many tokens."""
     tokens, values = zip(*curve, strict=True)
-    errors = [score.stderr or 0.0 for score in values]
-    axes.axhline(
-        _published(published.FIGURE_2_BASELINE, task), color='0.45', linestyle='--', linewidth=1,
-        label=f'{published.FIGURE_2_BASELINE} (published)',
-    )  # fmt: skip
+    baseline = published.FIGURE_2_BASELINE
+    style = {'color': '0.45', 'linestyle': '--', 'linewidth': 1}
+    axes.axhline(_published(baseline, task), label=f'{baseline} (published)', **style)
     theirs = [(at * 1e9 / unit, _published(name, task)) for name, at in published.TOKENS.items()]
     theirs = [point for point in theirs if point[0] <= 1.1 * max(tokens)]
     if theirs:
-        axes.plot(
-            *zip(*theirs, strict=True), color='tab:orange', marker='x', markersize=4, linestyle=':', linewidth=1,
-            label='TinyLlama (published)',
-        )  # fmt: skip
-    axes.errorbar(
-        tokens, [score.value for score in values], yerr=errors, color='tab:blue', marker='o', markersize=3.5,
-        linewidth=1.2, capsize=2, label='measured (± standard error)',
-    )  # fmt: skip
+        style = {'color': 'tab:orange', 'marker': 'x', 'markersize': 4, 'linestyle': ':', 'linewidth': 1}
+        axes.plot(*zip(*theirs, strict=True), label='TinyLlama (published)', **style)
+    means, stderrs = [score.value for score in values], [score.stderr or 0.0 for score in values]
+    style = {'color': 'tab:blue', 'marker': 'o', 'markersize': 3.5, 'linewidth': 1.2, 'capsize': 2}
+    axes.errorbar(tokens, means, yerr=stderrs, label='measured (± standard error)', **style)
     axes.set_title(_TITLES[task])
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.5)

@@ -152,5 +152,5 @@ def test_without_namespaces_nothing_runs(jail, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if 'max_user_namespaces' in run.stderr:
         pytest.skip(f'namespaces cannot be forbidden for a test here: {run.stderr}')
-    assert 'run only in a jail, which cannot be had here' in run.stdout, run.stderr
+    assert 'run only in a jail, which cannot be made here' in run.stdout, run.stderr
     assert 'unshare' in run.stdout and not list(tmp_path.iterdir())

@@ -81,7 +81,7 @@ def test_where_there_is_no_jail_nothing_is_asked(data, monkeypatch):
     sandbox.require.cache_clear()
     model = Scripted()
     try:
-        with pytest.raises(errors.UsageError, match='run only in a jail, which cannot be had here: .*/nowhere/python'):
+        with pytest.raises(errors.UsageError, match='run only in a jail, which cannot be made here: .*/nowhere/python'):
             evaluate.evaluate(model, ['humaneval'], task_data=data, confirm_run_unsafe_code=True)
     finally:
         sandbox.require.cache_clear()
