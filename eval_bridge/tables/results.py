@@ -196,7 +196,6 @@ def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> No
         plt.close(figure)
 
 
-
 def _draw_task(axes, task: str, curve: Sequence[tuple[float, Score]], unit: float) -> None:
     """Draws the measured points with standard errors, Pythia-1.4B's line and TinyLlama's points of as many tokens."""
     tokens, values = zip(*curve, strict=True)

@@ -104,7 +104,7 @@ def test_a_verdict_needs_the_secret():
 _SEARCH = 'ctypes.CDLL(None).syscall({keyctl}, 10, ctypes.c_long(-3), b"user", b"tinyllama-jail", 0)'
 _WITH_A_KEY = """
 import ctypes, sys
-from eval_bridge import sandbox
+from eval_bridge.jail import sandbox
 call = ctypes.CDLL(None).syscall
 call({keyctl}, 1, None)
 call({keyctl} - 2, b"user", b"tinyllama-jail", b"x", ctypes.c_size_t(1), ctypes.c_long(-3))

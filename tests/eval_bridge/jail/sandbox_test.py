@@ -143,7 +143,7 @@ def test_without_namespaces_nothing_runs(jail, tmp_path):
     if not shutil.which('unshare'):
         pytest.skip('util-linux has no unshare here')
     code = (
-        'from eval_bridge import sandbox\nfrom tinyllama_jax import errors\n'
+        'from eval_bridge.jail import sandbox\nfrom tinyllama_jax import errors\n'
         f'try:\n    sandbox.run(["open({str(tmp_path / "x")!r}, chr(119))"])\n'
         'except errors.UsageError as error:\n    print(error)'
     )
