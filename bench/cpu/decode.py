@@ -1,4 +1,4 @@
-"""Speed of generation on CPU cores: ours against Hugging Face's `generate` on the same export.
+"""Benchmarks generation on CPU cores: ours against Hugging Face's `generate` on the same export.
 
     python bench/cpu/decode.py [--shapes=tiny,120m] [--batches=1,16]
 
@@ -54,7 +54,7 @@ def write_export(config: config_lib.ModelConfig, folder: pathlib.Path) -> pathli
 
 
 def our_generator(folder: pathlib.Path, tokens: int):
-    """A function prompts [B][32] -> tokens [B][128]."""
+    """Returns a function from prompts [B][32] to tokens [B][128], by our generator."""
     params, config = convert.import_weights(folder)
     generator = generate.Generator(params, dataclasses.replace(config, compute_dtype='float32'))
 
@@ -66,9 +66,9 @@ def our_generator(folder: pathlib.Path, tokens: int):
 
 
 def their_generator(folder: pathlib.Path, tokens: int):
-    """The same of transformers, with its own choice of attention and cache."""
+    """Returns the same function by transformers, with its default attention and cache."""
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    net.generation_config.eos_token_id = None  # every text has its whole length
+    net.generation_config.eos_token_id = None  # so that every text reaches its full length
 
     def run(prompts):
         prompts_BT = torch.tensor(prompts)
@@ -82,11 +82,11 @@ def their_generator(folder: pathlib.Path, tokens: int):
 
 
 def measure(generators: dict, prompts: list, repeats: int) -> dict:
-    """Seconds of one run of each, which take turns in changing order."""
+    """Returns seconds per run of each generator, in turns of alternating order."""
     seconds = {name: [] for name in generators}
     for repeat in range(repeats):
         for name in list(generators)[:: 1 if repeat % 2 else -1]:
-            # As the command does. Torch's threads need no such help: OpenMP's wait actively on their own.
+            # As the command `generate` does. Torch's OpenMP threads spin on their own.
             with cores.awake_cores() if name == 'ours' else contextlib.nullcontext():
                 generators[name](prompts[:1])  # settles the others' threads
                 start = time.perf_counter()
@@ -96,7 +96,7 @@ def measure(generators: dict, prompts: list, repeats: int) -> dict:
 
 
 def report(shape: str, batch: int, seconds: dict, tokens: int) -> None:
-    """Prints ms a token and the ratio theirs / ours: its median, least and greatest, and that of the best turns."""
+    """Prints ms per token and the ratio theirs / ours: median, minimum, maximum, and best against best."""
     ours, theirs = (
         f'{name} {statistics.median(values) / tokens * 1e3:6.2f} ms a token (best {min(values) / tokens * 1e3:.2f})'
         for name, values in seconds.items()

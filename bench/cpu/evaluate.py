@@ -1,4 +1,4 @@
-"""Speed of evaluation on CPU cores: log-likelihoods of HellaSwag's size, ours against lm-eval's own `hf` model.
+"""Benchmarks evaluation on CPU cores: log-likelihoods of HellaSwag's size, ours against lm-eval's own `hf` model.
 
     python bench/cpu/evaluate.py [--shape=tiny|120m] [--examples=64] [--data=FOLDER/eval/hellaswag/validation.jsonl.gz]
 
@@ -49,7 +49,7 @@ CONTEXT_TOKENS, ENDING_TOKENS = (56, 21), (34, 15)
 
 
 def shape(name: str) -> ModelConfig:
-    """The model: FACTS's tiny shape as bench/cpu/train.py has it, or configs/tinyllama_120m.py's."""
+    """Returns the model: bench/cpu/train.py's tiny one, or configs/tinyllama_120m.py's."""
     config = cpu_train.bench_config(8, 2_048).model if name == 'tiny' else tinyllama_120m.get_config().model
     return dataclasses.replace(config, compute_dtype='float32')
 
@@ -70,20 +70,20 @@ def synthetic(count: int, vocab_size: int) -> list:
 def real(path: pathlib.Path, pieces: tokenizer.Tokenizer, count: int, vocab_size: int) -> list:
     """The same of random examples in a file of HellaSwag's; ids above the vocabulary wrap around."""
     with gzip.open(path, 'rt', encoding='utf-8') as file:
-        records = [json.loads(line) for line in file]
+        examples = [json.loads(line) for line in file]
     requests = []
-    for number in np.random.default_rng(0).permutation(len(records))[:count]:
-        record = records[number]
-        context = f'{record["activity_label"]}: {record["ctx"]}'
+    for number in np.random.default_rng(0).permutation(len(examples))[:count]:
+        example = examples[number]
+        context = f'{example["activity_label"]}: {example["ctx"]}'
         head = pieces.encode(context)
-        for ending in record['endings']:
+        for ending in example['endings']:
             whole = np.array(pieces.encode(f'{context} {ending}')) % vocab_size
             requests.append(((context, ending), whole[: len(head)].tolist(), whole[len(head) :].tolist()))
     return requests
 
 
 def peers(config: ModelConfig, folder: pathlib.Path) -> dict:
-    """Name -> a function from requests to (log-likelihood, greedy) pairs, of the same random weights."""
+    """Returns {name: function from requests to (log-likelihood, greedy) pairs}, all of the same random weights."""
     params = jax.tree.map(np.asarray, jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)))
     texts = (f'{i} words of some text for a tokenizer' for i in range(1_000))
     tokenizer.train_tokenizer(texts, folder / 'tokenizer.model', 300)
@@ -104,24 +104,24 @@ def peers(config: ModelConfig, folder: pathlib.Path) -> dict:
 
 
 def seconds_of(answer, requests, clock) -> tuple[float, list]:
-    """Time of answering all requests, and the answers."""
+    """Returns (seconds for all requests, the answers)."""
     start = clock()
     answers = answer(requests)
     return clock() - start, answers
 
 
-def check(answers: dict) -> None:
+def check_answers(answers: dict) -> None:
     """Exits unless all log-likelihoods agree."""
     first, *others = answers.items()
-    for name, found in others:
-        worst = max(abs(a - b) for (a, _), (b, _) in zip(first[1], found, strict=True))
+    for name, theirs in others:
+        worst = max(abs(a - b) for (a, _), (b, _) in zip(first[1], theirs, strict=True))
         print(f'{first[0]} and {name}: largest difference {worst:.1e} nats')
         if not worst <= TOLERANCE:
             sys.exit(f'the log-likelihoods differ by {worst:.1e}, more than {TOLERANCE}')
 
 
 def measure(answerers: dict, requests: list, repeats: int, clock) -> dict:
-    """Seconds of each for all requests, in turns of changing order."""
+    """Returns seconds of each for all requests, in turns of alternating order."""
     seconds = {name: [] for name in answerers}
     for repeat in range(repeats):
         for name in list(answerers)[:: 1 if repeat % 2 else -1]:
@@ -130,7 +130,7 @@ def measure(answerers: dict, requests: list, repeats: int, clock) -> dict:
 
 
 def report(seconds: dict, examples: int) -> float:
-    """Prints examples/s and ratios; returns that to the best of the others."""
+    """Prints examples/s and ratios; returns the ratio to the best of the others."""
     for name, values in seconds.items():
         print(f'{name:12} {examples / statistics.median(values):8.2f} examples/s (best {examples / min(values):.2f})')
     best = min((name for name in seconds if name != 'ours'), key=lambda name: statistics.median(seconds[name]))
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument('--examples', type=int, default=64)
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--cpu_time', action='store_true', help='measure that of the processor')
+    parser.add_argument('--cpu_time', action='store_true', help='measure processor time instead of wall time')
     parser.add_argument('--data', type=pathlib.Path, help="HellaSwag's validation.jsonl.gz; else random ids")
     parser.add_argument('--tokenizer', type=pathlib.Path, help="Llama's tokenizer.model, with --data")
     flags = parser.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
         first = {name: seconds_of(answer, requests, time.perf_counter) for name, answer in answerers.items()}
         for name, (seconds, _) in first.items():
             print(f'{name:12} first time {seconds:.1f} s')
-        check({name: answers for name, (_, answers) in first.items()})
+        check_answers({name: answers for name, (_, answers) in first.items()})
         clock = time.process_time if flags.cpu_time else time.perf_counter
         report(measure(answerers, requests, flags.repeats, clock), flags.examples)
 

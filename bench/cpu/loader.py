@@ -1,4 +1,4 @@
-"""Rows a second that the data pipeline serves, from a cold and from a warm page cache.
+"""Benchmarks the data pipeline in rows/s, from a cold and from a warm page cache.
 
     python bench/cpu/loader.py [--megabytes=300] [--batch=256] [--seconds=8]
 
@@ -78,7 +78,7 @@ def drop_cache(path: pathlib.Path) -> str:
 
 
 def rows_per_second(config: Config, path: pathlib.Path, *, start: int, seconds: float, batches: int | None) -> float:
-    """Serves batches from a freshly opened store for so many seconds, or so many batches."""
+    """Serves batches from a freshly opened store for `seconds` or for `batches`."""
     data = pipeline.make_dataset(config, store.TokenStore(path))
     served, begin, checked = 0, time.perf_counter(), None
     for batch, _ in data.batches(start, start + (batches or 1 << 30)):
@@ -92,7 +92,7 @@ def rows_per_second(config: Config, path: pathlib.Path, *, start: int, seconds: 
 
 
 def main() -> None:
-    """Prints one line a figure."""
+    """Reads the flags, measures and prints one line per figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--megabytes', type=int, default=300, help='size of the store')
     parser.add_argument('--batch', type=int, default=256, help='rows of a step')

@@ -1,4 +1,4 @@
-"""Million tokens a second and core: this project's tokenizer, sentencepiece, Hugging Face's tokenizers.
+"""Benchmarks tokenizers in tokens/s per core: ours, sentencepiece, Hugging Face's tokenizers.
 
     python bench/cpu/tokenize.py [--model=tokenizer.model] [--json=tokenizer.json] [--text=DIR_OR_FILE ...]
 
@@ -34,10 +34,10 @@ TRAINED_PIECES = 4_096
 
 
 def documents(path: str, characters: int) -> list[str]:
-    """The first texts of a raw corpus's training split, about so many characters."""
-    found = readers.find_inputs('text', SourceConfig(path=path))['train']
+    """Returns the first texts of a raw corpus's training split, about `characters` in all."""
+    inputs = readers.find_inputs('text', SourceConfig(path=path))['train']
     texts, left = [], characters
-    for record in itertools.chain.from_iterable(map(readers.read_records, found)):
+    for record in itertools.chain.from_iterable(map(readers.read_records, inputs)):
         if record.text:
             texts.append(record.text)
             left -= len(record.text)
@@ -47,7 +47,7 @@ def documents(path: str, characters: int) -> list[str]:
 
 
 def timed(encode: Callable[[str], object], texts: list[str]) -> tuple[float, int]:
-    """(seconds of CPU, tokens) of encoding every text."""
+    """Encodes every text; returns (CPU seconds, tokens)."""
     begin, count = time.process_time(), 0
     for text in texts:
         count += len(encode(text))
@@ -55,7 +55,7 @@ def timed(encode: Callable[[str], object], texts: list[str]) -> tuple[float, int
 
 
 def hugging_face(path: str) -> Callable[[str], list[int]]:
-    """The encoder of a tokenizer.json."""
+    """Returns the encoder of a tokenizer.json."""
     import tokenizers  # only where it is asked for
 
     model = tokenizers.Tokenizer.from_file(path)

@@ -1,4 +1,4 @@
-"""Training speed on CPU cores: ours against torch, eager and compiled.
+"""Benchmarks training on CPU cores: ours against torch, eager and compiled.
 
     python bench/cpu/train.py
 
@@ -109,7 +109,7 @@ class TorchLayer(torch.nn.Module):
 
 
 class TorchLlama(torch.nn.Module):
-    """The peer: the same Llama as torch's users write it. Calling it gives the mean loss of tokens and targets."""
+    """The peer: the same Llama as torch's users write it. Returns the mean loss."""
 
     def __init__(self, config: config_lib.ModelConfig):
         super().__init__()
@@ -149,7 +149,7 @@ class TorchLlama(torch.nn.Module):
 
 
 def _matrix(weight, *, inputs: int):
-    """A weight with its first `inputs` axes merged into one, and so the others."""
+    """Reshapes a weight to a matrix: its first `inputs` axes become the rows."""
     return weight.reshape(int(np.prod(weight.shape[:inputs])), -1)
 
 
@@ -195,7 +195,7 @@ def our_trainer(config: config_lib.Config, state: step.TrainState, mesh):
 
 
 def check_losses(trainers: dict, batches: list) -> None:
-    """Takes the first steps with each trainer; exits unless their losses agree."""
+    """Runs the first steps of each trainer; exits unless their losses agree."""
     losses = {name: [float(train(rows)) for rows in batches[:CHECKED_STEPS]] for name, train in trainers.items()}
     worst = max(abs(a - b) for other in losses.values() for a, b in zip(losses['ours'], other, strict=True))
     for name, values in losses.items():
@@ -215,12 +215,12 @@ def seconds_of(train, batches: list) -> float:
 
 
 def measure(trainers: dict, batches: list, *, repeats: int, steps: int) -> dict:
-    """Seconds per block of `steps` for each trainer, which take turns in changing order."""
+    """Returns seconds per block of `steps` for each trainer, in turns of alternating order."""
     seconds = {name: [] for name in trainers}
     for repeat in range(repeats):
         names = list(trainers)[:: 1 if repeat % 2 else -1]
         for name in names:
-            # As `train` does. Torch's threads need no such help: OpenMP's wait actively on their own.
+            # As the command `train` does. Torch's OpenMP threads spin on their own.
             with cores.awake_cores() if name == 'ours' else contextlib.nullcontext():
                 float(trainers[name](batches[0]))  # warms caches and settles the others' threads
                 seconds[name].append(seconds_of(trainers[name], batches[:steps]))
@@ -228,7 +228,7 @@ def measure(trainers: dict, batches: list, *, repeats: int, steps: int) -> dict:
 
 
 def report(seconds: dict, tokens: int) -> None:
-    """Prints tokens/s and the ratios of ours to each other, medians over the repeats."""
+    """Prints tokens/s and the median ratio of ours to each peer."""
     for name, values in seconds.items():
         print(f'{name:14} {tokens / statistics.median(values):8.0f} tokens/s (best {tokens / min(values):.0f})')
     for name in seconds:

@@ -1,6 +1,6 @@
-"""Kernels, attention, fused ops, the loss, the train step and an exact resume of TinyLlama 1.1 B on one GPU.
+"""Benchmarks kernels, the loss, the train step and an exact resume of TinyLlama 1.1 B on one GPU.
 
-    bench/gpu.sh [RESULTS] [--only=PHASE,...] [--smoke]
+    bench/gpu.sh [all] [RESULTS] [--only=PHASE,...] [--smoke]
 
 docs/gpu_benchmarks.md says what each phase does. Ends with 1 if numerics are wrong or a phase broke.
 """
@@ -10,16 +10,16 @@ import sys
 import jax
 
 from bench.gpu import attention as gpu_attention
+from bench.gpu import benchmark
 from bench.gpu import ops as gpu_ops
-from bench.gpu import record as gpu_record
 from bench.gpu import step as gpu_step
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import sharding
 from tinyllama_jax.run import selftest
 
 
-def self_test(setting: gpu_record.Setting) -> dict:
-    """Every kernel against plain JAX, at the run's shapes, as before a training; in the smoke run attention alone."""
+def self_test(setting: benchmark.Setting) -> dict:
+    """Compares every kernel with plain JAX at the run's shapes; in the smoke run only attention."""
     config = gpu_step.train_config(setting)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     ops = ops_lib.for_run(config, mesh)
@@ -42,8 +42,8 @@ _HIDDEN = {'resume_first': gpu_step.resume_first, 'resume_second': gpu_step.resu
 
 
 def main(arguments=None) -> int:
-    """The command; its exit status."""
-    return gpu_record.run('bench.gpu.all', __doc__, PHASES, name='gpu', hidden=_HIDDEN, arguments=arguments)
+    """Runs the command; returns its exit status."""
+    return benchmark.run('bench.gpu.all', __doc__, PHASES, name='gpu', hidden=_HIDDEN, arguments=arguments)
 
 
 if __name__ == '__main__':

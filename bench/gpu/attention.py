@@ -1,6 +1,6 @@
-"""Attention on one GPU: ours against other libraries', and the tile shapes of our kernels.
+"""Benchmarks attention on one GPU: ours against other libraries', and the tile shapes of our kernels.
 
-Every implementation is held to plain JAX in float32 at the highest precision before it is timed.
+Every implementation is compared with plain JAX in float32 at the highest precision before it is timed.
 
 Shapes: B batch, T time, N query heads, K key-value heads, H head dim.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.gpu import benchmark
 from bench.gpu import ops as gpu_ops
-from bench.gpu import record
 from kernels import dispatch, launch, reference
 
 # (BLOCK_Q, BLOCK_K, warps, stages) of each attention kernel; BLOCK_Q divides BLOCK_K in dkv.
@@ -34,7 +34,7 @@ _MOSAIC_TILES = ((64, 256, 2), (64, 128, 2), (64, 128, 4), (128, 128, 2))
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """One implementation on its own arrays, queries, keys, values and the output's cotangent."""
+    """One implementation, bound to its arrays: queries, keys, values and the cotangent of the output."""
 
     forward: Callable[[], object]  # out
     both: Callable[[], tuple] | None  # (out, dq, dk, dv); None: it has no backward pass
@@ -42,11 +42,11 @@ class Attention:
     note: str = ''
 
 
-def attention(setting: record.Setting) -> dict:
-    """Forward, and forward and backward, of causal attention in bfloat16, in TFLOP/s of what a causal mask leaves."""
+def attention(setting: benchmark.Setting) -> dict:
+    """Measures causal attention in bfloat16, forward alone and with backward, in TFLOP/s of the unmasked half."""
     arrays = _attention_arrays(setting)
     wanted = _wanted_attention(arrays)
-    rows, found, failures = [], {}, []
+    rows, candidates, failures = [], {}, []
     for name, make in _attentions(setting).items():
         row = {'implementation': name}
         rows.append(row)
@@ -54,21 +54,21 @@ def attention(setting: record.Setting) -> dict:
             candidate = make(arrays)
             row |= _attention_errors(candidate, wanted) | {'note': candidate.note}
             gpu_ops.hold(name, {key: row[key] for key in row if key.startswith('error')}, failures)
-            found[name] = candidate
-        except record.Skipped as reason:
+            candidates[name] = candidate
+        except benchmark.Skipped as reason:
             row['note'] = f'skipped: {reason}'
-        except Exception as error:  # another library's failure is recorded; one of ours fails the run
+        except Exception as error:  # another library's failure is only noted; one of ours fails the run
             row['note'] = f'failed: {type(error).__name__}: {error}'[:400]
             if name in (setting.kernels, 'xla', 'cudnn'):
                 failures.append(f'{name} {row["note"]}')
-    _time_attention(setting, rows, found)
+    _time_attention(setting, rows, candidates)
     return {'rows': rows, 'failures': failures}
 
 
-def _time_attention(setting: record.Setting, rows: list, found: dict[str, Attention]) -> None:
+def _time_attention(setting: benchmark.Setting, rows: list, candidates: dict[str, Attention]) -> None:
     how = gpu_ops.how_often(setting)
-    forward = record.medians({name: each.forward for name, each in found.items()}, **how)
-    both = record.medians({name: each.both for name, each in found.items() if each.both}, **how)
+    forward = benchmark.medians({name: each.forward for name, each in candidates.items()}, **how)
+    both = benchmark.medians({name: each.both for name, each in candidates.items() if each.both}, **how)
     flops = _attention_flops(setting)
     for row in rows:
         name = row['implementation']
@@ -78,27 +78,27 @@ def _time_attention(setting: record.Setting, rows: list, found: dict[str, Attent
             row |= {'both_ms': 1e3 * both[name], 'both_tflops': 3.5 * flops / both[name] / 1e12}
 
 
-def _attention_flops(setting: record.Setting) -> float:
-    """Of the forward pass: two products over half of the pairs of positions; the backward pass has 2.5 times those."""
+def _attention_flops(setting: benchmark.Setting) -> float:
+    """Returns the forward pass's FLOPs: two products over half of the position pairs. Backward has 2.5 times as many."""
     model = setting.model
     return 4 * setting.batch * model.num_heads * model.seq_len**2 * model.head_dim / 2
 
 
-def _attention_arrays(setting: record.Setting) -> tuple:
+def _attention_arrays(setting: benchmark.Setting) -> tuple:
     model, B = setting.model, setting.batch
     heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
     return tuple(gpu_ops.normals(0, jnp.bfloat16, *((B, model.seq_len, count, model.head_dim) for count in heads)))
 
 
 def _both(function, *arrays_and_cotangent):
-    """(Value, *gradients) of a function of arrays, the last argument being the value's cotangent."""
+    """Returns (value, *gradients) of a function; the last argument is the cotangent of its value."""
     *arrays, cotangent = arrays_and_cotangent
     value, vjp = jax.vjp(function, *arrays)
     return value, *vjp(cotangent)
 
 
 def _wanted_attention(arrays) -> list[np.ndarray]:
-    """Plain JAX's (out, dq, dk, dv) of the last sequence, in float32."""
+    """Returns plain JAX's (out, dq, dk, dv) for the last sequence, in float32."""
     last = [x[-1:].astype(jnp.float32) for x in arrays]
     with jax.default_matmul_precision('highest'):
         return [np.asarray(x) for x in jax.jit(functools.partial(_both, reference.attention))(*last)]
@@ -108,11 +108,11 @@ def _attention_errors(candidate: Attention, wanted) -> dict[str, float]:
     results = candidate.both() if candidate.both else (candidate.forward(),)
     names = ('error', 'error_dq', 'error_dk', 'error_dv')
     last = (candidate.to_numpy(x)[-1:] for x in results)
-    return {name: record.relative_error(x, y) for name, x, y in zip(names, last, wanted, strict=False)}
+    return {name: benchmark.relative_error(x, y) for name, x, y in zip(names, last, wanted, strict=False)}
 
 
-def _attentions(setting: record.Setting) -> dict[str, Callable]:
-    """{name: a function of the arrays that makes the implementation, or raises Skipped}."""
+def _attentions(setting: benchmark.Setting) -> dict[str, Callable]:
+    """Returns {name: function of the arrays that returns the implementation or raises Skipped}."""
     chip = setting.chip
     made = {
         name: functools.partial(_ours, functools.partial(dispatch.attention, impl=name, chip=chip))
@@ -127,7 +127,7 @@ def _attentions(setting: record.Setting) -> dict[str, Callable]:
 
 
 def _skip(reason: str, arrays):
-    raise record.Skipped(reason)
+    raise benchmark.Skipped(reason)
 
 
 def _ours(function, arrays) -> Attention:
@@ -140,9 +140,9 @@ def _jax_to_numpy(x) -> np.ndarray:
 
 
 def _mosaic(chip: str | None, arrays) -> Attention:
-    """jax's own Hopper kernel at its best tile; it scales nothing, so the queries come scaled."""
+    """Returns jax's Hopper kernel at its best tile. It does not scale, so the queries are scaled here."""
     if chip != 'sm_90':
-        raise record.Skipped(f'it needs sm_90, not {chip}')
+        raise benchmark.Skipped(f'it needs sm_90, not {chip}')
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     q_BTNH, k_BTKH, v_BTKH, _ = arrays
@@ -153,15 +153,15 @@ def _mosaic(chip: str | None, arrays) -> Attention:
         for tile in _MOSAIC_TILES:
             call = functools.partial(attention_mgpu.attention, *inputs, _mosaic_config(attention_mgpu, tile))
             try:
-                record.wait(call())
+                benchmark.wait(call())
                 tried[f'{dtype.__name__}, blocks {tile}'] = call
             except Exception as error:
                 reasons.append(f'{dtype.__name__} {tile}: {type(error).__name__}: {error}'[:200])
         if tried:
             break
     if not tried:
-        raise record.Skipped(f'no tile runs; {"; ".join(reasons)}')
-    times = record.medians(tried, repeats=3, count=10)
+        raise benchmark.Skipped(f'no tile runs; {"; ".join(reasons)}')
+    times = benchmark.medians(tried, repeats=3, count=10)
     best = min(times, key=times.__getitem__)
     backward = _mosaic_backward(attention_mgpu, *inputs)  # in the dtype that runs
     return Attention(tried[best], None, _jax_to_numpy, f'{best}; backward not supported: {backward}')
@@ -173,7 +173,7 @@ def _mosaic_config(attention_mgpu, tile):
 
 
 def _mosaic_backward(attention_mgpu, *arrays) -> str:
-    """Why the kernel has no gradient under a causal mask, in its own words."""
+    """Returns the kernel's own message that it has no gradient under a causal mask."""
 
     def gradient(*arrays):
         out, vjp = jax.vjp(
@@ -185,16 +185,16 @@ def _mosaic_backward(attention_mgpu, *arrays) -> str:
         jax.eval_shape(gradient, *arrays)
     except Exception as error:
         return f'{error}'[:200]
-    return 'it traces in this version of jax, and this benchmark does not time it yet'
+    return 'it traces in this version of jax, but this benchmark does not time it yet'
 
 
 def _torch(backend: str, device: str, arrays) -> Attention:
-    """Torch's scaled_dot_product_attention by a named backend; keys and values repeated where it knows no groups."""
+    """Returns torch's SDPA on one backend; repeats keys and values where the backend does not support GQA."""
     try:
         import torch
         from torch.nn import attention as torch_attention
     except ImportError:
-        raise record.Skipped('torch is not installed') from None
+        raise benchmark.Skipped('torch is not installed') from None
     *inputs, dout = (
         torch.tensor(_jax_to_numpy(x)).to(device, torch.bfloat16).transpose(1, 2) for x in arrays
     )  # fmt: skip
@@ -225,8 +225,8 @@ def _torch(backend: str, device: str, arrays) -> Attention:
 
 
 @contextlib.contextmanager
-def tile(setting: record.Setting, kernel: str, values: tuple[int, int, int, int]):
-    """A context in which an attention kernel of that name is traced with other (BLOCK_Q, BLOCK_K, warps, stages)."""
+def tile(setting: benchmark.Setting, kernel: str, values: tuple[int, int, int, int]):
+    """A context in which attention kernel `kernel` is traced with `values` = (BLOCK_Q, BLOCK_K, warps, stages)."""
     block_q, block_kv, warps, stages = values
     new = {f'attention_{kernel}': launch.Tile({'BLOCK_Q': block_q, 'BLOCK_K': block_kv}, warps, stages)}
     key = (setting.chip, 'bfloat16', setting.model.head_dim)
@@ -239,8 +239,8 @@ def tile(setting: record.Setting, kernel: str, values: tuple[int, int, int, int]
         tiles.update(before)
 
 
-def sweep(setting: record.Setting) -> dict:
-    """Milliseconds of attention at other tile shapes, forward alone or backward alone; the fastest of each kernel."""
+def sweep(setting: benchmark.Setting) -> dict:
+    """Measures attention at other tile shapes, forward alone or backward alone; names the fastest of each kernel."""
     arrays = _attention_arrays(setting)
     function = functools.partial(dispatch.attention, impl=setting.kernels, chip=setting.chip)
     usual = jax.jit(functools.partial(_both, function))(*arrays)
@@ -253,14 +253,14 @@ def sweep(setting: record.Setting) -> dict:
             try:
                 with tile(setting, kernel, values):
                     calls[values] = _traced(kernel, arrays, setting)
-                found = [record.relative_error(x, usual[i]) for i, x in _compared(kernel, calls[values]())]
-            except Exception as error:  # too much shared memory, say
+                differences = [benchmark.relative_error(x, usual[i]) for i, x in _compared(kernel, calls[values]())]
+            except Exception as error:  # for example, too much shared memory
                 calls.pop(values, None)
                 row['note'] = f'{type(error).__name__}: {error}'[:200]
                 continue
-            row['difference'] = float(np.max(found))  # NaN stays
+            row['difference'] = float(np.max(differences))  # NaN stays
             gpu_ops.hold(f'{kernel} {values}', {'difference': row['difference']}, failures)
-        times = record.medians(calls, repeats=1 if setting.smoke else 3, count=1 if setting.smoke else 10)
+        times = benchmark.medians(calls, repeats=1 if setting.smoke else 3, count=1 if setting.smoke else 10)
         for values, seconds in times.items():
             next(row for row in rows if _named(kernel, values).items() <= row.items())['ms'] = 1e3 * seconds
         if times:
@@ -273,10 +273,10 @@ def _named(kernel: str, values) -> dict:
     return {'kernel': kernel, 'tile': str(values)}
 
 
-def _traced(kernel: str, arrays, setting: record.Setting):
-    """A call of the forward or the backward pass, compiled while the table of tiles is as it is now."""
+def _traced(kernel: str, arrays, setting: benchmark.Setting):
+    """Compiles the forward or the backward pass with the current table of tiles; returns the call."""
 
-    def function(*arrays):  # a new one each time: nothing traced before is found again
+    def function(*arrays):  # a new function each time, so that jit does not reuse a trace
         return dispatch.attention(*arrays, impl=setting.kernels, chip=setting.chip)
 
     if kernel == 'forward':
@@ -288,5 +288,5 @@ def _traced(kernel: str, arrays, setting: record.Setting):
 
 
 def _compared(kernel: str, results):
-    """(Place among out, dq, dk, dv, result) of each array."""
+    """Returns (index in (out, dq, dk, dv), array) for each result."""
     return [(0, results)] if kernel == 'forward' else list(enumerate(results, start=1))

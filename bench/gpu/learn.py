@@ -1,9 +1,9 @@
-"""Several hundred steps of a 125 M Llama on one GPU: bfloat16 with our kernels against float32 with XLA's ops.
+"""Trains a 125 M Llama for 300 steps on one GPU: bfloat16 with our kernels against float32 with XLA's ops.
 
     bench/gpu.sh learn [RESULTS] [--only=PHASE,...] [--smoke]
 
-The same weights, the same batches, of a language that numpy makes up and that has something to learn. Ends with 1
-unless the final losses, means over the last steps, agree. docs/gpu_benchmarks.md says more.
+Both start from the same weights and read the same batches of an artificial language. Ends with 1 unless the final
+losses, means over the last steps, agree. docs/gpu_benchmarks.md says more.
 
 Shapes: A accumulation steps (1), B sequences, R = seq_len + 1.
 """
@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from bench.gpu import record
+from bench.gpu import benchmark
 from bench.gpu import step as gpu_step
 from configs import tinyllama_120m
 from kernels import dispatch
@@ -24,7 +24,7 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax import step as step_lib
 
 STEPS = 300
-TAIL = 20  # last steps that the final loss is the mean of
+TAIL = 20  # the final loss is the mean over so many last steps
 TOLERANCE = 0.003  # of the final loss, relative
 _SMOKE_STEPS = 24
 _CLASSES = 64
@@ -34,28 +34,27 @@ _CLASSES = 64
 class Language:
     """A Markov chain over classes of tokens; within a class, tokens have Zipf's frequencies.
 
-    Without knowing the classes a model has the unigram's entropy; to learn is to find out which class a token is of
-    and what follows it.
+    A model that does not know the classes reaches the unigram entropy. A lower loss shows that it has learned them.
     """
 
     next_CC: np.ndarray  # cumulative probabilities of the next class
     tokens_CW: np.ndarray  # the tokens of each class, most frequent first
-    word_W: np.ndarray  # cumulative probabilities of the places in a class
+    word_W: np.ndarray  # cumulative probabilities of the ranks in a class
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
         """`count` rows of `length` tokens, uint16."""
         classes = rng.integers(0, len(self.next_CC), count)
-        places = np.searchsorted(self.word_W, rng.random((count, length)))
-        chances, found = rng.random((length, count)), np.empty((count, length), np.uint16)
+        ranks = np.searchsorted(self.word_W, rng.random((count, length)))
+        chances, tokens = rng.random((length, count)), np.empty((count, length), np.uint16)
         for t in range(length):
-            found[:, t] = self.tokens_CW[classes, np.minimum(places[:, t], self.tokens_CW.shape[1] - 1)]
+            tokens[:, t] = self.tokens_CW[classes, np.minimum(ranks[:, t], self.tokens_CW.shape[1] - 1)]
             nearer = (self.next_CC[classes] < chances[t][:, None]).sum(axis=1)
             classes = np.minimum(nearer, len(self.next_CC) - 1)
-        return found
+        return tokens
 
 
 def make_language(vocab_size: int) -> Language:
-    """The same one everywhere: each class is followed by few others."""
+    """Makes the language from a fixed seed; each class is followed by few others."""
     rng, classes = np.random.default_rng(0), min(_CLASSES, vocab_size // 8)
     next_CC = rng.dirichlet(np.full(classes, 0.05), classes)
     words = vocab_size // classes
@@ -65,14 +64,14 @@ def make_language(vocab_size: int) -> Language:
 
 
 def unigram_entropy(rows: np.ndarray) -> float:
-    """Nats a token of the frequencies found in `rows`, a little too low for few of them."""
+    """Returns nats per token of the frequencies in `rows`; slightly too low for few rows."""
     counts = np.bincount(rows.ravel())
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def learn_config(setting: record.Setting, dtype: str) -> config_lib.Config:
-    """The 125 M model, or the smoke run's; bfloat16 with our kernels, float32 with XLA's ops."""
+def learn_config(setting: benchmark.Setting, dtype: str) -> config_lib.Config:
+    """Returns the run of the 125 M (or smoke) model: bfloat16 with our kernels, or float32 with XLA's ops."""
     impl = setting.kernels if dtype == 'bfloat16' and not setting.smoke else 'xla'
     kernels = dict.fromkeys(dispatch.OPS, impl)
     if setting.smoke and dtype == 'bfloat16':
@@ -90,7 +89,7 @@ def learn_config(setting: record.Setting, dtype: str) -> config_lib.Config:
                 num_steps=steps,
                 global_batch_size=setting.batch,
                 micro_batch_size=setting.batch,
-                remat='none' if dtype == 'bfloat16' else 'full',  # XLA's attention keeps whole matrices of weights
+                remat='none' if dtype == 'bfloat16' else 'full',  # XLA's attention saves whole attention matrices
             ),
         )
     )
@@ -102,8 +101,8 @@ def _batches(config: config_lib.Config) -> np.ndarray:
     return rows.reshape(*shape, -1)
 
 
-def learn(setting: record.Setting, dtype: str) -> dict:
-    """The losses of all steps in this dtype."""
+def learn(setting: benchmark.Setting, dtype: str) -> dict:
+    """Trains in `dtype`; returns the loss of every step."""
     config = learn_config(setting, dtype)
     mesh, batches = gpu_step.make_mesh(config), _batches(config)
     train_step, state = step_lib.jit_train_step(config, mesh), step_lib.init_state(config, mesh)
@@ -113,17 +112,17 @@ def learn(setting: record.Setting, dtype: str) -> dict:
         losses.append(metrics['loss'])
     losses = [float(loss) for loss in losses]
     seconds, tokens = time.perf_counter() - start, batches.shape[0] * batches.shape[2] * config.model.seq_len
-    found = {'losses': losses, 'final_loss': float(np.mean(losses[-TAIL:])), 'tokens': tokens, 'seconds': seconds}
-    (setting.work / f'{dtype}.json').write_text(json.dumps(found))
-    return found | {'unigram_entropy': unigram_entropy(batches)}
+    results = {'losses': losses, 'final_loss': float(np.mean(losses[-TAIL:])), 'tokens': tokens, 'seconds': seconds}
+    (setting.work / f'{dtype}.json').write_text(json.dumps(results))
+    return results | {'unigram_entropy': unigram_entropy(batches)}
 
 
-def compare(setting: record.Setting) -> dict:
-    """Both final losses and how far they are apart."""
-    found = {dtype: setting.work / f'{dtype}.json' for dtype in ('bfloat16', 'float32')}
-    if not all(path.exists() for path in found.values()):
-        raise record.Skipped('it takes both')
-    ours, wanted = (json.loads(path.read_text())['final_loss'] for path in found.values())
+def compare(setting: benchmark.Setting) -> dict:
+    """Compares the two final losses."""
+    files = {dtype: setting.work / f'{dtype}.json' for dtype in ('bfloat16', 'float32')}
+    if not all(path.exists() for path in files.values()):
+        raise benchmark.Skipped('it needs the results of both phases')
+    ours, wanted = (json.loads(path.read_text())['final_loss'] for path in files.values())
     difference = abs(ours - wanted) / wanted
     within = difference <= TOLERANCE
     failures = (
@@ -140,8 +139,8 @@ PHASES = {
 
 
 def main(arguments=None) -> int:
-    """The command; its exit status."""
-    return record.run('bench.gpu.learn', __doc__, PHASES, name='gpu_learn', arguments=arguments)
+    """Runs the command; returns its exit status."""
+    return benchmark.run('bench.gpu.learn', __doc__, PHASES, name='gpu_learn', arguments=arguments)
 
 
 if __name__ == '__main__':

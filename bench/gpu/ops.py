@@ -1,6 +1,6 @@
-"""The fused ops against memory's speed, and the loss; what checking and timing an op has in common.
+"""Benchmarks the fused ops against memory bandwidth, and the loss.
 
-Every implementation is held to plain JAX in float32 at the highest precision before it is timed.
+Every implementation is compared with plain JAX in float32 at the highest precision before it is timed.
 
 Shapes: B batch, T time, D model, N query heads, H head dim, F feed-forward, V vocabulary.
 """
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.gpu import record
+from bench.gpu import benchmark
 from kernels import dispatch, launch, reference
 
-# Kernel of `launch`'s table -> its op, the pass it is of, and what is tried.
+# Kernel in `launch`'s table -> its op, the pass, and the tiles to try.
 ROW_TILES = {
     'rms_norm_forward': ('rms_norm + residual', 'forward', [launch.Tile({}, warps) for warps in (1, 2, 4, 8)]),
     'rms_norm_backward': (
@@ -33,39 +33,39 @@ ROW_TILES = {
     'swiglu_forward': ('swiglu', 'forward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
     'swiglu_backward': ('swiglu', 'backward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
 }  # fmt: skip
-# Error in norm, relative, of values and gradients in bfloat16: good kernels have 2e-3 to 4e-3, a wrong tile or mask
-# many times this.
+# Relative error in norm of values and gradients in bfloat16. Correct kernels have 2e-3 to 4e-3; a wrong tile or mask
+# gives many times this.
 TOLERANCE = 1e-2
 
 
-def how_often(setting: record.Setting) -> dict[str, int]:
-    """How many turns of how many calls: `record.medians`'s."""
+def how_often(setting: benchmark.Setting) -> dict[str, int]:
+    """Returns the `repeats` and `count` of `benchmark.medians`."""
     return {'repeats': 1, 'count': 1} if setting.smoke else {'repeats': 7, 'count': 20}
 
 
 def hold(name: str, errors: dict[str, float], failures: list[str]) -> None:
-    """Notes a failure where an error is above the tolerance, or not a number."""
+    """Adds a failure for each error that is above the tolerance or NaN."""
     failures += [f'{name}: {key} {value:.2g} > {TOLERANCE}' for key, value in errors.items() if not value <= TOLERANCE]
 
 
 def normals(seed: int, dtype, *shapes) -> list:
-    """A normal array of each shape, a function of the seed."""
+    """Returns a normally distributed array of each shape, from `seed`."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamingOp:
-    """An op that memory bounds: shapes of its arrays (a shape alone: bfloat16), and what must at least be moved."""
+    """A memory-bound op: the shapes of its bfloat16 arrays, and how many such arrays each pass must move."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
-    function: Callable[[str], Callable]  # of the implementation
-    arrays_forward: int  # how many arrays of the first's shape the forward pass reads and writes
+    function: Callable[[str], Callable]  # implementation name -> op
+    arrays_forward: int  # arrays of the first shape that the forward pass reads and writes
     arrays_backward: int
 
 
-def _streaming_ops(setting: record.Setting) -> list[StreamingOp]:
+def _streaming_ops(setting: benchmark.Setting) -> list[StreamingOp]:
     model, chip, B = setting.model, setting.chip, setting.batch
     T, D, N, H = model.seq_len, model.embed_dim, model.num_heads, model.head_dim
     positions_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
@@ -89,13 +89,13 @@ def _streaming_ops(setting: record.Setting) -> list[StreamingOp]:
         StreamingOp('rope', ((B, T, N, H),), rope, 2, 2),
         StreamingOp('swiglu', ((B, T, model.hidden_dim),) * 2, swiglu, 3, 5),
     ]
-    return ops[:1] if setting.smoke else ops  # all are the same code
+    return ops[:1] if setting.smoke else ops  # one covers the code
 
 
-def streaming(setting: record.Setting) -> dict:
-    """GB/s of each fused op, forward and backward alone, of what must at least move; beside a copy's in the same call.
+def streaming(setting: benchmark.Setting) -> dict:
+    """Measures GB/s of each fused op, forward and backward alone, counting the least bytes to move; and of a copy.
 
-    A call works on several sets of arrays, so that neither the start of a kernel nor the cache counts.
+    Each call works on several sets of arrays, so that neither kernel launches nor the cache count.
     """
     copies = 1 if setting.smoke else 8
     rows, failures, calls, sizes = [], [], {}, {}
@@ -108,7 +108,7 @@ def streaming(setting: record.Setting) -> dict:
             rows.append(row)
             for way, call, moved in _streaming_calls(op, impl, sets):
                 calls[op.name, impl, way], sizes[op.name, impl, way] = call, moved
-        seconds = record.medians(calls, **how_often(setting))
+        seconds = benchmark.medians(calls, **how_often(setting))
         for (name, impl, way), each in seconds.items():
             row = next(row for row in rows if (row['op'], row['implementation']) == (name, impl))
             row |= {f'{way}_us': 1e6 * each / copies, f'{way}_gb_per_s': sizes[name, impl, way] / each / 1e9}
@@ -117,12 +117,12 @@ def streaming(setting: record.Setting) -> dict:
     return {'rows': rows, 'failures': failures}
 
 
-def sweep_streaming(setting: record.Setting) -> dict:
-    """GB/s of the kernels that stream memory at other tile shapes, and the fastest of each."""
+def sweep_streaming(setting: benchmark.Setting) -> dict:
+    """Measures the memory-bound kernels at other tile shapes; names the fastest of each."""
     copies, rows, best = (1 if setting.smoke else 8), [], {}
     ops = {op.name: op for op in _streaming_ops(setting)}
     for kernel, (name, way, tiles) in ROW_TILES.items():
-        if name not in ops:  # the smoke run has one
+        if name not in ops:  # the smoke run has one op
             continue
         sets = [normals(seed, jnp.bfloat16, *ops[name].shapes) for seed in range(copies)]
         calls, moved = {}, 0
@@ -130,8 +130,8 @@ def sweep_streaming(setting: record.Setting) -> dict:
             with _row_tile(kernel, tile):
                 ways = {each: (call, size) for each, call, size in _streaming_calls(ops[name], setting.kernels, sets)}
                 calls[str(tile)], moved = ways[way]
-                record.wait(calls[str(tile)]())  # traced while the table is as it is now
-        seconds = record.medians(calls, **how_often(setting))
+                benchmark.wait(calls[str(tile)]())  # traced with this tile
+        seconds = benchmark.medians(calls, **how_often(setting))
         rows += [{'kernel': kernel, 'tile': tile, 'gb_per_s': moved / each / 1e9} for tile, each in seconds.items()]
         best[kernel] = min(seconds, key=seconds.__getitem__)
     return {'best': '; '.join(f'{kernel} {tile}' for kernel, tile in best.items()), 'rows': rows}
@@ -139,7 +139,7 @@ def sweep_streaming(setting: record.Setting) -> dict:
 
 @contextlib.contextmanager
 def _row_tile(kernel: str, tile: launch.Tile):
-    """A context in which a kernel that streams memory is traced with another tile."""
+    """A context in which a memory-bound kernel is traced with another tile."""
     before = launch._ROWS[kernel]
     launch._ROWS[kernel] = tile
     try:
@@ -149,7 +149,7 @@ def _row_tile(kernel: str, tile: launch.Tile):
 
 
 def _streaming_calls(op: StreamingOp, impl: str, sets):
-    """('forward' and 'backward', the call, the bytes that it must move)."""
+    """Yields ('forward' or 'backward', the call, the bytes that it must move)."""
     function = op.function(impl)
     unit = 2 * math.prod(op.shapes[0]) * len(sets)
     forward = jax.jit(lambda sets: [function(*arrays) for arrays in sets])
@@ -160,7 +160,7 @@ def _streaming_calls(op: StreamingOp, impl: str, sets):
 
 
 def _streaming_errors(function, plain, arrays) -> float:
-    """The largest error of values and gradients under random cotangents."""
+    """Returns the largest error of values and gradients under random cotangents."""
 
     def results(function, arrays):
         out, vjp = jax.vjp(function, *arrays)
@@ -169,25 +169,25 @@ def _streaming_errors(function, plain, arrays) -> float:
         pairs = zip(cotangents, leaves, strict=True)
         return leaves + jax.tree.leaves(vjp(structure.unflatten(x.astype(leaf.dtype) for x, leaf in pairs)))
 
-    found = jax.jit(functools.partial(results, function))(arrays)
+    got = jax.jit(functools.partial(results, function))(arrays)
     with jax.default_matmul_precision('highest'):
         wanted = jax.jit(functools.partial(results, plain))([x.astype(jnp.float32) for x in arrays])
-    return float(np.max([record.relative_error(x, y) for x, y in zip(found, wanted, strict=True)]))  # NaN stays
+    return float(np.max([benchmark.relative_error(x, y) for x, y in zip(got, wanted, strict=True)]))  # NaN stays
 
 
-def _copy_row(setting: record.Setting, copies: int) -> dict:
-    """What the memory does when it only copies (negates, which XLA does not leave out)."""
+def _copy_row(setting: benchmark.Setting, copies: int) -> dict:
+    """Measures a copy's bandwidth; it negates, because XLA would drop a plain copy."""
     size = 2**12 if setting.smoke else 2**27
     arrays = [jnp.full(size, index, jnp.bfloat16) for index in range(copies)]
     negated = jax.jit(lambda arrays: [-x for x in arrays])
-    seconds = record.medians({'copy': lambda: negated(arrays)}, **how_often(setting))['copy']
+    seconds = benchmark.medians({'copy': lambda: negated(arrays)}, **how_often(setting))['copy']
     moved = 2 * 2 * size * copies
     return {'op': 'copy', 'implementation': 'xla', 'forward_us': 1e6 * seconds / copies,
             'forward_gb_per_s': moved / seconds / 1e9}  # fmt: skip
 
 
-def cross_entropy(setting: record.Setting) -> dict:
-    """Time and memory of head and loss with their gradients, against XLA's by chunks and with whole logits."""
+def cross_entropy(setting: benchmark.Setting) -> dict:
+    """Measures time and memory of head and loss with gradients: ours, XLA's by chunks, XLA's with whole logits."""
     model, B, chip = setting.model, setting.batch, setting.chip
     x_BTD, head_DV = normals(0, jnp.bfloat16, (B, model.seq_len, model.embed_dim), (model.embed_dim, model.vocab_size))
     head_DV = head_DV * model.embed_dim**-0.5
@@ -202,15 +202,15 @@ def cross_entropy(setting: record.Setting) -> dict:
     for name, function in functions.items():  # the least memory first: the measured peak only ever grows
         traced = jax.jit(functools.partial(_loss_and_grads, function)).lower(x_BTD, head_DV, targets_BT)
         compiled = traced.compile()
-        found = compiled(x_BTD, head_DV, targets_BT)
-        errors = [record.relative_error(x, y) for x, y in zip(found, wanted, strict=True)]
+        results = compiled(x_BTD, head_DV, targets_BT)
+        errors = [benchmark.relative_error(x, y) for x, y in zip(results, wanted, strict=True)]
         row = dict(zip(('error', 'error_dx', 'error_dhead'), errors, strict=True))
         hold(name, row, failures)
-        memory = record.compiler_memory(compiled) | {'peak_bytes_so_far': record.peak_bytes()}
+        memory = benchmark.compiler_memory(compiled) | {'peak_bytes_so_far': benchmark.peak_bytes()}
         rows.append({'implementation': name, **row, **memory})
         calls[name] = functools.partial(compiled, x_BTD, head_DV, targets_BT)
     flops = 6 * B * model.seq_len * model.embed_dim * model.vocab_size
-    for row, seconds in zip(rows, record.medians(calls, **how_often(setting)).values(), strict=True):
+    for row, seconds in zip(rows, benchmark.medians(calls, **how_often(setting)).values(), strict=True):
         row |= {'ms': 1e3 * seconds, 'tflops': flops / seconds / 1e12}
     return {'tokens': B * model.seq_len, 'rows': rows, 'failures': failures}
 

@@ -1,11 +1,11 @@
-"""The train step of TinyLlama 1.1 B on one GPU against what a user would otherwise take.
+"""Benchmarks the train step of TinyLlama 1.1 B on one GPU against plain JAX and Hugging Face.
 
     bench/gpu.sh peers [RESULTS] [--only=PHASE,...] [--smoke]
 
-Ours; plain JAX with cuDNN's and with XLA's attention; Hugging Face's Llama under torch.compile with cuDNN's attention
-forced and with the default. All start from the same weights, and take turns: JAX and torch in processes of their
-own, since each keeps the GPU's memory that it has had, and within these the variants. docs/gpu_benchmarks.md
-says more. Ends with 1 if losses differ or something broke.
+The peers are plain JAX with cuDNN's and with XLA's attention, and Hugging Face's Llama under torch.compile with
+cuDNN's attention forced and with its default. All start from the same weights and take turns. JAX and torch run in
+their own processes, since neither gives GPU memory back. Ends with 1 if losses differ or something broke
+(docs/gpu_benchmarks.md).
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.gpu import record
+from bench.gpu import benchmark
 from bench.gpu import step as gpu_step
 from bench.peers import plain_llama
 from tinyllama_jax import model, sharding
@@ -25,19 +25,19 @@ from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 
 CHECKED_STEPS = 3
-LOSS_TOLERANCE = 0.02  # nats, of each of the first losses, in bfloat16; they are near ln 32,000 = 10.4
-# Nats, the mean over a row of how far a token's loss is from ours. Rounding to bfloat16 gives some thousandths;
-# weights converted wrongly give the spread of the logits, 0.9 at the start (0.1 at the smoke run's width).
+LOSS_TOLERANCE = 0.02  # nats, for each of the first losses in bfloat16, which are near ln 32,000 = 10.4
+# Nats: the mean difference of the losses of one row's tokens. Rounding to bfloat16 gives some thousandths; wrongly
+# converted weights give the spread of the logits, 0.9 at the start (0.1 in the smoke run).
 TOKEN_TOLERANCE = 0.05
 _TURNS = {'repeats': 3, 'count': 1}
 
 
-def _weights_folder(setting: record.Setting):
+def _weights_folder(setting: benchmark.Setting):
     return setting.work / 'weights'
 
 
-def save_weights(setting: record.Setting) -> None:
-    """Our initial parameters, a file for each path."""
+def save_weights(setting: benchmark.Setting) -> None:
+    """Saves our initial parameters, one file per path."""
     config = setting.config()
     params = jax.jit(functools.partial(model.init_params, config.model))(jax.random.key(config.seed))
     _weights_folder(setting).mkdir()
@@ -46,13 +46,13 @@ def save_weights(setting: record.Setting) -> None:
         np.save(_weights_folder(setting) / f'{name}.npy', np.asarray(leaf))
 
 
-def load_weights(setting: record.Setting) -> dict[str, np.ndarray]:
-    """{path: array}, read when used."""
+def load_weights(setting: benchmark.Setting) -> dict[str, np.ndarray]:
+    """Returns {path: memory-mapped array}."""
     files = sorted(_weights_folder(setting).glob('*.npy'))
     return {file.stem.replace('.', '/'): np.load(file, mmap_mode='r') for file in files}
 
 
-def _fresh_state(setting: record.Setting, config, mesh) -> step_lib.TrainState:
+def _fresh_state(setting: benchmark.Setting, config, mesh) -> step_lib.TrainState:
     weights, abstract = load_weights(setting), step_lib.abstract_state(config, mesh).params
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.device_put(
@@ -64,8 +64,8 @@ def _fresh_state(setting: record.Setting, config, mesh) -> step_lib.TrainState:
     return jax.jit(make, out_shardings=step_lib.state_shardings(config, mesh), donate_argnums=0)(params)
 
 
-def _jax_trainers(setting: record.Setting, mesh) -> dict[str, gpu_step.Trainer]:
-    """Ours and plain JAX's steps, which train one and the same state on."""
+def _jax_trainers(setting: benchmark.Setting, mesh) -> dict[str, gpu_step.Trainer]:
+    """Returns our step and plain JAX's, which update one shared state."""
     config = gpu_step.train_config(setting)
     trainers = {'ours': gpu_step.compiled_step(config, setting, ('none', 'attention', 'full'))}
     attentions = {'xla': ('full',)} if setting.smoke else {'cudnn': ('none', 'full'), 'xla': ('full',)}
@@ -89,7 +89,7 @@ def _out_shardings(state, mesh):
     return jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
 
 
-def _jax_token_losses(setting: record.Setting, params, row_BR) -> dict[str, np.ndarray]:
+def _jax_token_losses(setting: benchmark.Setting, params, row_BR) -> dict[str, np.ndarray]:
     config = gpu_step.train_config(setting)
     ops = ops_lib.for_run(config, gpu_step.make_mesh(config))
 
@@ -104,8 +104,8 @@ def _jax_token_losses(setting: record.Setting, params, row_BR) -> dict[str, np.n
     return {name: np.asarray(jax.jit(function)(params, row_BR)) for name, function in functions.items()}
 
 
-def jax_peers(setting: record.Setting, turn: int) -> dict:
-    """A turn of ours and plain JAX; the first also makes the weights and checks the losses."""
+def jax_peers(setting: benchmark.Setting, turn: int) -> dict:
+    """Runs a turn of our step and plain JAX's; the first turn also makes the weights and checks the losses."""
     if not turn:
         save_weights(setting)
     config = gpu_step.train_config(setting)
@@ -129,15 +129,15 @@ def jax_peers(setting: record.Setting, turn: int) -> dict:
     return _noted(setting, 'jax', turn, rows, jax.devices()[0].device_kind)
 
 
-def torch_peers(setting: record.Setting, turn: int) -> dict:
-    """A turn of Hugging Face's Llama; on a CPU it is not compiled, which takes minutes there."""
-    jax.config.update('jax_platforms', 'cpu')  # the GPU's memory is torch's
+def torch_peers(setting: benchmark.Setting, turn: int) -> dict:
+    """Runs a turn of Hugging Face's Llama; on a CPU without torch.compile, which would take minutes."""
+    jax.config.update('jax_platforms', 'cpu')  # leaves the GPU's memory to torch
     try:
         import torch
 
         from bench.peers import torch_llama as torch_peer
     except ImportError as error:
-        raise record.Skipped(f'{error.name} is not installed') from None
+        raise benchmark.Skipped(f'{error.name} is not installed') from None
     config, batches = setting.config(), list(gpu_step.make_rows(setting, CHECKED_STEPS)[:, 0])
     device = 'cpu' if setting.smoke else 'cuda'
     how = 'eager' if setting.smoke else 'compiled'
@@ -160,7 +160,7 @@ def torch_peers(setting: record.Setting, turn: int) -> dict:
             row['peak_bytes_so_far'] = torch.cuda.max_memory_allocated()
         calls[f'Hugging Face {how}, {name}'] = functools.partial(_train_all, train, batches, optimizer)
     turns = {'repeats': 1, 'count': 1} if setting.smoke else _TURNS
-    for name, seconds in record.in_turns(calls, **turns).items():
+    for name, seconds in benchmark.in_turns(calls, **turns).items():
         rows[name]['seconds'] = [each / len(batches) for each in seconds]
     return _noted(setting, 'torch', turn, rows, '')
 
@@ -172,33 +172,33 @@ def _train_all(train, batches, optimizer):
 
 
 def _make_it_fit(torch, train, rows_BR, optimizer) -> None:
-    """Takes a step, which compiles it; if it does not fit, once more with the layers recomputed."""
+    """Runs a step, which compiles it; if memory is short, enables recomputation and runs it again."""
     try:
         train(rows_BR, optimizer)
         return
     except torch.cuda.OutOfMemoryError:
-        pass  # outside of this block the failed step's arrays are gone
+        pass  # the failed step's arrays are freed outside this block
     train.net.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     train.recomputes = True
     train(rows_BR, optimizer)
 
 
-def _save_token_losses(setting: record.Setting, name: str, losses: np.ndarray) -> None:
+def _save_token_losses(setting: benchmark.Setting, name: str, losses: np.ndarray) -> None:
     np.save(setting.work / f'token losses {name}.npy', losses)
 
 
-def _noted(setting: record.Setting, framework: str, turn: int, rows: dict, kind: str) -> dict:
-    """The turn's results, also left for `compare`."""
+def _noted(setting: benchmark.Setting, framework: str, turn: int, rows: dict, kind: str) -> dict:
+    """Saves a turn's results for `compare`, and returns them."""
     (setting.work / f'turn {turn} {framework}.json').write_text(json.dumps({'rows': rows, 'kind': kind}))
     return {'peers': rows}
 
 
-def compare(setting: record.Setting) -> dict:
-    """Median tokens/s and MFU of each over all turns, and whether the losses agree."""
+def compare(setting: benchmark.Setting) -> dict:
+    """Returns median tokens/s and MFU of each peer over all turns; fails if losses differ."""
     turns = [json.loads(path.read_text()) for path in sorted(setting.work.glob('turn *.json'))]
     if not turns:
-        raise record.Skipped('nothing has run')
+        raise benchmark.Skipped('no turn has run')
     kind = ''.join({turn['kind'] for turn in turns})
     merged: dict[str, dict] = {}
     for turn in turns:
@@ -218,8 +218,8 @@ def compare(setting: record.Setting) -> dict:
     return {'loss_tolerance': LOSS_TOLERANCE, 'token_tolerance': TOKEN_TOLERANCE, 'rows': rows, 'failures': failures}
 
 
-def _token_failures(setting: record.Setting) -> list[str]:
-    """A sentence for each whose tokens' losses are not ours."""
+def _token_failures(setting: benchmark.Setting) -> list[str]:
+    """Returns a sentence for each peer whose per-token losses differ from ours."""
     ours = np.load(setting.work / 'token losses ours.npy')
     failures = []
     for file in sorted(setting.work.glob('token losses *.npy')):
@@ -239,8 +239,8 @@ PHASES = {
 
 
 def main(arguments=None) -> int:
-    """The command; its exit status."""
-    return record.run('bench.gpu.peers', __doc__, PHASES, name='gpu_peers', arguments=arguments)
+    """Runs the command; returns its exit status."""
+    return benchmark.run('bench.gpu.peers', __doc__, PHASES, name='gpu_peers', arguments=arguments)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""The same Llama as a user of JAX writes it without kernels: a scan over layers, jax.nn's attention, optax's AdamW.
+"""A peer: the same Llama in plain JAX (a scan over layers, jax.nn's attention, optax's AdamW).
 
-Takes our parameters, so that it starts from the same weights. Imports nothing of the product but the state's type.
+Takes our parameters, so that it starts from the same weights. Of the product it imports only configs and TrainState.
 
 Shapes: A accumulation steps (1 here), B batch, T time, D model, N query heads, K key-value heads, H head dim,
 F feed-forward, V vocabulary.

@@ -1,4 +1,4 @@
-"""The same Llama as a user of torch trains it: Hugging Face's, torch.compile, fused AdamW, bfloat16 by autocast.
+"""A peer: Hugging Face's Llama as torch users train it (torch.compile, fused AdamW, bfloat16 autocast).
 
 Imports torch and transformers, and touches no GPU through JAX.
 """
@@ -25,14 +25,14 @@ def _causal_attention(module, query, key, value, attention_mask, *, scaling=None
 
 
 def _repeated_attention(module, query, key, value, attention_mask, *, scaling=None, **_):
-    """The same for a backend that knows no groups of query heads."""
+    """Causal SDPA for a backend that does not support grouped-query attention: repeats keys and values."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _knows_groups(backend, device: str) -> bool:
-    """Whether a backend runs grouped-query attention, forward and backward."""
+    """Returns whether a backend runs grouped-query attention, forward and backward."""
     q, k, v = (torch.ones(1, heads, 64, 64, dtype=torch.bfloat16, device=device) for heads in (4, 2, 2))
     try:
         with torch_attention.sdpa_kernel(backend):
@@ -68,14 +68,14 @@ def state_dict(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, tor
     def matrix(array, inputs: int):
         return array.reshape(int(np.prod(array.shape[:inputs])), -1).T
 
-    found = {
+    state = {
         'model.embed_tokens.weight': weights['embed'],
         'model.norm.weight': weights['final_norm/scale'],
         'lm_head.weight': weights['lm_head'].T,
     }
     for i in range(num_layers):
         ours = {path: weights[f'layers/{path}'][i] for path in _LAYER}
-        found |= {
+        state |= {
             f'model.layers.{i}.{name}.weight': matrix(ours[path], inputs) if inputs else ours[path]
             for path, (name, inputs) in _LAYER.items()
         }

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bench.gpu import all as gpu
+from bench.gpu import benchmark
 from bench.gpu import learn as gpu_learn
 from bench.gpu import peers as gpu_peers
-from bench.gpu import record as gpu_record
 from bench.gpu import step as gpu_step
 from configs import tinyllama_120m
 from kernels import dispatch
@@ -105,7 +105,7 @@ def test_a_phase_that_breaks_does_not_keep_the_others_from_running(tmp_path, mon
 
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     phases = {'first': breaks, 'second': lambda setting: {'rows': [{'figure': 1.5}]}}
-    assert gpu_record.run('x', 'A benchmark.', phases, name='x', arguments=[str(tmp_path), '--smoke']) == 1
+    assert benchmark.run('x', 'A benchmark.', phases, name='x', arguments=[str(tmp_path), '--smoke']) == 1
     record = json.loads((tmp_path / 'x.json').read_text())
     assert record['failures'] == ['first: OSError: no such luck']
     assert record['phases']['second']['status'] == 'ok'
@@ -113,14 +113,14 @@ def test_a_phase_that_breaks_does_not_keep_the_others_from_running(tmp_path, mon
 
 
 def test_a_process_that_dies_is_a_failed_phase(tmp_path):
-    setting = gpu_record.Setting(smoke=True, work=tmp_path)
-    result = gpu_record.in_process('bench.no_such_module', 'phase', setting, limit_s=60)
+    setting = benchmark.Setting(smoke=True, work=tmp_path)
+    result = benchmark.in_process('bench.no_such_module', 'phase', setting, limit_s=60)
     assert result['status'] == 'failed'
     assert 'ended with status 1' in result['error']
 
 
 def test_weights_in_the_wrong_place_are_noticed(tmp_path):
-    setting = gpu_record.Setting(smoke=True, work=tmp_path)
+    setting = benchmark.Setting(smoke=True, work=tmp_path)
     np.save(tmp_path / 'token losses ours.npy', np.ones((1, 8)))
     np.save(tmp_path / 'token losses Hugging Face.npy', np.full((1, 8), 1.2))
     (failure,) = gpu_peers._token_failures(setting)
@@ -137,7 +137,7 @@ def test_losses_that_are_not_numbers_are_noticed():
 def test_final_losses_agree_to_a_third_of_a_percent(tmp_path, ours, failures):
     for dtype, loss in (('bfloat16', ours), ('float32', 4.0)):
         (tmp_path / f'{dtype}.json').write_text(json.dumps({'final_loss': loss}))
-    found = gpu_learn.compare(gpu_record.Setting(smoke=True, work=tmp_path))
+    found = gpu_learn.compare(benchmark.Setting(smoke=True, work=tmp_path))
     assert len(found['failures']) == failures
 
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import main
-from bench.gpu import record as gpu_record
+from bench.gpu import benchmark
 from tests.conftest import ROOT
 from tests.support import kernel_checks
 from tinyllama_jax import errors
@@ -371,7 +371,7 @@ def test_the_estimate_meets_the_speed_measured_on_an_h100(tmp_path):
     if jax.__version__ != record['versions']['jax']:
         pytest.skip('measured with another JAX, whose compiler makes another program')
     measured = next(row for row in record['phases']['unrolled']['results']['rows'] if row['ops'] == 'scanned')
-    config = gpu_record.Setting(smoke=False, work=tmp_path).config('triton', remat=measured['remat'])
+    config = benchmark.Setting(smoke=False, work=tmp_path).config('triton', remat=measured['remat'])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
     planned = plan.compile_step(config, plan.make_cluster('h100-80gb', '1x1'))
     assert planned.tokens_per_second == pytest.approx(measured['tokens_per_second'], rel=0.1)

@@ -1,8 +1,8 @@
-"""What the GPU benchmarks share: phases in processes of their own, timing in turns, errors, JSON and Markdown.
+"""Shared by the GPU benchmarks: phases in their own processes, alternating timing, errors, JSON and Markdown.
 
 A benchmark is a module with `PHASES`, {name: function of a Setting that returns its results}. On a GPU each phase
-runs in a process of its own, so that one that breaks the GPU's context, or dies, takes nothing else along.
-Results are plain dictionaries; `rows` in them becomes a table and `failures`, sentences, a failed run.
+runs in its own process, so a phase that breaks the GPU's context, or dies, does not stop the others.
+Results are plain dictionaries: `rows` becomes a table, and sentences in `failures` fail the run.
 """
 
 import argparse
@@ -41,19 +41,19 @@ _SMALL = config_lib.ModelConfig(
 
 
 class Skipped(Exception):
-    """Something that cannot run here, and why; no failure."""
+    """A phase cannot run here; the message says why. Not a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Whether this is the small run on a CPU, and a folder for what does not outlive the run."""
+    """Whether this is the smoke run on a CPU, and a folder for temporary files."""
 
     smoke: bool
     work: pathlib.Path
 
     @property
     def kernels(self) -> str:
-        """The implementation that is ours: Triton's, interpreted on a CPU."""
+        """The name of our implementation: triton, or interpret on a CPU."""
         return 'interpret' if self.smoke else 'triton'
 
     @property
@@ -74,7 +74,7 @@ class Setting:
     def config(
         self, impl: str | None = None, *, remat: str = 'none', attention: str | None = None
     ) -> config_lib.Config:
-        """A run of that model at a constant rate, its ops all of `impl` (attention: of its own, if given)."""
+        """A run of `model` at a constant learning rate. Every op runs `impl`; `attention` overrides attention's."""
         ops = dict.fromkeys(dispatch.OPS, impl or self.kernels)
         return config_lib.validated(
             config_lib.Config(
@@ -89,9 +89,9 @@ class Setting:
 
 
 def in_turns(calls: dict[Any, Callable[[], Any]], *, repeats: int, count: int) -> dict[Any, list[float]]:
-    """Seconds a call, one figure for each of `repeats` turns of `count` calls, which come in changing order.
+    """Returns seconds per call of each of `calls`: one figure per turn, `repeats` turns of `count` calls.
 
-    Each is called once before. A call starts its work; what it returns is then waited for, once a turn.
+    Turns alternate their order, after one warm-up call each. A call starts its work; a turn waits once, at its end.
     """
     for call in calls.values():
         wait(call())
@@ -107,12 +107,12 @@ def in_turns(calls: dict[Any, Callable[[], Any]], *, repeats: int, count: int) -
 
 
 def medians(calls: dict[Any, Callable[[], Any]], *, repeats: int, count: int) -> dict[Any, float]:
-    """The median seconds a call, from `in_turns`."""
+    """Returns the median seconds per call, measured by `in_turns`."""
     return {name: statistics.median(each) for name, each in in_turns(calls, repeats=repeats, count=count).items()}
 
 
 def wait(result) -> None:
-    """Waits for the arrays of JAX, or of torch, in `result`."""
+    """Waits until the JAX or torch arrays in `result` are computed."""
     jax.block_until_ready(result)  # takes torch's tensors for constants
     torch = sys.modules.get('torch')
     if torch and torch.cuda.is_initialized():
@@ -120,7 +120,7 @@ def wait(result) -> None:
 
 
 def relative_error(found, wanted) -> float:
-    """The norm of the difference relative to the norm of `wanted`, in float32."""
+    """Returns the norm of the difference, relative to the norm of `wanted`, in float32."""
     return float(_relative_error(found, wanted))
 
 
@@ -131,26 +131,26 @@ def _relative_error(found, wanted):
 
 
 def peak_bytes() -> int | None:
-    """The most device memory that this process has used so far; None where it is not counted (CPUs)."""
+    """Returns the peak device memory of this process so far; None on CPUs, which do not count it."""
     return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
 
 
 def compiler_memory(compiled) -> dict[str, int | None]:
-    """What the compiler plans to use: temporary buffers, and the peak with arguments and results."""
+    """Returns the memory that the compiler plans: temporary buffers, and the peak with arguments and results."""
     analysis = compiled.memory_analysis()
     names = {'temporary_bytes': 'temp_size_in_bytes', 'predicted_peak_bytes': 'peak_memory_in_bytes'}
     return {ours: getattr(analysis, theirs, None) for ours, theirs in names.items()}
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of Python, the driver and the packages that decide the figures; None for one that is missing."""
-    found: dict[str, str | None] = {'python': sys.version.split()[0], 'driver': _driver()}
+    """Returns the versions of Python, the driver and the packages that decide the figures; None if missing."""
+    installed: dict[str, str | None] = {'python': sys.version.split()[0], 'driver': _driver()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def _driver() -> str | None:
@@ -162,7 +162,7 @@ def _driver() -> str | None:
 
 
 def device(setting: Setting) -> dict[str, Any]:
-    """What runs the phases. Fails without a GPU, unless in the smoke run."""
+    """Describes the device. Raises RuntimeError without a GPU, except in the smoke run."""
     first = jax.devices()[0]
     if not (setting.smoke or setting.chip):
         raise RuntimeError(f'JAX finds no GPU, only {first.device_kind!r}; --smoke runs the same code on a CPU')
@@ -171,21 +171,21 @@ def device(setting: Setting) -> dict[str, Any]:
 
 
 def outcome(function: Callable[[Setting], dict], setting: Setting) -> dict[str, Any]:
-    """What a phase came to: its status (ok, failed, skipped), seconds, error and results."""
+    """Runs a phase; returns its status (ok, failed, skipped), seconds, error and results."""
     start, results, error = time.perf_counter(), {}, None
     try:
         results = function(setting)
         status = 'failed' if results.get('failures') else 'ok'
     except Skipped as reason:
         status, error = 'skipped', str(reason)
-    except Exception as failure:  # whatever it is: the others still run
+    except Exception as failure:  # the other phases still run
         traceback.print_exc()
         status, error = 'failed', f'{type(failure).__name__}: {failure}'[:_ERROR_CHARACTERS]
     return {'status': status, 'seconds': round(time.perf_counter() - start, 1), 'error': error, 'results': results}
 
 
 def in_process(module: str, phase: str, setting: Setting, *, limit_s: float, env: dict[str, str] | None = None) -> dict:
-    """The outcome of a phase of `module` that runs in a new process, killed after `limit_s` seconds."""
+    """Runs a phase of `module` in a new process, killed after `limit_s` seconds; returns its outcome."""
     file = setting.work / f'{phase}.outcome.json'
     file.unlink(missing_ok=True)
     command = [sys.executable, '-P', '-m', module, f'--phase={phase}', f'--work={setting.work}']
@@ -202,7 +202,7 @@ def in_process(module: str, phase: str, setting: Setting, *, limit_s: float, env
 
 
 def _status(command: list[str], env: dict[str, str], limit_s: float) -> int | None:
-    """The exit status of a command; None if it took too long and was killed, with the processes that it started."""
+    """Runs a command; returns its exit status, or None if it timed out and was killed with its child processes."""
     nested = 'TINYLLAMA_BENCH_PHASE' in env  # a phase's own processes stay in its group, and end with it
     env = {**env, 'TINYLLAMA_BENCH_PHASE': '1'}
     process = subprocess.Popen(command, env=env, start_new_session=not nested)
@@ -220,7 +220,7 @@ def _status(command: list[str], env: dict[str, str], limit_s: float) -> int | No
 
 
 def parsed(module: str, doc: str, phases, arguments=None) -> argparse.Namespace:
-    """The flags that every GPU benchmark takes."""
+    """Parses the flags of every GPU benchmark."""
     parser = argparse.ArgumentParser(prog=module, description=doc.splitlines()[0])
     parser.add_argument('results', nargs='?', type=pathlib.Path, help='a folder; default: bench/results/CHIP')
     parser.add_argument('--smoke', action='store_true', help='tiny sizes on a CPU, to check the code; no figures')
@@ -237,9 +237,9 @@ def parsed(module: str, doc: str, phases, arguments=None) -> argparse.Namespace:
 
 
 def run(module: str, doc: str, phases: dict, *, name: str, hidden: dict | None = None, arguments=None) -> int:
-    """A benchmark's command line: runs its phases, writes NAME.json and NAME.md; the exit status.
+    """Runs a benchmark's phases, writes NAME.json and NAME.md, and returns the exit status.
 
-    `hidden` phases are those that phases run in processes of their own.
+    Phases start the `hidden` phases in processes of their own.
     """
     flags = parsed(module, doc, phases, arguments)
     flags.deadline = time.perf_counter() + flags.limit
@@ -263,13 +263,13 @@ def run(module: str, doc: str, phases: dict, *, name: str, hidden: dict | None =
 
 
 def _set_up_smoke() -> None:
-    """A CPU, whatever else there is; and programs compiled in a hurry, since compiling is all that takes time here."""
+    """Chooses the CPU and fast compilation: compiling takes most of a smoke run."""
     jax.config.update('jax_platforms', 'cpu')
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_HASTY}'.strip()
 
 
 def _share_compiled(folder: pathlib.Path) -> None:
-    """What one phase has compiled serves the others, and both processes of a resume run the same program."""
+    """Shares compiled programs between phases, so that both processes of a resume run the same program."""
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
     jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])  # this process's own
@@ -279,22 +279,23 @@ def _share_compiled(folder: pathlib.Path) -> None:
 
 def _run_all(module: str, phases: dict, setting: Setting, flags, name: str, about: dict) -> int:
     folder = flags.results or _default_folder(setting, about)
-    record = {'benchmark': name, 'smoke': setting.smoke, 'device': about, 'versions': package_versions()}
-    record |= {'commit': versions.commit(), 'phases': {}}
-    for phase, result in _outcomes(module, phases, setting, flags):
-        record['phases'][phase] = result
-        print(f'== {phase}: {result["status"]} in {result["seconds"]:.0f} s', result['error'] or '', flush=True)
-        for row in result['results'].get('rows', ()):
+    result = {'benchmark': name, 'smoke': setting.smoke, 'device': about, 'versions': package_versions()}
+    result |= {'commit': versions.commit(), 'phases': {}}
+    for phase, phase_result in _outcomes(module, phases, setting, flags):
+        result['phases'][phase] = phase_result
+        status, seconds, error = (phase_result[key] for key in ('status', 'seconds', 'error'))
+        print(f'== {phase}: {status} in {seconds:.0f} s', error or '', flush=True)
+        for row in phase_result['results'].get('rows', ()):
             print('   ', ', '.join(f'{key} {shown(value)}' for key, value in row.items() if value is not None))
-        write(record, folder, name)
+        write(result, folder, name)
     print(f'written: {folder / f"{name}.json"} and {name}.md')
-    for failure in record['failures']:
+    for failure in result['failures']:
         print(f'FAILED: {failure}', file=sys.stderr)
-    return 1 if record['failures'] else 0
+    return 1 if result['failures'] else 0
 
 
 def _outcomes(module: str, phases: dict, setting: Setting, flags) -> Iterator[tuple[str, dict]]:
-    """Each phase's name and outcome, as it comes."""
+    """Runs the phases; yields each one's name and outcome."""
     for phase in flags.only:
         left = flags.deadline - time.perf_counter()
         print(f'== {phase} ({max(left, 0):.0f} s of {flags.limit:.0f} left)', flush=True)
@@ -314,38 +315,38 @@ def _default_folder(setting: Setting, about: dict) -> pathlib.Path:
     return ROOT / 'bench/results' / about['kind'].replace(' ', '-').lower() / commit
 
 
-def failures_of(record: dict) -> list[str]:
-    """What makes a run a failed one, a sentence each."""
-    found = []
-    for phase, result in record['phases'].items():
-        found += [f'{phase}: {failure}' for failure in result['results'].get('failures', ())]
-        if result['status'] == 'failed' and result['error']:
-            found.append(f'{phase}: {result["error"]}')
-    return found
+def failures_of(result: dict) -> list[str]:
+    """Returns a sentence for each failure of a run."""
+    failures = []
+    for phase, phase_result in result['phases'].items():
+        failures += [f'{phase}: {failure}' for failure in phase_result['results'].get('failures', ())]
+        if phase_result['status'] == 'failed' and phase_result['error']:
+            failures.append(f'{phase}: {phase_result["error"]}')
+    return failures
 
 
-def write(record: dict, folder: pathlib.Path, name: str) -> None:
-    """Writes NAME.json and NAME.md into `folder`, with the failures gathered."""
-    record['failures'] = failures_of(record)
+def write(result: dict, folder: pathlib.Path, name: str) -> None:
+    """Writes NAME.json and NAME.md, with all failures, into `folder`."""
+    result['failures'] = failures_of(result)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
-    (folder / f'{name}.md').write_text(markdown(record))
+    (folder / f'{name}.json').write_text(json.dumps(result, indent=1) + '\n')
+    (folder / f'{name}.md').write_text(markdown(result))
 
 
-def markdown(record: dict) -> str:
-    """The record as a page: what it ran on, and a table for each phase."""
-    known = ', '.join(f'{name} {version}' for name, version in record['versions'].items() if version)
-    lines = [f'# {record["benchmark"]} on {record["device"]["kind"]}', '', f'{known}; commit {record["commit"]}.', '']
-    if record['smoke']:
+def markdown(result: dict) -> str:
+    """Formats a result as Markdown: the device, the versions, and a table for each phase."""
+    known = ', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)
+    lines = [f'# {result["benchmark"]} on {result["device"]["kind"]}', '', f'{known}; commit {result["commit"]}.', '']
+    if result['smoke']:
         lines += ['A smoke run on a CPU: it shows that the code runs, and its times mean nothing.', '']
-    lines += [f'- FAILED: {failure}' for failure in record['failures']]
-    for phase, result in record['phases'].items():
-        lines += ['', f'## {phase}: {result["status"]} in {result["seconds"]:.0f} s', '']
-        if result['error']:
-            lines += [result['error'], '']
-        scalars = {key: value for key, value in result['results'].items() if isinstance(value, int | float | str)}
+    lines += [f'- FAILED: {failure}' for failure in result['failures']]
+    for phase, phase_result in result['phases'].items():
+        lines += ['', f'## {phase}: {phase_result["status"]} in {phase_result["seconds"]:.0f} s', '']
+        if phase_result['error']:
+            lines += [phase_result['error'], '']
+        scalars = {key: value for key, value in phase_result['results'].items() if isinstance(value, int | float | str)}
         lines += [f'- {key}: {shown(value)}' for key, value in scalars.items()]
-        lines += ['', *_table(result['results'].get('rows', []))]
+        lines += ['', *_table(phase_result['results'].get('rows', []))]
     return '\n'.join(lines).rstrip() + '\n'
 
 
@@ -358,7 +359,7 @@ def _table(rows: list[dict]) -> list[str]:
 
 
 def shown(value) -> str:
-    """A figure to four digits; nothing for None."""
+    """Formats a figure to four digits; None as an empty cell."""
     if isinstance(value, float):
         return f'{value:.4g}' if abs(value) < 10_000 else f'{value:.0f}'
     return '' if value is None else str(value).replace('|', '/').replace('\n', ' ')
