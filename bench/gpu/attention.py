@@ -79,7 +79,7 @@ def _time_attention(setting: benchmark.Setting, rows: list, candidates: dict[str
 
 
 def _attention_flops(setting: benchmark.Setting) -> float:
-    """Returns the forward pass's FLOPs: two products over half of the position pairs. Backward has 2.5 times as many."""
+    """Returns the forward pass's FLOPs: two products over half of the pairs. Backward has 2.5 times as many."""
     model = setting.model
     return 4 * setting.batch * model.num_heads * model.seq_len**2 * model.head_dim / 2
 

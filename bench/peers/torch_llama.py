@@ -79,7 +79,7 @@ def state_dict(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, tor
             f'model.layers.{i}.{name}.weight': matrix(ours[path], inputs) if inputs else ours[path]
             for path, (name, inputs) in _LAYER.items()
         }
-    return {name: torch.tensor(np.ascontiguousarray(array)) for name, array in found.items()}
+    return {name: torch.tensor(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
 _LAYER = {
