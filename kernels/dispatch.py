@@ -1,4 +1,4 @@
-"""The five ops, each with a choice of implementation; a name works or raises, and nothing falls back.
+"""The seven ops of the model, each with a choice of implementation; a name works or raises, and nothing falls back.
 
     impl=None         the default for the op and the chip
     impl='xla'        plain JAX: reference.py on GPUs, cpu.py on CPUs
@@ -6,8 +6,8 @@
     impl='interpret'  the same Triton source in Triton's interpreter, on the CPU: exact, and slow
     impl='cudnn'      attention only: cuDNN's, through jax.nn.dot_product_attention
 
-`chip` is a GPU's compute capability such as 'sm_90', or None for a CPU; it is never asked of a
-device. The ops know no mesh: under one they are called inside `jax.shard_map`.
+`chip` is a GPU's compute capability such as 'sm_90', or None for a CPU; it is an argument, never asked of
+a device. The ops know no mesh: under one, tinyllama_jax/ops.py calls them inside `jax.shard_map`.
 
 Shapes: B batch, T query time, S key time (= T), D model, N query heads, K key-value heads, H head
 dim, F feed-forward, V vocabulary. dtypes: float32 and bfloat16; `xla` takes any float.
@@ -21,25 +21,32 @@ import jax.numpy as jnp
 
 from kernels import checks, cpu, embedding, launch, reference
 
-OPS = ('attention', 'rms_norm', 'rope', 'swiglu', 'cross_entropy')
+_ALL = ('xla', 'triton', 'interpret')
+# op: its implementations. An op runs Triton on a GPU and plain JAX on a CPU unless told otherwise, and plain JAX
+# everywhere if it has no kernel: XLA's matrix product is the library's, and the embedding only moves rows.
+OPS = {
+    'attention': (*_ALL, 'cudnn'),
+    'rms_norm': _ALL,
+    'rope': _ALL,
+    'swiglu': _ALL,
+    'cross_entropy': _ALL,
+    'linear': ('xla',),
+    'embed': ('xla',),
+}
+# How far right results may be from plain JAX's in float32: (a row, relative to its norm; a whole result). By dtype, or
+# by implementation if it rounds more than its inputs' dtype does. bfloat16 rounds by up to 4e-3, several times on the
+# way; a wrong tile or mask is off by a tenth and more, a slightly wrong scale everywhere alike.
+TOLERANCES = {'float32': (1e-4, 3e-5), 'bfloat16': (3e-2, 1e-2)}
 CHIPS = launch.CHIPS
-# {(chip, op): implementation} where a committed measurement (bench/results/) found another one faster than Triton.
-_MEASURED: dict[tuple[str, str], str] = {}
-
-
-def implementations(op: str) -> tuple[str, ...]:
-    """The names that `impl` may have for an op."""
-    return ('xla', 'triton', 'interpret') + (('cudnn',) if op == 'attention' else ())
 
 
 def implementation(op: str, *, impl: str | None = None, chip: str | None = None) -> str:
-    """The implementation that `impl` stands for on `chip`.
+    """Returns the implementation that `impl` stands for on `chip`.
 
-    Raises ValueError where it cannot run, ImportError where what it needs is not installed.
+    Raises ValueError if it cannot run there, ImportError if a package that it needs is not installed.
     """
-    if impl is None:
-        impl = 'xla' if chip is None else _MEASURED.get((chip, op), 'triton')
-    known, place = implementations(op), 'a CPU (chip=None)' if chip is None else chip
+    known, place = OPS[op], chip or 'a CPU (chip=None)'
+    impl = impl or ('triton' if chip and 'triton' in known else 'xla')
     checks.require(impl in known, op, f'impl={impl!r} is not one of {", ".join(known)}')
     if impl == 'triton':
         chips = ', '.join(CHIPS)
@@ -54,7 +61,7 @@ def implementation(op: str, *, impl: str | None = None, chip: str | None = None)
     return impl
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None, impl=None, chip=None):
+def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=None):
     """Causal grouped-query attention, scaled by 1 / sqrt(H): [B, T, N, H] in q's dtype.
 
     Query head n reads key-value head n // (N / K). With `segment_ids_BT` (integers) a position
@@ -78,7 +85,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None, impl=None, chip=No
     return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segments, _target(impl, chip))
 
 
-def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None, impl=None, chip=None):
+def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
     """x / sqrt(mean(x^2) + eps) * scale: [B, T, D] in x's dtype (Zhang and Sennrich, 2019).
 
     The scale is of x's dtype or float32. With `residual_BTD`: (that of the sum x + residual, the
@@ -148,16 +155,28 @@ def cross_entropy(
     return _kernels(op).cross_entropy(x_BTD, head_DV, targets_BT, **options, target=target)
 
 
-def linear(x, w, *, gradient_dtype=None, chip=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs], a library's matrix product everywhere: [B, T, *outputs].
+def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
+    """x [B, T, *inputs] times w [*inputs, *outputs], which is rounded to x's dtype: [B, T, *outputs].
 
-    w is rounded to x's dtype; its gradient leaves the product in `gradient_dtype` (x's by default).
+    w's gradient leaves its matrix product in `gradient_dtype` (x's dtype by default). Raises ValueError as
+    `attention` does.
     """
+    op = 'linear'
+    impl = implementation(op, impl=impl, chip=chip)
+    checks.require(w.shape[: x.ndim - 2] == x.shape[2:], op, f'x {x.shape} and w {w.shape} differ in their inputs')
+    checks.implementation(op, impl, x.dtype.name)
     return _plain(chip).linear(x, w, gradient_dtype)
 
 
-def embed(table_VD, tokens_BT, *, chip=None):
-    """Rows [B, T, D] of the table, zeros for tokens outside it; the gradient has one order of adding everywhere."""
+def embed(table_VD, tokens_BT, *, impl=None, chip=None):
+    """Rows [B, T, D] of the table, zeros for tokens outside it; the table's gradient is added up in one order.
+
+    Raises ValueError as `attention` does.
+    """
+    op = 'embed'
+    impl = implementation(op, impl=impl, chip=chip)
+    checks.implementation(op, impl, checks.floats(op, 'VD', table=table_VD))
+    checks.numbers(op, 'tokens', tokens_BT, tokens_BT.shape[:2], 'BT')
     return embedding.embed(table_VD, tokens_BT, by_sorting=chip is not None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import reference
 from tinyllama_jax import model
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.ops import Ops
@@ -107,7 +108,7 @@ def _step(params, state: State, sampling, eos, config: ModelConfig, ops: Ops) ->
     def attend(q_B1NH, k_B1KH, v_B1KH, cache):
         new = {'k': k_B1KH.swapaxes(1, 2), 'v': v_B1KH.swapaxes(1, 2)}
         cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], slot, axis=2) for name in new}
-        return ops.cached_attention(q_B1NH, cache['k'], cache['v'], visible_BS), cache
+        return reference.cached_attention(q_B1NH, cache['k'], cache['v'], visible_BS), cache
 
     going_B = _going(state, eos)
     positions_B1 = (state.length_B + state.number - 1)[:, None]

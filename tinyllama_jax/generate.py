@@ -120,7 +120,7 @@ class Generator:
 
     def _padded(self, prompts, max_new_tokens: int):
         """Tokens [B, P], lengths and limits [B]; B is rounded up with rows whose limit is 0."""
-        B = self._ops.rows_of(1 << (len(prompts) - 1).bit_length())
+        B = self._ops.padded_batch(1 << (len(prompts) - 1).bit_length())
         tokens_BP = np.zeros((B, rounded(max(map(len, prompts)))), np.int32)
         length_B, limit_B = np.ones(B, np.int32), np.zeros(B, np.int32)
         for row, ids in enumerate(prompts):

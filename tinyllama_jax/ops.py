@@ -1,4 +1,4 @@
-"""The five ops under the mesh: each runs on its device's part of the arrays, as one table of partitions says.
+"""The model's ops under a mesh: each runs on its device's part of the arrays, split as one table of partitions says.
 
 XLA would gather a kernel's inputs and run it whole on every device; so every op, whichever its
 implementation, is called inside `jax.shard_map`, which only this file calls.
@@ -13,78 +13,90 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels import checks, dispatch, reference, varying
+from kernels import checks, dispatch, varying
 from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
 from tinyllama_jax.sharding import BATCH, EMBEDDING, HEAD, HEADS, HIDDEN, TOKENS, VOCABULARY_AXIS, WEIGHTS_AXIS
 
-# op: (partitions of its arrays, partition of its results)
+# op: (partitions of its arrays, partition of its results). None: plain JAX that XLA itself partitions well, as a matrix
+# product, whose partition depends on the weight (sharding.PARAM_RULES).
 _PARTITIONS = {
     'attention': ((HEADS, HEADS, HEADS, TOKENS), HEADS),
     'rms_norm': ((TOKENS, P(), TOKENS), TOKENS),
     'rope': ((HEADS, TOKENS), HEADS),
     'swiglu': ((HIDDEN, HIDDEN), HIDDEN),
     'cross_entropy': ((TOKENS, HEAD, TOKENS, TOKENS), P()),
+    'linear': None,
     'embed': ((EMBEDDING, TOKENS), TOKENS),
 }
+
+
+def every_op(impl: str) -> KernelConfig:
+    """The KernelConfig that chooses `impl` for every op that has it; the others stay at their default."""
+    fields = (field.name for field in dataclasses.fields(KernelConfig))
+    return KernelConfig(**{name: impl for name in fields if impl in dispatch.OPS.get(name, ())})
+
+
 # What evaluation and generation use: any head dim, one token at a time.
-PLAIN = KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla'))
+PLAIN = every_op('xla')
 
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """The ops as a run has chosen them; made by `for_run` or `make_ops`; arguments and results: `kernels.dispatch`."""
+    """The ops as a run chose them, made by `for_run` or `make_ops`; arguments and results as in `kernels.dispatch`."""
 
-    implementations: tuple[tuple[str, str], ...]  # (op, its implementation's name), hashable as a static argument is
-    chip: str | None  # the GPU's compute capability, as sm_90; None for a CPU
+    implementations: tuple[tuple[str, str], ...]  # (op, its implementation); a tuple, so that Ops is a static argument
+    chip: str | None  # the GPU's compute capability, such as sm_90; None for a CPU
     mesh: Mesh | None  # None: one device
-    whole_weights: bool = False  # weights come whole to each device (ZeRO-1), and need not be gathered
-    gradient_dtype: str | None = None  # of weights' gradients as they are added up between devices; none: the weights'
+    whole_weights: bool = False  # ZeRO-1: each device holds whole weights, which need no all-gather
+    gradient_dtype: str | None = None  # dtype in which weight gradients are reduced; none: the weights'
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
         """Causal grouped-query attention over whole sequences [B, T, N, H]."""
-
-        def local(q, k, v, ids):
-            return dispatch.attention(q, k, v, segment_ids_BT=ids, **self._how('attention'))
-
-        return self._on_each_device('attention', local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return self._run('attention', q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def rms_norm(self, x_BTD, scale_D, *, eps, residual_BTD=None):
-        """Normed [B, T, D]; with a residual (normed sum, sum)."""
-
-        def local(x, scale, residual):
-            return dispatch.rms_norm(x, scale, eps=eps, residual_BTD=residual, **self._how('rms_norm'))
-
-        return self._on_each_device('rms_norm', local, x_BTD, scale_D, residual_BTD)
+        """The normed [B, T, D]; with a residual (normed sum, sum)."""
+        return self._run('rms_norm', x_BTD, scale_D, residual_BTD, eps=eps)
 
     def rope(self, x_BTNH, positions_BT, *, base, scaling=1.0):
         """Queries or keys [B, T, N, H] turned by their positions."""
-
-        def local(x, positions):
-            return dispatch.rope(x, positions, base=base, scaling=scaling, **self._how('rope'))
-
-        return self._on_each_device('rope', local, x_BTNH, positions_BT)
+        return self._run('rope', x_BTNH, positions_BT, base=base, scaling=scaling)
 
     def swiglu(self, gate_BTF, up_BTF):
         """silu(gate) * up, [B, T, F]."""
+        return self._run('swiglu', gate_BTF, up_BTF)
 
-        def local(gate, up):
-            return dispatch.swiglu(gate, up, **self._how('swiglu'))
+    def linear(self, x, w):
+        """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs]."""
+        return self._run('linear', x, w, gradient_dtype=self.gradient_dtype)
 
-        return self._on_each_device('swiglu', local, gate_BTF, up_BTF)
+    def embed(self, table_VD, tokens_BT, dtype):
+        """Rows of the table, [B, T, D] in `dtype`."""
+        embed = self._chosen('embed')
+        if not self._sharded():
+            return embed(table_VD, tokens_BT).astype(dtype)
+
+        def local(table, tokens):
+            table = self._gathered(table, dtype, 1)
+            if not vocab_axis:
+                return embed(table, tokens)
+            tokens = tokens - jax.lax.axis_index(vocab_axis) * table.shape[0]
+            return jax.lax.psum(embed(table, tokens), vocab_axis)
+
+        vocab_axis = self._vocab_axis()
+        return self._on_each_device('embed', local, table_VD, tokens_BT)
 
     def cross_entropy(self, x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
         """(mean loss over all devices, its parts), scalars; the head is rounded to x's dtype."""
-        options = {'z_loss': z_loss, **self._how('cross_entropy')}
+        cross_entropy = self._chosen('cross_entropy', z_loss=z_loss)
         if not self._sharded():
-            head_DV = head_DV.astype(x_BTD.dtype)
-            return dispatch.cross_entropy(x_BTD, head_DV, targets_BT, weights_BT=weights_BT, **options)
+            return cross_entropy(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT=weights_BT)
 
         def local(x, head, targets, weights):
             head = self._gathered(head, x.dtype, 0)
-            losses = dispatch.cross_entropy(
-                x, head, targets, weights_BT=weights, vocab_axis=vocab_axis, **options
-            )  # fmt: skip
+            losses = cross_entropy(x, head, targets, weights_BT=weights, vocab_axis=vocab_axis)
+            # Each device has the mean over its own tokens, which counts by the weight they have among all.
             share = jnp.sum(weights) / jnp.maximum(jax.lax.psum(jnp.sum(weights), batch), 1e-9)
             return jax.tree.map(lambda loss: jax.lax.psum(loss * share, batch), losses)
 
@@ -93,43 +105,50 @@ class Ops:
         return self._on_each_device('cross_entropy', local, x_BTD, head_DV, targets_BT, weights_BT)
 
     def table(self) -> str:
-        """One line that says what runs each op, and on what."""
+        """One line that says which implementation runs each op, and on which chip."""
         names = ', '.join(f'{op} {name}' for op, name in self.implementations)
         return f'ops on {self.chip or "CPU"}: {names}'
 
-    def embed(self, table_VD, tokens_BT, dtype):
-        """Rows of the table, [B, T, D] in `dtype`."""
-        if not self._sharded():
-            return dispatch.embed(table_VD, tokens_BT, chip=self.chip).astype(dtype)
-
-        def local(table, tokens):
-            table = self._gathered(table, dtype, 1)
-            if not vocab_axis:
-                return dispatch.embed(table, tokens, chip=self.chip)
-            tokens = tokens - jax.lax.axis_index(vocab_axis) * table.shape[0]
-            return jax.lax.psum(dispatch.embed(table, tokens, chip=self.chip), vocab_axis)
-
-        vocab_axis = self._vocab_axis()
-        return self._on_each_device('embed', local, table_VD, tokens_BT)
-
-    def linear(self, x, w):
-        """x [B, T, *inputs] times w [*inputs, *outputs]; a library's matrix product, which XLA partitions."""
-        return dispatch.linear(x, w, gradient_dtype=self.gradient_dtype, chip=self.chip)
-
-    def cached_attention(self, q_BTNH, k_BKSH, v_BKSH, visible_BS):
-        """Attention over the visible slots of a key-value cache."""
-        return reference.cached_attention(q_BTNH, k_BKSH, v_BKSH, visible_BS)
-
-    def rows_of(self, count: int) -> int:
-        """`count` rounded up to what the mesh divides a batch by."""
+    def padded_batch(self, count: int) -> int:
+        """`count` rounded up to a multiple of the batch shards."""
         shards = sharding.batch_shards(self.mesh) if self.mesh else 1
         return -(-count // shards) * shards
 
-    def _how(self, op: str) -> dict:
-        return {'impl': dict(self.implementations)[op], 'chip': self.chip}
+    def _chosen(self, op: str, **options):
+        """The op's function with its implementation, the chip and `options` bound."""
+        impl = dict(self.implementations)[op]
+        return functools.partial(getattr(dispatch, op), impl=impl, chip=self.chip, **options)
+
+    def _run(self, op: str, *arrays, **options):
+        return self._on_each_device(op, self._chosen(op, **options), *arrays)
+
+    def _on_each_device(self, op: str, local, *arrays):
+        """Runs `local` on each device's part of the arrays, which `_PARTITIONS` splits."""
+        if not self._sharded() or not (partitions_and_results := _PARTITIONS[op]):
+            return local(*arrays)
+        partitions, results = partitions_and_results
+        arrays, in_specs = zip(*map(self._laid_out, arrays, partitions), strict=True)
+        out_specs = sharding.split_axes(results, self.mesh)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+
+    def _laid_out(self, x, spec: P):
+        """The argument and its PartitionSpec; under ZeRO-1 a whole weight gets a leading axis of per-device copies."""
+        if spec in (EMBEDDING, HEAD) and self._copied():
+            return _copies(x, self.mesh, spec), _copies_spec(self.mesh, spec)
+        return x, sharding.split_axes(spec, self.mesh)
+
+    def _gathered(self, w, dtype, dim: int):
+        """All-gathers a weight over `fsdp` along `dim` in `dtype`; tensor-parallel splits stay."""
+        if self._copied():
+            return w[0].astype(dtype)
+        split = self.mesh.shape[WEIGHTS_AXIS] > 1
+        return _gather(w, dim if split else None, self._batch_axes(), dtype, self.gradient_dtype or dtype)
 
     def _sharded(self) -> bool:
         return self.mesh is not None and self.mesh.size > 1
+
+    def _copied(self) -> bool:
+        return self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
 
     def _batch_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in BATCH if self.mesh.shape[axis] > 1)
@@ -137,37 +156,13 @@ class Ops:
     def _vocab_axis(self) -> str | None:
         return VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
 
-    def _gathered(self, w, dtype, dim: int):
-        """A device's part of a weight, or its copy, as the whole of it in `dtype`, but for what other axes split."""
-        if self._copied():
-            return w[0].astype(dtype)
-        split = self.mesh.shape[WEIGHTS_AXIS] > 1
-        return _gather(w, dim if split else None, self._batch_axes(), dtype, self.gradient_dtype or dtype)
-
-    def _on_each_device(self, op: str, local, *arrays):
-        if not self._sharded():
-            return local(*arrays)
-        partitions, results = _PARTITIONS[op]
-        arrays, in_specs = zip(*map(self._laid_out, arrays, partitions), strict=True)
-        out_specs = sharding.split_axes(results, self.mesh)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
-
-    def _laid_out(self, x, spec: P):
-        """(an argument of an op, its partition); a weight that comes whole as one copy for each part of the batch."""
-        if spec in (EMBEDDING, HEAD) and self._copied():
-            return _copies(x, self.mesh, spec), _copies_spec(self.mesh, spec)
-        return x, sharding.split_axes(spec, self.mesh)
-
-    def _copied(self) -> bool:
-        return self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _copies(w, mesh: Mesh, spec: P):
-    """A whole weight as [devices that split the batch, *w], one for each, so that its gradients stay apart.
+    """Returns [batch shards, *w]: one copy of a whole weight for each device that has its own part of the batch.
 
-    They are then scattered as `spec` says, and only parts of them cross the other axes: of a weight that comes into
-    `jax.shard_map` whole the gradients would be added up whole.
+    With copies the devices' gradients stay apart until `_copies_bwd` reduce-scatters them as `spec` says. The
+    gradient of a weight that enters `jax.shard_map` whole would be all-reduced whole.
     """
     return jnp.broadcast_to(w, (sharding.batch_shards(mesh), *w.shape))
 
@@ -194,7 +189,7 @@ _copies.defvjp(_copies_fwd, _copies_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(w, dim: int | None, batch_axes: tuple[str, ...], dtype, gradient_dtype):
-    """w in `dtype`, whole along `dim` (None: as it is); its gradient is scattered first, and then added up."""
+    """All-gathers w along `dim` (None: not split) in `dtype`; its gradient is reduce-scattered in `gradient_dtype`."""
     return _gather_fwd(w, dim, batch_axes, dtype, gradient_dtype)[0]
 
 
@@ -202,7 +197,7 @@ def _gather_fwd(w, dim, batch_axes, dtype, _):
     like, w = jnp.zeros_like(w, shape=()), w.astype(dtype)
     if dim is not None:
         w = jax.lax.all_gather(w, WEIGHTS_AXIS, axis=dim, tiled=True)
-    return varying.along(batch_axes, w), like  # of w's dtype
+    return varying.along(batch_axes, w), like  # a scalar of w's dtype
 
 
 def _gather_bwd(dim, batch_axes, _, gradient_dtype, like, dw):
@@ -213,7 +208,10 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _scatter(dw, dim: int | None, batch_axes: tuple[str, ...]):
-    """A device's part along `dim` (None: the whole) of the sum over the batch's axes; only parts cross others."""
+    """Sums dw over the batch axes and returns this device's part along `dim` (None: the whole sum).
+
+    The reduce-scatter over `fsdp` comes first, so that the other axes reduce a part only.
+    """
     if dim is not None:
         dw = jax.lax.psum_scatter(dw, WEIGHTS_AXIS, scatter_dimension=dim, tiled=True)
         batch_axes = tuple(axis for axis in batch_axes if axis != WEIGHTS_AXIS)
@@ -221,7 +219,7 @@ def _scatter(dw, dim: int | None, batch_axes: tuple[str, ...]):
 
 
 def chip_of(device) -> str | None:
-    """sm_90 and the like for an NVIDIA GPU, None for a CPU."""
+    """The compute capability of an NVIDIA GPU, such as sm_90; None for a CPU."""
     return f'sm_{device.compute_capability.replace(".", "")}' if device.platform in ('gpu', 'cuda') else None
 
 
@@ -236,34 +234,34 @@ def make_ops(
     *,
     chip: str | None = None,
 ) -> Ops:
-    """The ops that `kernels` names, or the defaults of the mesh's chip; without a mesh, for the default device.
+    """Returns the ops that `kernels` names, by default those of the chip: the mesh's or the default device's.
 
-    `chip` stands in for that of the devices, to lower a program for a GPU that is not there.
-    Raises UsageError for an implementation that cannot run there.
+    `chip` overrides it, to lower a program for a GPU that this machine does not have.
+    Raises UsageError if an implementation cannot run there.
     """
     chip = chip or chip_of(mesh.devices.flat[0] if mesh else jax.devices()[0])
     chosen = []
     for op in dispatch.OPS:
         with _naming_the_field(op):
-            chosen.append((op, dispatch.implementation(op, impl=getattr(kernels, op), chip=chip)))
+            chosen.append((op, dispatch.implementation(op, impl=getattr(kernels, op, None), chip=chip)))
     return Ops(tuple(chosen), chip, mesh)
 
 
 def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
-    """`make_ops` of a run. Raises UsageError, too, for an implementation that cannot do what the run asks of it."""
+    """`make_ops` for a run. Raises UsageError also if an implementation cannot do what the run needs of it."""
     ops, model = make_ops(config.kernels, mesh, chip=chip), config.model
-    ops = dataclasses.replace(
-        ops, whole_weights=config.mesh.zero == 1, gradient_dtype=config.train.gradient_dtype
-    )  # fmt: skip
-    what = {'head_dim': model.head_dim, 'columns': model.embed_dim, 'segment_ids': config.data.document_mask}
+    whole_weights = config.mesh.zero == 1
+    ops = dataclasses.replace(ops, whole_weights=whole_weights, gradient_dtype=config.train.gradient_dtype)
+    needs = {'head_dim': model.head_dim, 'columns': model.embed_dim, 'segment_ids': config.data.document_mask}
     for op, impl in ops.implementations:
         with _naming_the_field(op):
-            checks.implementation(op, impl, compute_dtype(model, ops.chip).name, **what)
+            checks.implementation(op, impl, compute_dtype(model, ops.chip).name, **needs)
     attention = dict(ops.implementations)['attention']
-    if config.train.remat == 'attention' and attention not in ('triton', 'interpret') and ops.chip:
+    # On GPUs only our kernels name their output and log-sum-exp; on CPUs plain JAX does, too.
+    if config.train.remat in ('attention', 'names') and attention not in ('triton', 'interpret') and ops.chip:
         raise errors.UsageError(
-            f'config.train.remat=attention keeps what the triton attention names, and attention is {attention}: it '
-            'would be recomputed all the same. Choose full or none.'
+            f'config.train.remat={config.train.remat} keeps what the triton attention names, but attention is '
+            f'{attention} and would be recomputed. Choose full or none.'
         )
     return ops
 

@@ -104,7 +104,7 @@ class _Run:
         if self.ops.chip:
             self.journal.say(xla.gpu_settings())
         if self.config.kernels.self_test:
-            selftest.check(self.config, self.ops, self.journal.say)
+            selftest.check_kernels(self.config, self.ops, self.journal.say)
         train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)
         self.throughput, self.steps, self.logged = metrics.Throughput(), steps, self.start
         saved, pending = self.start, None

@@ -23,7 +23,7 @@ def self_test(setting: benchmark.Setting) -> dict:
     config = gpu_step.train_config(setting)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     ops = ops_lib.for_run(config, mesh)
-    errors = selftest.check(config, ops)
+    errors = selftest.check_kernels(config, ops)
     return {'ops': ops.table(), 'rows': [{'op': op, 'error': error} for op, error in errors.items()]}
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.process import versions
@@ -75,11 +74,11 @@ class Setting:
         self, impl: str | None = None, *, remat: str = 'none', attention: str | None = None
     ) -> config_lib.Config:
         """A run of `model` at a constant learning rate. Every op runs `impl`; `attention` overrides attention's."""
-        ops = dict.fromkeys(dispatch.OPS, impl or self.kernels)
+        kernels = ops_lib.every_op(impl or self.kernels)
         return config_lib.validated(
             config_lib.Config(
                 model=self.model,
-                kernels=config_lib.KernelConfig(**ops | ({'attention': attention} if attention else {})),
+                kernels=dataclasses.replace(kernels, attention=attention or kernels.attention),
                 optimizer=config_lib.OptimizerConfig(warmup_steps=0, peak_learning_rate=1e-4, final_learning_rate=1e-4),
                 train=config_lib.TrainConfig(
                     num_steps=1_000, global_batch_size=self.batch, micro_batch_size=self.batch, remat=remat

@@ -19,8 +19,8 @@ import numpy as np
 from bench.gpu import benchmark
 from bench.gpu import step as gpu_step
 from configs import tinyllama_120m
-from kernels import dispatch
 from tinyllama_jax import config as config_lib
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 
 STEPS = 300
@@ -73,15 +73,15 @@ def unigram_entropy(rows: np.ndarray) -> float:
 def learn_config(setting: benchmark.Setting, dtype: str) -> config_lib.Config:
     """Returns the run of the 125 M (or smoke) model: bfloat16 with our kernels, or float32 with XLA's ops."""
     impl = setting.kernels if dtype == 'bfloat16' and not setting.smoke else 'xla'
-    kernels = dict.fromkeys(dispatch.OPS, impl)
+    kernels = ops_lib.every_op(impl)
     if setting.smoke and dtype == 'bfloat16':
-        kernels['attention'] = 'interpret'
+        kernels = dataclasses.replace(kernels, attention='interpret')
     model = setting.model if setting.smoke else tinyllama_120m.get_config().model
     steps = _SMOKE_STEPS if setting.smoke else STEPS
     return config_lib.validated(
         config_lib.Config(
             model=dataclasses.replace(model, compute_dtype=dtype),
-            kernels=config_lib.KernelConfig(**kernels),
+            kernels=kernels,
             optimizer=config_lib.OptimizerConfig(
                 peak_learning_rate=1e-2 if setting.smoke else 1e-3, final_learning_rate=1e-4, warmup_steps=steps // 10
             ),

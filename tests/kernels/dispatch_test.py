@@ -24,6 +24,8 @@ CALLS = {
     'rope': lambda **how: dispatch.rope(Q, POSITIONS, base=1e4, **how),
     'swiglu': lambda **how: dispatch.swiglu(X, X, **how),
     'cross_entropy': lambda **how: dispatch.cross_entropy(X, HEAD, POSITIONS, **how)[0],
+    'linear': lambda **how: dispatch.linear(Q, normal(3, 4, 64, 9), **how),
+    'embed': lambda **how: dispatch.embed(HEAD, POSITIONS, **how),
 }
 KERNELS = {
     'attention': ['attention_forward_kernel'],
@@ -34,15 +36,20 @@ KERNELS = {
 }
 
 
+def test_every_op_is_called_here():
+    assert CALLS.keys() == dispatch.OPS.keys()
+    assert KERNELS.keys() == {op for op, implementations in dispatch.OPS.items() if 'triton' in implementations}
+
+
 @pytest.mark.parametrize('op', dispatch.OPS)
 def test_the_default_is_plain_jax_on_a_cpu_and_the_kernel_on_a_gpu(op):
     assert dispatch.implementation(op) == 'xla'
-    assert dispatch.implementation(op, chip='sm_80') == 'triton'
+    assert dispatch.implementation(op, chip='sm_80') == ('triton' if op in KERNELS else 'xla')
     np.testing.assert_array_equal(CALLS[op](), CALLS[op](impl='xla'))
 
 
 @kernel_checks.needs_triton
-@pytest.mark.parametrize('op', dispatch.OPS)
+@pytest.mark.parametrize('op', KERNELS)
 def test_a_program_for_a_gpu_calls_the_kernel_and_one_for_a_cpu_does_not(op):
     assert kernel_checks.cuda_kernels(lambda: CALLS[op](chip='sm_90')) == KERNELS[op]
     assert kernel_checks.cuda_kernels(lambda: CALLS[op](chip='sm_90', impl='xla')) == []
@@ -50,7 +57,7 @@ def test_a_program_for_a_gpu_calls_the_kernel_and_one_for_a_cpu_does_not(op):
 
 
 @kernel_checks.needs_triton
-@pytest.mark.parametrize('op', dispatch.OPS)
+@pytest.mark.parametrize('op', KERNELS)
 def test_every_implementation_of_a_cpu_agrees(op):
     plain = CALLS[op](impl='xla')
     np.testing.assert_allclose(CALLS[op](impl='interpret'), plain, atol=2e-6)
@@ -58,8 +65,12 @@ def test_every_implementation_of_a_cpu_agrees(op):
 
 @pytest.mark.parametrize('op', dispatch.OPS)
 def test_an_implementation_that_cannot_run_is_refused(op):
-    with pytest.raises(ValueError, match=f"{op}: impl='cuda' is not one of xla, triton, interpret"):
+    with pytest.raises(ValueError, match=f"{op}: impl='cuda' is not one of {', '.join(dispatch.OPS[op])}"):
         CALLS[op](impl='cuda')
+
+
+@pytest.mark.parametrize('op', KERNELS)
+def test_triton_is_refused_where_it_cannot_run(op):
     with pytest.raises(ValueError, match=f"{op}: impl='triton' runs on chips sm_80, sm_90, not on a CPU"):
         CALLS[op](impl='triton')
     with pytest.raises(ValueError, match=f"{op}: impl='triton' runs on chips sm_80, sm_90, not on sm_75"):
@@ -97,6 +108,9 @@ BAD = {
     'columns': (lambda: dispatch.rms_norm(WIDE, WIDE[0, 0], eps=1e-5, impl='interpret'), '16384 at most'),
     'gate and up': (lambda: dispatch.swiglu(X, X[:, :2]), r'swiglu: shapes .*\(1, 2, 64\)'),
     'nothing': (lambda: dispatch.swiglu(X[:, :0], X[:, :0]), 'swiglu: shapes .* hold nothing'),
+    'inputs': (lambda: dispatch.linear(Q, HEAD), r'linear: x \(1, 4, 4, 64\) and w \(64, 9\) differ in their inputs'),
+    'table': (lambda: dispatch.embed(HEAD[0], POSITIONS), r'embed: shapes .* are not \[V, D\]'),
+    'float tokens': (lambda: dispatch.embed(HEAD, 0.5 * POSITIONS), 'embed: tokens are float32, not integers'),
     'head': (lambda: dispatch.cross_entropy(X, HEAD[:5], POSITIONS), r'cross_entropy: x .* and head \(5, 9\) differ'),
     'targets': (lambda: dispatch.cross_entropy(X, HEAD, POSITIONS[0]), r'targets \(4,\) are not \[B, T\]'),
     'float targets': (lambda: dispatch.cross_entropy(X, HEAD, 0.5 * POSITIONS), 'targets are float32, not integers'),

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels import dispatch
 from tests.support import kernel_checks, tiny
 from tests.support.kernel_checks import normal
 from tinyllama_jax import errors, model, ops, sharding
@@ -20,7 +19,7 @@ from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import KernelConfig, MeshConfig, ModelConfig
 
 MESHES = {'fsdp': MeshConfig(fsdp=8), 'data-fsdp-tensor': MeshConfig(data=2, fsdp=2, tensor=2)}
-INTERPRETED = KernelConfig(**dict.fromkeys(dispatch.OPS, 'interpret'))
+INTERPRETED = ops.every_op('interpret')
 B, T, N, K, H, D, F, V = 8, 20, 4, 2, 64, 32, 48, 50
 
 
@@ -44,6 +43,8 @@ def _cases():
             lambda ops, *args: ops.cross_entropy(*args, targets_BT, weights_BT=weights_BT, z_loss=1e-3)[0],
             [x, normal(8, D, V)],
         ),
+        'linear': (lambda ops, *args: ops.linear(*args), [x, normal(10, D, N, H)]),
+        'linear over two axes': (lambda ops, *args: ops.linear(*args), [q, normal(11, N, H, D)]),
         'embed': (lambda ops, table: ops.embed(table, targets_BT, jnp.float32), [normal(9, 64, D)]),
     }  # fmt: skip
 
@@ -205,6 +206,7 @@ def test_a_choice_that_cannot_run_names_the_field():
         ('sm_90', {'attention': 'cudnn'}, {'compute_dtype': 'float32'}, 'attention: .* takes bfloat16, not float32'),
         ('sm_90', {'attention': 'cudnn'}, {'document_mask': True}, 'attention: .* takes no segment ids'),
         ('sm_90', {'attention': 'cudnn'}, {'remat': 'attention'}, 'train.remat=attention .* attention is cudnn'),
+        ('sm_90', {'attention': 'xla'}, {'remat': 'names'}, 'train.remat=names .* attention is xla'),
         ('sm_90', {}, {'embed_dim': 20_000}, 'kernels.rms_norm: rows of 20000'),
     ],
 )
@@ -226,6 +228,12 @@ def test_without_triton_a_run_for_a_gpu_says_what_to_install(missing, monkeypatc
 
 def test_the_table_names_every_op():
     assert ops.make_ops(chip='sm_80').table() == (
-        'ops on sm_80: attention triton, rms_norm triton, rope triton, swiglu triton, cross_entropy triton'
+        'ops on sm_80: attention triton, rms_norm triton, rope triton, swiglu triton, cross_entropy triton, '
+        'linear xla, embed xla'
     )
     assert ops.make_ops(KernelConfig(swiglu='interpret')).table().startswith('ops on CPU: attention xla')
+
+
+def test_every_op_chooses_an_implementation_for_the_ops_that_have_it():
+    assert dataclasses.asdict(ops.every_op('cudnn')) == dataclasses.asdict(KernelConfig(attention='cudnn'))
+    assert ops.PLAIN.rope == ops.PLAIN.cross_entropy == 'xla' and ops.PLAIN.self_test

@@ -9,7 +9,7 @@ from kernels import dispatch
 from tests.support import kernel_checks, tiny
 from tests.tinyllama_jax.ops_test import INTERPRETED
 from tinyllama_jax import errors, ops, sharding
-from tinyllama_jax.config import KernelConfig, MeshConfig
+from tinyllama_jax.config import MeshConfig
 from tinyllama_jax.run import selftest
 
 pytestmark = kernel_checks.needs_triton
@@ -20,9 +20,7 @@ CONFIG = dataclasses.replace(
     kernels=INTERPRETED,
 )
 
-ALONE = dataclasses.replace(
-    CONFIG, kernels=KernelConfig(**dict.fromkeys(dispatch.OPS, 'xla') | {'swiglu': 'interpret'})
-)
+ALONE = dataclasses.replace(CONFIG, kernels=dataclasses.replace(ops.PLAIN, swiglu='interpret'))
 
 
 def _ops(config=CONFIG):
@@ -34,9 +32,9 @@ def _ops(config=CONFIG):
 def test_right_kernels_pass_on_a_mesh(dtype):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, compute_dtype=dtype))
     lines = []
-    found = selftest.check(config, _ops(), lines.append)
-    assert found.keys() == set(dispatch.OPS)
-    assert all(error < selftest.TOLERANCES[dtype] / 2 for error in found.values())
+    errors_of = selftest.check_kernels(config, _ops(), lines.append)
+    assert errors_of.keys() == {op for op, implementations in dispatch.OPS.items() if 'interpret' in implementations}
+    assert all(error < dispatch.TOLERANCES[dtype][0] / 2 for error in errors_of.values())
     assert lines[0].startswith(f'self-test passed: largest errors in {dtype} attention ')
 
 
@@ -51,7 +49,7 @@ def test_a_wrong_kernel_is_named_with_its_error(monkeypatch):
     with pytest.raises(
         errors.RunError, match=r'self-test: swiglu \(interpret\) is off by 0\.0\S* in float32, and 0.0001'
     ):
-        selftest.check(ALONE, _ops(ALONE))
+        selftest.check_kernels(ALONE, _ops(ALONE))
 
 
 def test_one_that_gives_what_is_not_a_number_does_not_pass_on_a_mesh(monkeypatch):
@@ -60,7 +58,7 @@ def test_one_that_gives_what_is_not_a_number_does_not_pass_on_a_mesh(monkeypatch
         right(*arrays, impl='xla') * (1.0 if impl == 'xla' else float('nan'))
     ))  # fmt: skip
     with pytest.raises(errors.RunError, match=r'self-test: swiglu \(interpret\) is off by inf in float32'):
-        selftest.check(ALONE, _ops(ALONE))
+        selftest.check_kernels(ALONE, _ops(ALONE))
 
 
 def test_a_slightly_wrong_scale_is_noticed_in_bfloat16(monkeypatch):
@@ -70,7 +68,7 @@ def test_a_slightly_wrong_scale_is_noticed_in_bfloat16(monkeypatch):
     ))  # fmt: skip
     config = dataclasses.replace(ALONE, model=dataclasses.replace(ALONE.model, compute_dtype='bfloat16'))
     with pytest.raises(errors.RunError, match=r'swiglu \(interpret\) is off by 0\.0\S* in bfloat16, and 0\.01 is'):
-        selftest.check(config, _ops(config))
+        selftest.check_kernels(config, _ops(config))
 
 
 def test_one_that_does_not_run_is_named(monkeypatch):
@@ -83,9 +81,25 @@ def test_one_that_does_not_run_is_named(monkeypatch):
 
     monkeypatch.setattr(dispatch, 'swiglu', broken)
     with pytest.raises(errors.RunError, match=r'swiglu \(interpret\) did not run: ptxas exited with 255. Do not train'):
-        selftest.check(ALONE, _ops(ALONE))
+        selftest.check_kernels(ALONE, _ops(ALONE))
+
+
+@pytest.mark.parametrize('op', ['linear', 'embed'])
+def test_another_product_or_embedding_is_held_to_plain_jax_too(monkeypatch, op):
+    right = getattr(dispatch, op)
+
+    def wrong(*arrays, impl=None, chip=None, **options):
+        return right(*arrays, **options) * (1.0 if impl == 'xla' else 1.02)
+
+    chosen = dict(_ops(ALONE).implementations) | {'swiglu': 'xla', op: 'fp8'}
+    fp8_ops = dataclasses.replace(_ops(ALONE), implementations=tuple(chosen.items()))
+    monkeypatch.setattr(dispatch, op, wrong)
+    with pytest.raises(errors.RunError, match=rf'{op} \(fp8\) is off by 0\.02 in float32, and 0\.0001 is'):
+        selftest.check_kernels(ALONE, fp8_ops)
+    monkeypatch.setitem(dispatch.TOLERANCES, 'fp8', (0.1, 0.05))  # its own numbers are coarser than float32
+    assert selftest.check_kernels(ALONE, fp8_ops)[op] > 0.01
 
 
 def test_plain_jax_is_not_tested_against_itself():
     config = dataclasses.replace(ALONE, kernels=dataclasses.replace(ALONE.kernels, attention=None))
-    assert selftest.check(config, _ops(config)).keys() == {'swiglu'}
+    assert selftest.check_kernels(config, _ops(config)).keys() == {'swiglu'}
