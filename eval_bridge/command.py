@@ -65,7 +65,7 @@ def evaluate_run(
     of_tasks = {'task_data': task_data, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
     options = {'include_path': include_path, 'limit': limit, 'log_samples': log_samples, **of_tasks}
     options['manager'] = evaluate.task_manager(tasks, include_path)  # so that a mistyped name costs no time
-    evaluate.check(tasks, options['manager'], **of_tasks)
+    evaluate.check_tasks(tasks, options['manager'], **of_tasks)
     how = _How(protocols.PROTOCOLS[protocol], backend, tasks, options, None)
     if table or figure:
         place = pathlib.Path(output) if output else folder / 'eval'

@@ -1,6 +1,6 @@
 """Runs lm-eval's tasks on a model and stamps the protocol into the result.
 
-Nothing asks the network unless HF_HUB_OFFLINE=0 is set.
+Uses the network only if HF_HUB_OFFLINE=0 is set.
 """
 
 import difflib
@@ -37,7 +37,7 @@ from tinyllama_jax import errors, files
 from tinyllama_jax.report import baselines
 
 _TASKS = pathlib.Path(__file__).parent / 'tasks'
-_MADE = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members are one file, _NAME, with another dataset
+_GENERATED = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members share the file _NAME, each with a dataset
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
 _INCLUDES = re.compile(r'^["\']?include["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
 _TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
@@ -57,50 +57,47 @@ def evaluate(
     output: pathlib.Path | str | None = None,
     manager: lm_eval.tasks.TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with `protocol`.
+    """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with an entry `protocol`.
 
-    Multiple-choice tasks have `gold_bits_per_byte` besides their own metrics: of the right answers
-    together, which moves where accuracy is still chance.
+    Multiple-choice tasks also get `gold_bits_per_byte`: bits per byte of the right answers together, which
+    improves while accuracy is still at chance.
 
     Args:
       model: an lm-eval model, such as lm.JaxLM, opened as the protocol says.
       tasks: names of tasks, groups or tags.
       protocol: decides the number of shots of each task.
       identity: what to stamp about the model.
-      include_path: a folder with task files of one's own; relative data files in tasks are
-        looked up from the current folder, then from those that hold `include_path` and `task_data`.
-      task_data: a folder with the tasks' data (local_data.py); none: the hub's cache, or the hub.
+      include_path: a folder with the user's own task files; relative data files in tasks are looked up
+        from the current folder, then from the folders that contain `include_path` and `task_data`.
+      task_data: a folder with the tasks' data (local_data.py); None: the hub's cache, or the hub.
       confirm_run_unsafe_code: run the programs that the model writes, in jails (sandbox.py).
-      limit: only the first so many examples of each task.
+      limit: take only the first `limit` examples of each task.
       log_samples: keep every example with its log-likelihoods under `samples`.
       output: a JSON file to write; it appears only when it is complete.
-      manager: what `task_manager` made of `tasks` and `include_path`, where it was asked before.
+      manager: the result of `task_manager(tasks, include_path)`, if the caller has it.
 
-    Raises UsageError for an unknown task, data that is missing, malformed or cannot be loaded, and what `check` does.
+    Raises UsageError for an unknown task, for data that is missing, malformed or cannot be loaded, and where
+    `check_tasks` does.
     """
-    _quieten()
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = manager or task_manager(tasks, include_path)
-    check(tasks, manager, task_data=task_data, confirm_run_unsafe_code=confirm_run_unsafe_code)
-    drawn = _shots_from_validation(tasks, manager, protocol, task_data)
-    files: dict[str, Any] = {}
-    download = local_data.downloader(ConfigurableTask.download, include_path, task_data, files)
-    by_shots = defaultdict(list)
-    for task in dict.fromkeys(tasks):
-        by_shots[protocol.num_fewshot(task)].append(task)
-    result: dict[str, Any] = {}
+    check_tasks(tasks, manager, task_data=task_data, confirm_run_unsafe_code=confirm_run_unsafe_code)
+    without_training_split = _shots_from_validation(tasks, manager, protocol, task_data)
+    data_files: dict[str, Any] = {}
+    download = local_data.downloader(ConfigurableTask.download, include_path, task_data, data_files)
     with (
         patches.replaced(ConfigurableTask, 'download', download),
         patches.refusing(),
         patches.scoring_gold(),
         patches.fitting(model),
+        # It would take seconds to write a page about the machine.
         patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
     ):
-        for shots, names in by_shots.items():  # add_env_info would take seconds to write a page about the machine
-            options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
-            _merge(result, _asked(model, names, num_fewshot=shots, log_samples=True, **options))
-    _add_gold_errors(result)
+        options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
+        result = _run_tasks(model, tasks, protocol, **options)
     truncated = truncation.count(model, result['samples'])
-    _tell_truncated(truncated, model)
+    _print_truncated(truncated, model)
     if not log_samples:
         del result['samples']
     result['protocol'] = {
@@ -110,7 +107,7 @@ def evaluate(
         'harness_version': importlib.metadata.version('lm_eval'),
         'limit': limit,
         'truncated_requests': truncated,
-        **({'task_data': files, 'shots_from_validation': drawn} if task_data else {}),
+        **({'task_data': data_files, 'shots_from_validation': without_training_split} if task_data else {}),
         **(identity or {}),
     }
     if output is not None:
@@ -118,49 +115,45 @@ def evaluate(
     return result
 
 
-def _asked(model, names: Sequence[str], **options) -> dict[str, Any]:
-    """The result of lm-eval's simple_evaluate."""
+def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **options) -> dict[str, Any]:
+    """Returns the merged results of one simple_evaluate for each number of shots."""
+    by_shots = defaultdict(list)
+    for task in dict.fromkeys(tasks):
+        by_shots[protocol.num_fewshot(task)].append(task)
+    result: dict[str, Any] = {}
+    for shots, names in by_shots.items():
+        for key, value in _simple_evaluate(model, names, num_fewshot=shots, log_samples=True, **options).items():
+            if isinstance(value, dict):
+                result.setdefault(key, {}).update(value)
+            else:
+                result.setdefault(key, value)
+    for task, samples in result['samples'].items():  # lm-eval has no standard error for a ratio of sums
+        scored = [sample[patches.GOLD] for sample in samples if patches.GOLD in sample]
+        if scored:
+            result['results'][task][f'{patches.GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
+    return result
+
+
+def _simple_evaluate(model, names: Sequence[str], **options) -> dict[str, Any]:
     try:
         return lm_eval.evaluator.simple_evaluate(model=model, tasks=names, **options)
     except jinja2.UndefinedError as error:
         raise errors.UsageError(
-            f'a record of the data does not fit the template of its task, of {", ".join(names)}: {error}.'
+            f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
         ) from error
-    except UnicodeDecodeError as error:  # of a text in the middle of a file, which is decoded when it is read
-        raise errors.UsageError(f'the data of {", ".join(names)} is no UTF-8: {error}.') from error
+    except UnicodeDecodeError as error:  # in the middle of a file, which is decoded only as it is read
+        raise errors.UsageError(f'the data of {", ".join(names)} is not valid UTF-8: {error}.') from error
 
 
-def _merge(result: dict[str, Any], part: dict[str, Any]) -> None:
-    """Adds the result of some tasks to that of others."""
-    for key, value in part.items():
-        if isinstance(value, dict):
-            result.setdefault(key, {}).update(value)
-        else:
-            result.setdefault(key, value)
-
-
-def _add_gold_errors(result: dict[str, Any]) -> None:
-    """The standard errors, which lm-eval does not know for a ratio of sums."""
-    for task, samples in result['samples'].items():
-        scored = [sample[patches.GOLD] for sample in samples if patches.GOLD in sample]
-        if scored:
-            result['results'][task][f'{patches.GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
-
-
-def _tell_truncated(counts: Mapping[str, int] | None, model) -> None:
-    told = ', '.join(f'{count:,} of {task}' for task, count in (counts or {}).items() if count)
-    if told:
-        what = f'requests were longer than the model reads ({model.max_length} tokens) and were cut on the left'
-        print(f'evaluate: {what}: {told}.', file=sys.stderr)
-
-
-def _quieten() -> None:
-    logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+def _print_truncated(counts: Mapping[str, int] | None, model) -> None:
+    truncated = ', '.join(f'{count:,} of {task}' for task, count in (counts or {}).items() if count)
+    if truncated:
+        cause = f'requests were longer than the model reads ({model.max_length} tokens) and were cut on the left'
+        print(f'evaluate: {cause}: {truncated}.', file=sys.stderr)
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes a result as JSON; the file appears only when it is complete. Raises RunError where it cannot."""
+    """Writes a result as JSON; the file appears only when it is complete. Raises RunError if it can't be written."""
     text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,17 +162,17 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
         raise errors.RunError(f'--output={path} could not be written: {error.strerror}.') from error
 
 
-def check(
+def check_tasks(
     tasks: Sequence[str],
     manager: lm_eval.tasks.TaskManager,
     *,
     task_data: pathlib.Path | str | None = None,
     confirm_run_unsafe_code: bool = False,
 ) -> None:
-    """Makes sure, before a model is opened, that `tasks` may and can run.
+    """Makes sure, before a model is opened, that `tasks` may run and can.
 
-    Raises UsageError where a task runs programs and that was not confirmed, cannot be contained, or is not done in our
-    jail; and for data that `task_data` lacks.
+    Raises UsageError for data that `task_data` lacks, and for a task that runs programs if the user did not confirm
+    it, if no jail can be made, or if the task does not use our jail.
     """
     unsafe = running_programs(tasks, manager)
     for name in unsafe:
@@ -194,33 +187,33 @@ def check(
     if unsafe:
         sandbox.require()
     if task_data:
-        local_data.check(task_data, _configs(tasks, manager))
+        local_data.require_files(task_data, _configs(tasks, manager))
 
 
 def running_programs(tasks: Sequence[str], manager: lm_eval.tasks.TaskManager) -> list[str]:
-    """The tasks, among `tasks` and the members of their groups, that run what the model wrote."""
+    """Returns the tasks, among `tasks` and their groups' members, that run programs which the model wrote."""
     return [name for name, config in _configs(tasks, manager).items() if config.get('unsafe_code')]
 
 
 def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_data) -> list[str]:
-    """The tasks whose examples would come from a training split that is not there; says so."""
+    """Returns and prints the tasks that take few-shot examples from validation, as their training split is missing."""
     if not task_data:
         return []
-    drawn = [
+    affected = [
         name
         for name, config in _configs(tasks, manager).items()
         if (config.get('num_fewshot') if (shots := protocol.num_fewshot(name)) is None else shots)
         and local_data.from_validation(config, task_data)
     ]
-    if drawn:
-        names = ', '.join(drawn)
-        print(f'evaluate: no training split of {names} in {task_data}: examples are from validation.', file=sys.stderr)
-    return drawn
+    if affected:
+        missing = f'no training split of {", ".join(affected)} in {task_data}'
+        print(f'evaluate: {missing}: few-shot examples are from validation.', file=sys.stderr)
+    return affected
 
 
 def _configs(names: Sequence[str], manager: lm_eval.tasks.TaskManager) -> dict[str, dict[str, Any]]:
-    """The content of the file of each task among `names` and their groups, changed as a group says."""
-    found, pending = {}, [(name, {}) for name in reversed(names)]
+    """Returns task -> its file's content, for `names` and their groups' members, with the groups' changes."""
+    configs, pending = {}, [(name, {}) for name in reversed(names)]
     while pending:
         name, changes = pending.pop()
         entry = manager.task_index.get(name)
@@ -231,16 +224,16 @@ def _configs(names: Sequence[str], manager: lm_eval.tasks.TaskManager) -> dict[s
             own = [(_member(member), member if isinstance(member, dict) else {}) for member in reversed(members)]
             pending += [(member, {**changes, **more}) for member, more in own]
         else:
-            found[name] = {**((entry.cfg if entry else None) or {}), **changes}
-    return found
+            configs[name] = {**((entry.cfg if entry else None) or {}), **changes}
+    return configs
 
 
 def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) -> lm_eval.tasks.TaskManager:
-    """An lm-eval TaskManager that knows `names` and all they refer to.
+    """Returns an lm-eval TaskManager that knows `names` and everything they refer to.
 
-    lm-eval's own reads its 13,000 files, half a minute on a slow machine; here only the
-    folders of the tasks wanted are read, where a search of the texts can tell which.
-    Raises UsageError naming the nearest task for a name that is nowhere.
+    lm-eval's own manager reads 13,000 files, half a minute on a slow machine. This one reads only the folders of the
+    tasks wanted, as far as a search of the files' text can tell them. Raises UsageError naming the nearest task for an
+    unknown name.
     """
     if not names:
         raise errors.UsageError('--tasks=NAME,NAME is missing.')
@@ -250,7 +243,7 @@ def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) 
     folders: set[pathlib.Path] = set()
     while True:
         paths = [*sorted(folders), *own]
-        manager = _with_made(lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False))
+        manager = _with_generated(lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False))
         missing = _missing(names, manager, folders)
         if not missing:
             return manager
@@ -264,12 +257,14 @@ def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise errors.UsageError(f'--tasks: there is no task {name!r}; the nearest is {near[0]!r}.')
-    return _with_made(lm_eval.tasks.TaskManager(include_path=own))
+    return _with_generated(
+        lm_eval.tasks.TaskManager(include_path=own)
+    )  # only the full index has a tag of several folders
 
 
-def _with_made(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskManager:
-    """Adds the members of `_MADE`: NAME_member is the file _NAME with the dataset `member`."""
-    for group in _MADE:
+def _with_generated(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskManager:
+    """Adds the members of the groups `_GENERATED`: GROUP_member is the file _GROUP with the dataset `member`."""
+    for group in _GENERATED:
         shared = load_yaml(_TASKS / f'_{group}')
         for name in manager.task_index[group].cfg['task']:
             config = {**shared, 'task': name, 'dataset_name': name.removeprefix(f'{group}_')}
@@ -278,16 +273,16 @@ def _with_made(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskManager:
 
 
 def _missing(names, manager: lm_eval.tasks.TaskManager, folders: set[pathlib.Path]) -> set[str]:
-    """Names that `manager`, which has read `folders`, does not know, among `names` and the members of their groups."""
+    """Returns the names, among `names` and their groups' members, that `manager`, having read `folders`, lacks."""
     missing, pending = set(), list(names)
     while pending:
         name = pending.pop()
         entry = manager.task_index.get(name)
         if entry is None:
             missing.add(name)
-        elif entry.kind is Kind.TAG:  # known in full only when every file is that has it
-            places = _official()[1].get(name)
-            if not places or not places <= folders:
+        elif entry.kind is Kind.TAG:  # its tasks are all known only when every folder that has the tag was read
+            tagged = _official()[1].get(name)
+            if not tagged or not tagged <= folders:
                 missing.add(name)
         elif isinstance(members := (entry.cfg or {}).get('task'), list):
             pending += [_member(member) for member in members]
@@ -300,10 +295,10 @@ def _member(member: str | dict[str, Any]) -> str:
 
 @functools.cache
 def _official() -> tuple[dict[str, set[pathlib.Path]], dict[str, set[pathlib.Path]]]:
-    """Of what comes with lm-eval: the folder of every task and group, and all folders of every tag.
+    """Returns for lm-eval's own files: name of a task or group -> its folder, and tag -> all its folders.
 
-    The set of a tag is empty where it is in several folders (of which lm-eval's index would keep one), or where files
-    elsewhere include one that has it, and so may have it too.
+    A tag's set is empty if the tag is in several folders, of which lm-eval's index would keep one, or if files of other
+    folders include one that has it and so may have it too.
     """
     defined: dict[str, set[pathlib.Path]] = {}
     tags: dict[str, set[pathlib.Path]] = defaultdict(set)
@@ -316,8 +311,8 @@ def _official() -> tuple[dict[str, set[pathlib.Path]], dict[str, set[pathlib.Pat
             for tag in re.findall(r'[\w.-]*\w[\w.-]*', match):
                 tags[tag].add(path.parent)
         for match in _INCLUDES.findall(text):
-            places = {(path.parent / name).resolve().parent for name in re.findall(r'[\w./-]*\w[\w.-]*', match)}
-            included |= places - {path.parent}
+            sources = {(path.parent / name).resolve().parent for name in re.findall(r'[\w./-]*\w[\w.-]*', match)}
+            included |= sources - {path.parent}
         if path.suffix == '.yaml':
             for name in _DEFINITION.findall(text):
                 defined.setdefault(name, {path.parent})

@@ -1,6 +1,6 @@
-"""HumanEval's scoring: each program with its tests in a jail (eval_bridge/jail/sandbox.py).
+"""Scores HumanEval: runs each program with its tests in a jail (eval_bridge/jail/).
 
-The functions have the signatures that lm-eval calls; humaneval.yaml and instructeval_humaneval.yaml name them.
+humaneval.yaml and instructeval_humaneval.yaml name these functions, whose signatures are lm-eval's.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,23 +10,23 @@ from eval_bridge.jail import sandbox
 
 
 def judge(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
-    """For each document, of each completion the program and its outcome (passed, failed, timed out)."""
+    """Returns for each document its completions' programs with their outcomes (passed, failed, timed out)."""
     return _judge(responses, docs, lambda text: text)
 
 
 def judge_first_block(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
-    """`judge` of what InstructEval takes of each completion."""
+    """Judges only the first block of each completion, as InstructEval does."""
     return _judge(responses, docs, first_block)
 
 
 def first_block(completion: str) -> str:
-    """The first lines up to a blank one, indented by an even number of spaces, rounded up; as InstructEval takes it."""
+    """Returns the lines before the first blank one, with odd indents made even by a space, as InstructEval does."""
     lines = [' ' * ((len(line) - len(line.lstrip(' '))) % 2) + line for line in completion.split('\n')]
     return '\n'.join(lines).lstrip('\n').split('\n\n')[0]
 
 
 def pass_at_1(doc: dict[str, Any], results: Sequence[Sequence[dict[str, str]]]) -> dict[str, float]:
-    """Whether the first completion passed, of what `judge` made."""
+    """Returns pass@1 from `judge`'s outcomes: 1 if the first completion passed, else 0."""
     return {'pass@1': float(results[0][0]['outcome'] == sandbox.PASSED)}
 
 

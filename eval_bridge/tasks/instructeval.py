@@ -1,7 +1,8 @@
-"""The tasks of InstructEval (declare-lab/instruct-eval: mmlu.py, bbh.py, drop.py), as the paper's Table 3 was made.
+"""The tasks of InstructEval (declare-lab/instruct-eval: mmlu.py, bbh.py, drop.py), with which Table 3 was made.
 
-A model completes `examples, question\\nAnswer:` greedily and is right if that begins with the label. Examples are left
-out from the last on until the prompt fits 2,048 tokens. Their numbers do not compare with lm-eval's tasks.
+The model completes `few-shot examples, question\\nAnswer:` greedily and is right if its text begins with the label.
+Few-shot examples are dropped from the last on until the prompt fits 2,048 tokens. Scores don't compare with those of
+lm-eval's own tasks.
 """
 
 import random
@@ -18,9 +19,9 @@ _SHOTS = 3
 
 
 class InstructEval(ConfigurableTask):
-    """A task whose file says all but how examples are left out and an answer is judged.
+    """A task whose file says everything but how few-shot examples are dropped and how an answer is judged.
 
-    `fits` says whether a prompt, and so many new tokens, fit the model; evaluate.py sets it.
+    `fits` says whether a prompt and a number of new tokens fit the model; patches.fitting sets it.
     """
 
     fits: Callable[[str, int], bool] = staticmethod(lambda prompt, new: True)
@@ -29,7 +30,7 @@ class InstructEval(ConfigurableTask):
         super().__init__(config={name: value for name, value in (config or {}).items() if name != 'class'})
 
     def fewshot_context(self, doc, num_fewshot, **options):
-        """The prompt, with as many of the examples as fit."""
+        """Returns the prompt with as many few-shot examples as fit."""
         for shots in range(num_fewshot, -1, -1):
             prompt = super().fewshot_context(doc, num_fewshot=shots, **options)
             if self.fits(prompt, self.config.generation_kwargs['max_gen_toks']):
@@ -37,55 +38,61 @@ class InstructEval(ConfigurableTask):
         return prompt
 
     def require_more(self, count: int) -> None:
-        """Raises UsageError unless more than the examples are left of `count` records."""
+        """Raises UsageError unless `count` usable examples are more than the few-shot examples."""
         if count <= _SHOTS:
             raise errors.UsageError(
-                f'the task {self.config.task} can use {count} records: {_SHOTS} are examples, and no question is left.'
+                f'the task {self.config.task} has {count} usable examples: {_SHOTS} are few-shot examples, and no '
+                'question is left; add examples to its data.'
             )
 
     def process_results(self, doc, results) -> dict[str, float]:
-        """Whether the answer begins with the label."""
+        """Returns accuracy 1 if the answer begins with the label, else 0."""
         return {'acc': float(results[0].strip().startswith(self.doc_to_target(doc)))}
 
 
 class Bbh(InstructEval):
-    """The first rows are the examples, the others the questions."""
+    """A task of BBH: the first examples are few-shot examples, the others questions."""
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **options) -> None:
-        """Loads and divides the rows."""
+        """Loads the examples and splits them."""
         super().download(dataset_kwargs, **options)
-        rows = self.dataset['test']
-        self.require_more(len(rows))
-        self.dataset = {'shots': rows.select(range(_SHOTS)), 'test': rows.select(range(_SHOTS, len(rows)))}
+        examples = self.dataset['test']
+        self.require_more(len(examples))
+        questions = examples.select(range(_SHOTS, len(examples)))
+        self.dataset = {'shots': examples.select(range(_SHOTS)), 'test': questions}
 
 
 class Drop(InstructEval):
-    """The questions whose validated answers all say the same; three drawn with seed 0 are the examples.
+    """DROP: the questions whose validated answers all agree, three of which, drawn with seed 0, are few-shot examples.
 
-    No question is about an example's passage.
+    No other question is about the passage of a few-shot example.
     """
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **options) -> None:
-        """Loads, chooses and divides the rows."""
+        """Loads the examples, selects the usable ones and splits them."""
         super().download(dataset_kwargs, **options)
-        rows = [{**row, 'label': _answers(row)} for row in self.dataset['validation']]
-        rows = [{**row, 'label': row['label'][0]} for row in rows if len(set(row['label'])) == 1]
-        self.require_more(len(rows))
-        shots = random.Random(0).sample(rows, _SHOTS)
-        seen = {row['passage'] for row in shots}
-        parts = {'shots': shots, 'validation': [row for row in rows if row['passage'] not in seen]}
-        self.require_more(_SHOTS + len(parts['validation']))
-        self.dataset = {split: datasets.Dataset.from_list(part) for split, part in parts.items()}
+        usable = []
+        for example in self.dataset['validation']:
+            answers = _answers(example)
+            if len(set(answers)) == 1:
+                usable.append({**example, 'label': answers[0]})
+        self.require_more(len(usable))
+        shots = random.Random(0).sample(usable, _SHOTS)
+        seen = {example['passage'] for example in shots}
+        questions = [example for example in usable if example['passage'] not in seen]
+        self.require_more(_SHOTS + len(questions))
+        splits = {'shots': shots, 'validation': questions}
+        self.dataset = {split: datasets.Dataset.from_list(part) for split, part in splits.items()}
 
 
-def _answers(row: dict[str, Any]) -> list[str]:
-    """Every span of a question's validated answers; of its answer where it has none."""
-    many = row['validated_answers']
+def _answers(example: dict[str, Any]) -> list[str]:
+    """Returns every text of a question's validated answers, or of its answer where none was validated."""
+    many = example['validated_answers']
     answers = [{name: values[number] for name, values in many.items()} for number in range(len(many['number']))]
-    return [text.strip() for answer in answers or [row['answer']] for text in _spans(answer)]
+    return [text.strip() for answer in answers or [example['answer']] for text in _texts(answer)]
 
 
-def _spans(answer: dict[str, Any]) -> list[str]:
-    """The texts of one answer: a number, a date, or spans of the passage."""
+def _texts(answer: dict[str, Any]) -> list[str]:
+    """Returns the texts of one answer: a number, a date, and spans of the passage."""
     date = ' '.join(answer['date'][part] for part in ('day', 'month', 'year')).strip()
     return [text for text in (answer['number'], date) if text] + list(answer['spans'])

@@ -1,4 +1,4 @@
-"""evaluate: lm-eval's own results with a protocol, the same log-likelihoods as its hf model, what is refused."""
+"""Evaluation: lm-eval's own results with a protocol, the log-likelihoods of its hf model, refusals."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ import pytest
 from eval_bridge import command, evaluate, lm
 from eval_bridge.hf import convert
 from tests.support import tiny_export
-from tinyllama_jax import errors, generate
+from tinyllama_jax import errors
+from tinyllama_jax.run import prompts
 
-# lm-eval and datasets warn of their own affairs.
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 CONFIG = dataclasses.replace(tiny_export.MODEL, seq_len=256)
 CLOZE = """
@@ -51,7 +51,7 @@ REAL = ('local_hellaswag', 'local_arc_challenge', 'local_piqa')
 
 @pytest.fixture(scope='module')
 def tasks(tmp_path_factory):
-    """A folder of task files; what they name lies beside it, as in the evaluation data that others publish."""
+    """A folder of task files, with their data beside it, as in published evaluation data."""
     root = tmp_path_factory.mktemp('evaluate')
     (root / 'data').mkdir()
     (root / 'tasks').mkdir()
@@ -111,7 +111,7 @@ def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_pat
 
 
 def _check_gold(written):
-    """Bits per byte of the right answers, from the samples by hand."""
+    """Compares the bits per byte of the right answers with a computation from the samples."""
     nats = size = 0.0
     for sample in written['samples']['tiny_cloze']:
         nats -= sample['filtered_resps'][sample['target']][0]
@@ -126,7 +126,7 @@ def test_samples_are_left_out_by_default(tasks, jax_lm):
 
 
 def _responses(result):
-    """Every log-likelihood of a logged result: (task, document, choice) -> value."""
+    """Returns (task, document, choice) -> log-likelihood of a logged result."""
     return {
         (task, sample['doc_id'], choice): response[0][0] if isinstance(response[0], list | tuple) else response[0]
         for task, samples in result['samples'].items()
@@ -171,7 +171,7 @@ def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what
         options = {'model': None, 'step': None, 'tasks': ['tiny_cloze'], 'include_path': tasks, 'output': None}
         command.evaluate_run(run, None, **options)
 
-    for use in (export, evaluation, lambda: generate.generate_run(run, None, prompt=['a'], max_new_tokens=1)):
+    for use in (export, evaluation, lambda: prompts.generate_run(run, None, prompt=['a'], max_new_tokens=1)):
         with pytest.raises(errors.UsageError, match=re.escape(said.removeprefix('import: ').strip())):
             use()
     shutil.copyfile(folder / 'tokenizer.model', run / 'tokenizer.model')
@@ -208,7 +208,7 @@ def test_our_files_are_enough_and_official_folders_are_found(tasks):
         (['mbpp'], 'mbpp runs programs that the model wrote, and not in our jail'),
         (['tiny_empty'], "tiny_empty has an empty choice or target in .*'choices': \\['a', ''"),
         (['tiny_wrong'], "tiny_wrong: the answer 7 is none of the choices .*'answer': 7"),
-        (['tiny_template'], "does not fit the template of its task, of tiny_template: 'contxt' is undefined"),
+        (['tiny_template'], "tiny_template does not fit its task's template: 'contxt' is undefined"),
         (['tiny_broken'], 'tiny_broken cannot be loaded .*broken.jsonl'),
         ([], '--tasks=NAME,NAME is missing'),
     ],

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn o
 
 CHOICES = {'text': ['one', 'two'], 'label': ['A', 'B']}
 NONE = {'number': '', 'date': {'day': '', 'month': '', 'year': ''}, 'spans': []}
-RECORDS = {
+EXAMPLES = {
     'hellaswag/validation.jsonl': {
         'ind': 0, 'activity_label': 'Work', 'ctx_a': 'A man', 'ctx_b': 'he', 'endings': ['runs.', 'sits.'],
         'label': '1',
@@ -31,21 +31,21 @@ RECORDS = {
     },
 }  # fmt: skip
 
-HELLASWAG = RECORDS['hellaswag/validation.jsonl']
+HELLASWAG = EXAMPLES['hellaswag/validation.jsonl']
 MMLU = {'question': 'Why?', 'subject': 'astronomy', 'choices': ['a', 'b', 'c', 'd'], 'answer': 0}
 
 
-def _write(root, path, records):
+def _write(root, path, examples):
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = '\n'.join(map(json.dumps, records))
+    text = '\n'.join(map(json.dumps, examples))
     file.write_bytes(gzip.compress(text.encode()) if file.suffix == '.gz' else text.encode())
 
 
 @pytest.fixture
 def data(tmp_path):
-    for number, (path, record) in enumerate(RECORDS.items()):
-        many = [record | {'question': f'{index}?'} if 'question' in record else record for index in range(4)]
+    for number, (path, example) in enumerate(EXAMPLES.items()):
+        many = [example | {'question': f'{index}?'} if 'question' in example else example for index in range(4)]
         _write(tmp_path / 'eval', f'{path}.gz' if number % 2 else path, many)
     _write(tmp_path / 'eval', 'mmlu/astronomy_test.jsonl', [MMLU])
     return tmp_path / 'eval'
@@ -65,8 +65,8 @@ def test_every_task_of_table_2_runs_from_files(data):
 def test_examples_come_from_validation_where_there_is_no_training_split_and_that_is_said(data, capsys):
     result = evaluate.evaluate(Scripted(), ['drop'], task_data=data, limit=1)
     assert result['protocol']['shots_from_validation'] == ['drop']
-    assert f'no training split of drop in {data}: examples are from validation' in capsys.readouterr().err
-    _write(data, 'drop/train.jsonl', [RECORDS['drop/validation.jsonl'] | {'passage': 'training'}] * 4)
+    assert f'no training split of drop in {data}: few-shot examples are from validation' in capsys.readouterr().err
+    _write(data, 'drop/train.jsonl', [EXAMPLES['drop/validation.jsonl'] | {'passage': 'training'}] * 4)
     model = Scripted()
     result = evaluate.evaluate(model, ['drop'], task_data=data, limit=1)
     assert model.asked[0][0].count('training') == 3
@@ -83,7 +83,7 @@ def test_a_group_with_missing_members_is_refused_and_the_rest_named(data):
     said = str(caught.value)
     assert 'lacks the data of 56 of 57 tasks, and a mean over the others is another number' in said
     assert 'mmlu/virology_test.jsonl, mmlu/virology_dev.jsonl' in said and 'mmlu/astronomy_test' not in said
-    assert 'JSON lines, or .gz of it, its records with question, subject, choices, answer' in said
+    assert 'JSON lines, or .gz of it, its examples with question, subject, choices, answer' in said
     assert said.endswith('or name only tasks whose data is there: --tasks=mmlu_astronomy.')
     result = evaluate.evaluate(Scripted(), ['mmlu_astronomy'], task_data=data)
     assert result['n-shot']['mmlu_astronomy'] == 5
@@ -92,71 +92,71 @@ def test_a_group_with_missing_members_is_refused_and_the_rest_named(data):
 
 
 @pytest.mark.parametrize(
-    ('task', 'path', 'records', 'message'),
+    ('task', 'path', 'examples', 'message'),
     [
         ('piqa', 'piqa/validation.jsonl', None, r'lacks the data of 1 of 1 tasks.*piqa/validation\.jsonl'),
         ('arc_easy', 'arc_easy/test.jsonl.gz', [], r'arc_easy cannot be loaded .*test\.jsonl'),
         ('boolq', 'boolq/validation.jsonl.gz', [{'passage': 'a', 'question': 'b'}],
-         r'validation\.jsonl\.gz, record 1: label is None, which is no number'),
+         r'validation\.jsonl\.gz, example 1: label is None, which is not a number'),
         ('boolq', 'boolq/validation.jsonl.gz', [{'passage': 'a', 'question': 'b', 'label': 0}, {'passage': None}],
-         'record 2: passage is None, which is no text'),
-        ('hellaswag', 'hellaswag/validation.jsonl', [RECORDS['hellaswag/validation.jsonl'] | {'endings': 'runs.'}],
-         "hellaswag/validation.jsonl, record 1: endings is 'runs.', which is no list"),
-        ('piqa', 'piqa/validation.jsonl', [RECORDS['piqa/validation.jsonl'] | {'label': 2}],
-         'record 1: label is 2, which is none of 0, 1'),
-        ('piqa', 'piqa/validation.jsonl', [RECORDS['piqa/validation.jsonl'], {'goal': {}}],
-         r'record 2: goal is \{\}, which is no text'),
+         'example 2: passage is None, which is not a text'),
+        ('hellaswag', 'hellaswag/validation.jsonl', [EXAMPLES['hellaswag/validation.jsonl'] | {'endings': 'runs.'}],
+         "hellaswag/validation.jsonl, example 1: endings is 'runs.', which is not a list"),
+        ('piqa', 'piqa/validation.jsonl', [EXAMPLES['piqa/validation.jsonl'] | {'label': 2}],
+         'example 1: label is 2, which is none of 0, 1'),
+        ('piqa', 'piqa/validation.jsonl', [EXAMPLES['piqa/validation.jsonl'], {'goal': {}}],
+         r'example 2: goal is \{\}, which is not a text'),
         ('hellaswag', 'hellaswag/validation.jsonl', [HELLASWAG | {'label': 'x'}],
          "label is 'x', which is none of 0, 1"),
         ('hellaswag', 'hellaswag/validation.jsonl', [HELLASWAG, HELLASWAG | {'endings': ['a', '']}],
-         r"record 2: endings is \['a', ''\], and each must be a text that is not empty"),
-        ('arc_easy', 'arc_easy/test.jsonl.gz', [RECORDS['arc_easy/test.jsonl'] | {'answerKey': 'Z'}],
-         "record 1: answerKey is 'Z', which is none of A, B"),
+         r"example 2: endings is \['a', ''\], and each must be a text that is not empty"),
+        ('arc_easy', 'arc_easy/test.jsonl.gz', [EXAMPLES['arc_easy/test.jsonl'] | {'answerKey': 'Z'}],
+         "example 1: answerKey is 'Z', which is none of A, B"),
         ('openbookqa', 'openbookqa/test.jsonl.gz', [
-            RECORDS['openbookqa/test.jsonl'] | {'choices': {'text': ['a'], 'label': ['A', 'B']}},
-        ], 'record 1: choices has 1 texts and 2 labels'),
-        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'answer': '3'}],
+            EXAMPLES['openbookqa/test.jsonl'] | {'choices': {'text': ['a'], 'label': ['A', 'B']}},
+        ], 'example 1: choices has 1 texts and 2 labels'),
+        ('winogrande', 'winogrande/validation.jsonl', [EXAMPLES['winogrande/validation.jsonl'] | {'answer': '3'}],
          "answer is '3', which is none of 1, 2"),
-        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'sentence': 'a b'}],
+        ('winogrande', 'winogrande/validation.jsonl', [EXAMPLES['winogrande/validation.jsonl'] | {'sentence': 'a b'}],
          'has no gap _'),
-        ('winogrande', 'winogrande/validation.jsonl', [RECORDS['winogrande/validation.jsonl'] | {'option1': ''}],
-         'option1 and option2 is'),
-        ('boolq', 'boolq/validation.jsonl.gz', [RECORDS['boolq/validation.jsonl'] | {'label': -1}],
+        ('winogrande', 'winogrande/validation.jsonl', [EXAMPLES['winogrande/validation.jsonl'] | {'option1': ''}],
+         "example 1: option1 is '', and it must be a text that is not empty"),
+        ('boolq', 'boolq/validation.jsonl.gz', [EXAMPLES['boolq/validation.jsonl'] | {'label': -1}],
          'label is -1, which is none of 0, 1'),
-        ('drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl'] | {'answer': {'number': '1'}}],
-         'record 1: answer has .* which is no number, date'),
-        ('drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl'] | {
+        ('drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl'] | {'answer': {'number': '1'}}],
+         'example 1: answer is .* which must have texts: number, date'),
+        ('drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl'] | {
             'validated_answers': {'number': ['1', '2'], 'date': [NONE['date']], 'spans': [[]]},
         }], 'not lists number, date and spans of one length'),
-        ('instructeval_drop', 'drop/validation.jsonl.gz', [RECORDS['drop/validation.jsonl']] * 3,
-         'can use 3 records: 3 are examples, and no question is left'),
+        ('instructeval_drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl']] * 3,
+         'has 3 usable examples: 3 are few-shot examples, and no question is left'),
         ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'answer': 4}] * 5, 'answer is 4, which is none of'),
-        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'choices': ['a', 'b']}] * 5, 'which are not four'),
-        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU] * 4, 'has 4 records, and 5 are needed'),
+        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'choices': ['a', 'b']}] * 5, 'which are not 4 texts'),
+        ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU] * 4, 'has 4 examples, and 5 are needed'),
         ('instructeval_bbh_navigate', 'bbh/navigate.json', {'examples': [{'input': 'a', 'target': 'b'}] * 3},
-         'can use 3 records: 3 are examples'),
+         'has 3 usable examples: 3 are few-shot examples'),
         ('bbh_fewshot_navigate', 'bbh/navigate.json', {'examples': [{'input': 'a', 'target': ''}]},
-         r"record 1: input and target is \['a', ''\]"),
+         "example 1: target is '', and it must be a text that is not empty"),
         ('piqa', 'piqa/validation.jsonl', ['text'], r'piqa cannot be loaded .*validation\.jsonl'),
     ],
 )  # fmt: skip
-def test_data_that_is_missing_or_malformed_is_named(data, task, path, records, message):
-    if records is None:
+def test_data_that_is_missing_or_malformed_is_named(data, task, path, examples, message):
+    if examples is None:
         (data / path).unlink()
     else:
-        _write(data, path, [records] if isinstance(records, dict) else records)
+        _write(data, path, [examples] if isinstance(examples, dict) else examples)
     with pytest.raises(errors.UsageError, match=message):
         evaluate.evaluate(Scripted(), [task], task_data=data)
 
 
-def test_a_file_that_is_no_text_or_has_no_lines_is_named(data):
+def test_a_file_that_is_not_text_or_has_no_lines_is_named(data):
     for content in (b'\xff\xfe{"goal": 1}', b'\n\n\n'):
         (data / 'piqa/validation.jsonl').write_bytes(content)
         with pytest.raises(errors.UsageError, match=r'piqa.*validation\.jsonl'):
             evaluate.evaluate(Scripted(), ['piqa'], task_data=data)
-    text = json.dumps(RECORDS['piqa/validation.jsonl']).encode()
+    text = json.dumps(EXAMPLES['piqa/validation.jsonl']).encode()
     (data / 'piqa/validation.jsonl').write_bytes(text.replace(b'"go"', b'"g\xff"'))
-    with pytest.raises(errors.UsageError, match='the data of piqa is no UTF-8'):
+    with pytest.raises(errors.UsageError, match='the data of piqa is not valid UTF-8'):
         evaluate.evaluate(Scripted(), ['piqa'], task_data=data)
 
 
