@@ -1,4 +1,4 @@
-"""The command evaluate: one model, kept answers, parity, tables and the figure of several, what is refused."""
+"""The command evaluate: one model, kept answers, parity, tables, the figure, refusals."""
 
 import csv
 import json
@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 from tests.support import tiny_export
 from tinyllama_jax import errors
 
-PADDED = 304  # rows of the embedding: a few more than there are pieces, as Pythia has
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+PADDED = 304  # rows of the embedding: a few more than the tokenizer has pieces, as in Pythia
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 TASK = """
 task: {name}
@@ -42,11 +42,11 @@ def task_files(tmp_path_factory):
     root = tmp_path_factory.mktemp('tasks')
     for folder in ('data', 'tasks'):
         (root / folder).mkdir()
-    records = [
+    examples = [
         {'context': f'def f{number}(x): return', 'choices': [' x', ' (x + 1) * 2', '\n'], 'answer': number % 3}
         for number in range(8)
     ]
-    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, examples)))
     for name in results.TABLES[2]:
         (root / 'tasks' / f'{name}.yaml').write_text(TASK.format(name=name))
     return str(root / 'tasks')
@@ -59,7 +59,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def others(tmp_path_factory):
-    """Random models of OPT-1.3B's and the two Pythias' architectures, with byte-level tokenizers as theirs are."""
+    """Random models with the architectures of OPT-1.3B and the two Pythias, and byte-level tokenizers like theirs."""
     transformers, torch = pytest.importorskip('transformers'), tiny_export.require_torch()
     tokenizers = pytest.importorskip('tokenizers')
     small = {'hidden_size': 32, 'num_attention_heads': 4, 'max_position_embeddings': 128, 'vocab_size': PADDED}
@@ -70,14 +70,14 @@ def others(tmp_path_factory):
     }
     bytes_only = tokenizers.ByteLevelBPETokenizer()
     bytes_only.train_from_iterator([tiny_export.text()], vocab_size=300, special_tokens=['<|endoftext|>'])
-    pieces = transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bytes_only._tokenizer, bos_token='<|endoftext|>', eos_token='<|endoftext|>'
     )
     root = tmp_path_factory.mktemp('others')
     for name, config in configs.items():
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        pieces.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
     return root
 
 
@@ -93,7 +93,7 @@ def _evaluate(task_files, folder=None, **options):
     command.evaluate_run(folder, None, include_path=task_files, **options)
 
 
-def test_a_run_s_result_is_stamped_and_its_answers_are_kept(task_files, run, capsys):
+def test_the_result_of_a_run_is_stamped_and_its_answers_are_kept(task_files, run, capsys):
     _evaluate(task_files, run, tasks=['piqa'])
     result = json.loads((run / 'eval' / 'step-0.json').read_text())
     stamp = result['protocol']
@@ -105,7 +105,7 @@ def test_a_run_s_result_is_stamped_and_its_answers_are_kept(task_files, run, cap
     (kept,) = (run / 'eval' / 'responses').iterdir()
     lines = kept.read_text().splitlines()
     assert len(lines) == 24
-    # What the file says is believed, as the result of wrong answers in it shows.
+    # Wrong answers in the file change the result: the kept answers are used.
     kept.write_text(''.join(json.dumps([json.loads(line)[0], [-1e3, False]]) + '\n' for line in lines))
     _evaluate(task_files, run, tasks=['piqa'])
     again = json.loads((run / 'eval' / 'step-0.json').read_text())['results']['piqa']
@@ -146,7 +146,7 @@ def test_table_2_of_the_paper_s_models(task_files, llama, others, tmp_path, caps
     assert [line.split('|')[1].strip() for line in lines[2:6]] == ['export', *folders]
     for line, published in zip(lines[3:], ('53.65', '47.16', '52.01'), strict=False):
         assert re.search(rf'\d+\.\d\d ± \d+\.\d\d \({published}, [+-]\d+\.\d se\)', line)
-    assert '(' not in lines[2]  # of a model that was not published there is nothing beside
+    assert '(' not in lines[2]  # a model that was not published stands alone
     rows = json.loads((tmp_path / 'table2.json').read_text())
     assert len(rows) == 4 * 8  # seven tasks and their average
     for row in rows:
@@ -174,8 +174,8 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
     [
         ({'models': ['a']}, '--models=.* belongs to --table or --figure'),
         ({'table': 2}, '--output=DIR'),
-        ({'table': 4, 'output': 'x'}, '--table=4: the tables are 2, 3'),
-        ({'figure': 3, 'output': 'x'}, '--figure=3: the figure is 2'),
+        ({'table': 4, 'output': 'x'}, '--table=4: only tables 2 and 3 exist'),
+        ({'figure': 3, 'output': 'x'}, '--figure=3: only figure 2 exists'),
         ({'table': 2, 'figure': 2, 'output': 'x'}, 'one at a time'),
         ({'figure': 2, 'models': ['somewhere'], 'output': 'x'}, 'somewhere does not end with its training tokens'),
         ({'table': 2, 'models': ['a=x', 'a=y'], 'output': 'x'}, 'a is there twice'),
@@ -183,7 +183,7 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
         ({'figure': 2, 'models': ['a-1b=x', 'b-1B=y'], 'output': 'x'}, 'a-1b and b-1B have the same training tokens'),
         ({'table': 3, 'output': 'x', 'model': 'nowhere'}, '--tasks: piqa: not in --table=3, which shows mmlu'),
         ({'table': 2, 'parity': True, 'output': 'x'}, '--parity compares one model'),
-        ({'step': 3, 'model': 'nowhere'}, '--step=3 is of a run'),
+        ({'step': 3, 'model': 'nowhere'}, '--step=3 is a checkpoint of a run; give'),
         ({'model': 'nowhere', 'output': '.'}, '--output=. is a folder'),
         ({'limit': 0, 'model': 'nowhere'}, '--limit=0: give a number of examples'),
         ({'model': 'nowhere'}, 'nowhere/config.json cannot be read'),
@@ -219,9 +219,9 @@ def test_weights_that_transformers_would_make_up_are_refused(task_files, others,
 def test_a_tokenizer_with_more_pieces_than_another_architecture_knows_is_refused(task_files, others, tmp_path):
     transformers = pytest.importorskip('transformers')
     shutil.copytree(others / 'opt', tmp_path / 'other')
-    pieces = transformers.AutoTokenizer.from_pretrained(tmp_path / 'other')
-    pieces.add_tokens([f'<{number}>' for number in range(8)])
-    pieces.save_pretrained(tmp_path / 'other')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'other')
+    tokenizer.add_tokens([f'<{number}>' for number in range(8)])
+    tokenizer.save_pretrained(tmp_path / 'other')
     with pytest.raises(errors.UsageError, match='other has 308 pieces, but the model knows 304'):
         _evaluate(task_files, tasks=['piqa'], model=str(tmp_path / 'other'))
 
@@ -251,10 +251,10 @@ command.evaluate_run(None, None, include_path=sys.argv[1], tasks=['piqa'], model
 """
 
 
-def test_a_killed_evaluation_goes_on_and_asks_nothing_again(task_files, llama, tmp_path, monkeypatch):
+def test_a_killed_evaluation_resumes_and_asks_nothing_twice(task_files, llama, tmp_path, monkeypatch):
     output = tmp_path / 'result.json'
     arguments = [sys.executable, '-c', KILLED, task_files, str(llama), str(output)]
-    one_device = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # so a row makes a batch
+    one_device = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}  # so that a row is a batch
     killed = subprocess.run(arguments, cwd=ROOT, env=one_device, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (kept,) = (tmp_path / 'responses').iterdir()
@@ -270,8 +270,8 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_again(task_files, llama, t
     monkeypatch.setattr(lm.JaxLM, '_loglikelihood_tokens', recorded)
     _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(output))
     assert len(asked) == 24 - before
-    anew = tmp_path / 'fresh' / 'result.json'
-    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(anew))
-    found, fresh = (json.loads(path.read_text())['results']['piqa'] for path in (output, anew))
-    assert found['acc,none'] == fresh['acc,none']
-    assert found['gold_bits_per_byte,none'] == pytest.approx(fresh['gold_bits_per_byte,none'], abs=1e-5)
+    fresh_output = tmp_path / 'fresh' / 'result.json'
+    _evaluate(task_files, tasks=['piqa'], model=str(llama), output=str(fresh_output))
+    resumed, fresh = (json.loads(path.read_text())['results']['piqa'] for path in (output, fresh_output))
+    assert resumed['acc,none'] == fresh['acc,none']
+    assert resumed['gold_bits_per_byte,none'] == pytest.approx(fresh['gold_bits_per_byte,none'], abs=1e-5)
