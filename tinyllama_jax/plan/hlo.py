@@ -1,7 +1,7 @@
 """A compiled XLA program, read from its text: instructions, how often each runs, and its collectives.
 
-XLA's text is no documented format: what is not understood raises, and the tests read programs of both
-locked versions.
+XLA does not document the format of this text: what the reader does not know raises ValueError, and the tests read
+programs of both locked versions.
 """
 
 import dataclasses
@@ -15,81 +15,100 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute', 'collective-broadcast')
-_ITEM_BYTES = {
-    'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
-    'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8,
-}  # fmt: skip
+# Bits of an element in memory, in which types below a byte are packed (layouts say E(4)); XLA's PrimitiveType.
+_TYPES = {
+    0: 'token opaque',
+    1: 's1 u1',
+    2: 's2 u2',
+    4: 's4 u4 f4e2m1fn',
+    8: 'pred s8 u8 f6e2m3fn f6e3m2fn f8e3m4 f8e4m3 f8e4m3fn f8e4m3fnuz f8e4m3b11fnuz f8e5m2 f8e5m2fnuz f8e8m0fnu',
+    16: 's16 u16 f16 bf16',
+    32: 's32 u32 f32',
+    64: 's64 u64 f64 c64',
+    128: 'c128',
+}
+_ELEMENT_BITS = {name: bits for bits, names in _TYPES.items() for name in names.split()}
 _COMPARISONS = {'LT': operator.lt, 'LE': operator.le, 'GT': operator.gt, 'GE': operator.ge, 'NE': operator.ne}
 _ARITHMETIC = {'add': operator.add, 'subtract': operator.sub, 'copy': int, 'bitcast': int}
 _MOST_TRIPS = 10_000
-_ARRAY = re.compile(r'\b([a-z]+[0-9]*)\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([^\]]*)\]')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type and shape of one array."""
+    """Element type, as XLA writes it, and shape of one array. Raises ValueError for an unknown element type."""
 
     dtype: str
     shape: tuple[int, ...]
 
+    def __post_init__(self):
+        if self.dtype not in _ELEMENT_BITS:
+            raise ValueError(f'XLA element type {self.dtype} is unknown: add its size to _TYPES in plan/hlo.py')
+
     @property
     def bytes(self) -> int:
-        """Its size; tokens and tuples have none."""
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 0)
+        """Its size in memory; a token has none."""
+        return -(-math.prod(self.shape) * _ELEMENT_BITS[self.dtype] // 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `attributes` is what follows the operands."""
+    """One line of a computation."""
 
     name: str
     opcode: str
     results: tuple[Array, ...]
     operands: tuple[str, ...]
-    literal: str  # the operands as text: a parameter's number
-    attributes: str
+    literal: str  # the text between the parentheses: operands, a constant's value or a parameter's number
+    attributes: str  # the text after the operands
 
     @property
     def bytes(self) -> int:
-        """Size of all results."""
+        """The size of all results."""
         return sum(array.bytes for array in self.results)
 
     def called(self, role: str) -> str:
-        """The computation that it calls in a role that it has: body, calls, to_apply."""
-        return re.search(rf'\b{role}=%?([\w.\-]+)', self.attributes)[1]
+        """Returns the name of the computation that it calls as `role`: body, calls or to_apply, for example."""
+        return self.attribute(rf'\b{role}=%?([\w.\-]+)')
+
+    def attribute(self, pattern: str) -> str:
+        """Returns the first group of `pattern` in the attributes; raises ValueError if it is not there."""
+        if match := re.search(pattern, self.attributes):
+            return match[1]
+        raise ValueError(f'{self.opcode} {self.name} has no {pattern!r} in {self.attributes[:200]!r}')
 
     @property
     def kind(self) -> str | None:
-        """Which of `COLLECTIVES` it is or starts, if any."""
+        """The one of `COLLECTIVES` that it runs or starts, or None."""
         kind = self.opcode.removesuffix('-start')
         return kind if kind in COLLECTIVES else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they run; the last named `root` is what it returns."""
+    """Instructions by name, in the order in which they run; the result of the one called `root` is returned."""
 
     instructions: Mapping[str, Instruction]
     root: str
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results are its operands."""
+        """Returns the instructions whose results are the operands of `instruction`."""
         return [self.instructions[name] for name in instruction.operands]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All computations by name, and the first one's."""
+    """All computations by name, and the name of the one that runs first."""
 
     computations: Mapping[str, Computation]
     entry: str
 
     def executed(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, Computation, int]]:
-        """Each instruction that runs on its own, with its computation and how often it runs in one call.
+        """Yields each instruction that runs on its own, its computation and how often it runs in one call.
 
-        Of a conditional every branch counts; fusions are not entered.
+        Every branch of a conditional counts. A fusion is one instruction.
         """
         computation = self.computations[name or self.entry]
         for instruction in computation.instructions.values():
@@ -98,10 +117,10 @@ class Program:
                 yield from self.executed(called, times * self.trip_count(instruction, computation))
 
     def trip_count(self, instruction: Instruction, computation: Computation) -> int:
-        """How often the body of a loop runs; 1 for what is no loop.
+        """Returns how often the body of a loop runs; 1 for an instruction that is not a loop.
 
-        XLA mostly says it. Where it does not, the counter is followed until the condition fails: it is
-        that element of the loop's tuple which the condition looks at.
+        XLA mostly writes it. If not, the loop's counter is computed until the condition fails. The counter is the
+        element of the loop's tuple that the condition reads.
         """
         if instruction.opcode != 'while':
             return 1
@@ -109,19 +128,19 @@ class Program:
             return int(match[1])
         condition = self.computations[instruction.called('condition')]
         body = self.computations[instruction.called('body')]
-        looked_at = next(i for i in condition.instructions.values() if i.opcode == 'get-tuple-element')
-        index = int(re.search(r'index=(\d+)', looked_at.attributes)[1])
+        counter_read = next(i for i in condition.instructions.values() if i.opcode == 'get-tuple-element')
+        index = int(counter_read.attribute(r'index=(\d+)'))
         (start,) = computation.operands(instruction)
         counter = self._scalar(computation, start.operands[index], {})
-        following = body.instructions[body.root].operands[index]
+        next_counter = body.instructions[body.root].operands[index]
         for count in range(_MOST_TRIPS):
             if not self._scalar(condition, condition.root, {'loop': counter}):
                 return count
-            counter = self._scalar(body, following, {'loop': counter})
+            counter = self._scalar(body, next_counter, {'loop': counter})
         raise ValueError(f'the loop {instruction.name} does not end')
 
     def _scalar(self, computation: Computation, name: str, given: Mapping[str, int]) -> int:
-        """The value of an integer; `given` has a loop's counter, or a fusion's parameters by number."""
+        """Returns an integer's value; `given` holds the loop's counter, or a fusion's parameters by number."""
         instruction = computation.instructions[name]
         if instruction.opcode == 'constant':
             return int(instruction.literal)
@@ -134,12 +153,12 @@ class Program:
             fused = self.computations[instruction.called('calls')]
             return self._scalar(fused, fused.root, {str(i): value for i, value in enumerate(values)})
         if instruction.opcode == 'compare':
-            return _COMPARISONS[re.search(r'direction=(\w+)', instruction.attributes)[1]](*values)
+            return _COMPARISONS[instruction.attribute(r'direction=(\w+)')](*values)
         return _ARITHMETIC[instruction.opcode](*values)
 
 
 def bodies(instruction: Instruction) -> list[str]:
-    """The computations that run as a part of the program when the instruction does, a fusion's left out."""
+    """Returns the names of the computations that an instruction runs, except a fusion's."""
     if instruction.opcode == 'while':
         return [instruction.called('body')]
     if instruction.opcode == 'call':
@@ -155,7 +174,7 @@ def bodies(instruction: Instruction) -> list[str]:
 
 
 def parse(text: str) -> Program:
-    """A program from what `compiled.as_text()` gives."""
+    """Parses the text that `compiled.as_text()` returns."""
     computations, entry, name, instructions, root = {}, '', '', {}, ''
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -170,7 +189,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From what follows `name =`: TYPE opcode(operands), attributes."""
+    """Parses what follows `name =`: TYPE opcode(operands), attributes."""
     end = _closing(text, 0) + 1 if text.startswith('(') else text.index(' ')
     opcode, _, _ = text[end:].strip().partition('(')
     opening = text.index('(', end)
@@ -181,7 +200,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens at `opening` closes."""
+    """Returns the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r'[()]').finditer(text, opening):
         depth += 1 if match[0] == '(' else -1
@@ -191,7 +210,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type as XLA prints it, a tuple's one after another."""
+    """Parses a type as XLA prints it; a tuple gives one array for each element."""
     return tuple(Array(dtype, _numbers(shape)) for dtype, shape in _ARRAY.findall(text))
 
 
@@ -201,22 +220,22 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between GPUs as it stands in the program."""
+    """One exchange between GPUs."""
 
-    kind: str
+    kind: str  # of COLLECTIVES
     dtypes: tuple[str, ...]
-    groups: tuple[tuple[int, ...], ...]  # devices that exchange, by their place in the mesh
+    groups: tuple[tuple[int, ...], ...]  # devices that exchange with each other, by their index in the mesh
     operand_bytes: int  # on each device
     shapes: tuple[tuple[int, ...], ...]  # of the operands
 
     @property
     def group_size(self) -> int:
-        """How many devices exchange with each other."""
+        """The number of devices in a group."""
         return len(self.groups[0])
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends, as rings do: an all-reduce is a reduce-scatter and an all-gather."""
+        """The bytes that each device sends in a ring; an all-reduce is a reduce-scatter and an all-gather."""
         n, size = self.group_size, self.operand_bytes
         return {
             'all-gather': size * (n - 1),
@@ -227,7 +246,7 @@ class Collective:
 
 
 def collective(instruction: Instruction, computation: Computation, devices: int) -> Collective | None:
-    """What an instruction exchanges; None if it is no collective, or one of a single device."""
+    """Returns what an instruction exchanges; None if it is not a collective, or one of a single device."""
     if not instruction.kind:
         return None
     groups = _groups(instruction.attributes, devices)
@@ -244,33 +263,35 @@ def collective(instruction: Instruction, computation: Computation, devices: int)
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The replica groups, in any of the forms in which XLA writes them."""
+    """Parses the replica groups, in each of the four forms in which XLA writes them."""
     if pairs := re.search(r'source_target_pairs=\{(.*?)\}\}', attributes):
-        found = [_numbers(pair) for pair in re.findall(r'\{([\d,]+)', pairs[0])]
-        return tuple(found)
+        return tuple(_numbers(pair) for pair in re.findall(r'\{([\d,]+)', pairs[0]))
     if match := re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', attributes):
-        found = [_numbers(group) for group in re.findall(r'\{([\d,]*)\}', match[1])]
-        return tuple(found) or (tuple(range(devices)),)
+        groups = tuple(_numbers(group) for group in re.findall(r'\{([\d,]*)\}', match[1]))
+        return groups or (tuple(range(devices)),)
     if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
-        return _rows(_iota(match[2]).reshape(_numbers(match[1])))
+        return _as_groups(_iota(match[2]).reshape(_numbers(match[1])))
     match = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}', attributes)
     if not match:
-        raise ValueError(f'replica groups of an unknown form: {attributes[:200]!r}')
+        raise ValueError(f'replica groups in an unknown form: {attributes[:200]!r}')
     return _mesh_groups(match[1], match[2] or f'[{devices}]', match[3])
 
 
 def _iota(text: str) -> np.ndarray:
-    """[2,8]T(1,0): counted along shape [2, 8], axes then transposed."""
+    """Returns the device numbers that XLA writes as [2,8]T(1,0): counted along shape [2, 8], then transposed."""
     shape, _, order = text.partition('T')
     ids = np.arange(math.prod(_numbers(shape.strip('[]')))).reshape(_numbers(shape.strip('[]')))
     return ids.transpose(_numbers(order.strip('()'))) if order else ids
 
 
 def _mesh_groups(mesh: str, ids: str, axes: str) -> tuple[tuple[int, ...], ...]:
-    """mesh['a'=2,'b'=8] {'b', 'a':(1)2}: groups along named axes; :(p)n is the part of n after the first p."""
+    """Returns the groups that XLA writes as mesh['a'=2,'b'=8] {'b', 'a':(1)2}: along axes, or parts of them.
+
+    'a':(p)n is the part of size n that follows a part of size p.
+    """
     dims = re.findall(r"'([^']+)'=(\d+)", mesh)
     chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    parts, names = [], []  # every axis as (before, part, after) of each axis that is chosen in part
+    parts, names = [], []  # every axis becomes three: before, part, after; only the middle one has a name
     for name, size in dims:
         sub = next(((int(before), int(part)) for axis, before, part in chosen if axis == name and part), (1, int(size)))
         parts += [sub[0], sub[1], int(size) // (sub[0] * sub[1])]
@@ -278,17 +299,17 @@ def _mesh_groups(mesh: str, ids: str, axes: str) -> tuple[tuple[int, ...], ...]:
     picked = [names.index(name) for name, _, _ in chosen]
     grid = _iota(ids).reshape(parts)
     rest = [axis for axis in range(grid.ndim) if axis not in picked]
-    return _rows(grid.transpose(rest + picked).reshape(-1, math.prod(parts[axis] for axis in picked)))
+    return _as_groups(grid.transpose(rest + picked).reshape(-1, math.prod(parts[axis] for axis in picked)))
 
 
-def _rows(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
+def _as_groups(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(device) for device in row) for row in grid)
 
 
 def mesh_axes(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh along which devices exchange, as `data+fsdp`; `other` if none fits.
+    """Returns the mesh axes along which devices exchange, such as `data+fsdp`; `other` if there are none.
 
-    `sizes` holds the axes from the slowest to the fastest, as `jax.sharding.Mesh.shape` does.
+    `sizes` maps axes to sizes, the slowest axis first, as `jax.sharding.Mesh.shape` does.
     """
     wanted = {frozenset(group) for group in groups}
     names = [name for name, size in sizes.items() if size > 1]
@@ -304,4 +325,4 @@ def _axis_groups(axes: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> s
     names = [name for name, _ in sizes]
     grid = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
     moved = np.moveaxis(grid, [names.index(axis) for axis in axes], range(-len(axes), 0))
-    return {frozenset(row) for row in _rows(moved.reshape(-1, math.prod(dict(sizes)[axis] for axis in axes)))}
+    return {frozenset(group) for group in _as_groups(moved.reshape(-1, math.prod(dict(sizes)[axis] for axis in axes)))}

@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on programs that XLA compiled here and on the forms that it may print."""
+"""The reader of compiled programs, on programs that XLA compiles here and on the forms that it may print."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jaxlib import xla_client
 
 from tinyllama_jax import sharding
 from tinyllama_jax.config import MeshConfig
@@ -55,18 +56,18 @@ def test_an_unknown_form_raises():
 
 
 def _exchanged(mesh, function, *arrays):
-    """(kind, axes, how often, bytes that a device sends) of each collective of a program compiled for the mesh."""
+    """Returns (kind, axes, times, bytes that a device sends) for each collective of a program compiled for the mesh."""
     program = hlo.parse(jax.jit(function).lower(*arrays).compile().as_text())
-    found = []
+    exchanges = []
     for instruction, computation, times in program.executed():
         if exchange := hlo.collective(instruction, computation, mesh.size):
             sent = times * exchange.sent_bytes
-            found.append((exchange.kind, hlo.mesh_axes(exchange.groups, mesh.shape), times, sent))
-    return found
+            exchanges.append((exchange.kind, hlo.mesh_axes(exchange.groups, mesh.shape), times, sent))
+    return exchanges
 
 
-def test_exchanges_of_a_real_program_are_found_and_counted_in_its_loops():
-    """On 8 CPU devices: a gather in a loop within a loop, and a sum over another axis."""
+def test_exchanges_of_a_real_program_are_counted_as_often_as_its_loops_run():
+    """On 8 CPU devices: an all-gather in a loop within a loop, and a sum over another axis."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     w = jax.ShapeDtypeStruct((5, 64, 32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, P(None, 'fsdp')))
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, P('data')))
@@ -81,11 +82,11 @@ def test_exchanges_of_a_real_program_are_found_and_counted_in_its_loops():
 
         return jax.lax.scan(lambda total, _: (outer(total, _)[0], None), jnp.float32(0), None, length=3)[0]
 
-    found = _exchanged(mesh, function, w, x)
-    gathers = [each for each in found if each[0] == 'all-gather']
+    exchanges = _exchanged(mesh, function, w, x)
+    gathers = [each for each in exchanges if each[0] == 'all-gather']
     assert sum(sent for *_, sent in gathers) == 15 * (64 * 32 * 4) * 3 / 4
     assert {(axes, times) for _, axes, times, _ in gathers} == {('fsdp', 15)}
-    assert ('all-reduce', 'data', 15, 15 * 2 * 4 / 2) in found
+    assert ('all-reduce', 'data', 15, 15 * 2 * 4 / 2) in exchanges
 
 
 def _loop(condition: str, start: int) -> hlo.Program:
@@ -147,6 +148,66 @@ def test_sizes_and_names_of_a_tuple():
     assert (call.opcode, call.operands, entry.root) == ('custom-call', ('x',), 'call')
     assert [array.shape for array in call.results] == [(3, 4), (16,)]
     assert call.bytes == math.prod((3, 4)) * 2 + 16
+
+
+NOT_ARRAYS = {'TUPLE', 'PRIMITIVE_TYPE_INVALID'}
+NAMES = sorted(name for name in dir(xla_client.PrimitiveType) if name.isupper() and name not in NOT_ARRAYS)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_element_type_of_the_installed_xla_is_known(name):
+    (array,) = hlo.arrays(f'{name.lower().removesuffix("_type")}[3]{{0}}')
+    assert array.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'name', 'size'),
+    [
+        (jnp.float8_e4m3fn, 'f8e4m3fn', 5),
+        (jnp.float8_e5m2, 'f8e5m2', 5),
+        (jnp.bfloat16, 'bf16', 10),
+        (jnp.int4, 's4', 3),  # two in a byte
+        (jnp.bool_, 'pred', 5),
+    ],
+)
+def test_an_array_takes_the_bytes_that_xla_says(dtype, name, size):
+    compiled = jax.jit(lambda x: x[::-1]).lower(jax.ShapeDtypeStruct((5,), dtype)).compile()
+    program = hlo.parse(compiled.as_text())
+    (argument,) = (each for each, *_ in program.executed() if each.opcode == 'parameter')
+    assert argument.results == (hlo.Array(name, (5,)),)
+    assert argument.bytes == compiled.memory_analysis().argument_size_in_bytes == size
+
+
+def test_a_product_of_f8_operands_is_read():
+    program = hlo.parse("""ENTRY %main (x: f8e4m3fn[16,32], w: f8e5m2[32,64], scale: f32[]) -> bf16[16,64] {
+  %x = f8e4m3fn[16,32]{1,0} parameter(0)
+  %w = f8e5m2[32,64]{0,1} parameter(1)
+  %scale = f32[] parameter(2)
+  ROOT %y = (bf16[16,64]{1,0}, s8[100]{0}) custom-call(%x, %w, %scale), custom_call_target="__cublas$lt$matmul$f8"
+}
+""")
+    entry = program.computations['main']
+    operands = [array for each in entry.operands(entry.instructions['y']) for array in each.results]
+    assert [array.dtype for array in operands] == ['f8e4m3fn', 'f8e5m2', 'f32']
+    assert [array.bytes for array in operands] == [16 * 32, 32 * 64, 4]
+    assert [array.dtype for array in entry.instructions['y'].results] == ['bf16', 's8']
+
+
+@pytest.mark.parametrize('dtype', ['f9e4', 'b7', 'f8e4m3fnx'])
+def test_an_unknown_element_type_raises_and_is_named(dtype):
+    with pytest.raises(ValueError, match=rf'element type {dtype} is unknown'):
+        hlo.parse(f'ENTRY %main () -> f32[] {{\n  %x = (f32[4]{{0}}, {dtype}[4]{{0}}) parameter(0)\n}}\n')
+
+
+def test_a_shape_that_is_not_static_raises():
+    with pytest.raises(ValueError, match='<=8'):
+        hlo.arrays('f32[<=8,4]{1,0}')
+
+
+def test_an_attribute_that_is_missing_is_named():
+    program = hlo.parse('ENTRY %main () -> f32[] {\n  ROOT %x = f32[] fusion(), kind=kLoop\n}\n')
+    with pytest.raises(ValueError, match=r'fusion x has no .*calls.* in \', kind=kLoop'):
+        program.computations['main'].instructions['x'].called('calls')
 
 
 @pytest.mark.parametrize(
