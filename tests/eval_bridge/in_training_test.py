@@ -1,4 +1,4 @@
-"""Evaluation in training: the same losses with it, the same steps after a resume, files, what is refused."""
+"""Evaluation in training: unchanged losses, the same steps after a resume, files, refusals."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from tests.support import tiny_experiment
 from tinyllama_jax import errors, train
 from tinyllama_jax.run import metrics
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 CHOICE = """
 task: tiny_choice
@@ -42,8 +42,8 @@ def task_files(tmp_path_factory):
     root = tmp_path_factory.mktemp('in_training')
     for folder in ('data', 'tasks'):
         (root / folder).mkdir()
-    records = [{'context': f'zero one {word}', 'answer': number % 2} for number, word in enumerate('abcdef')]
-    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    examples = [{'context': f'zero one {word}', 'answer': number % 2} for number, word in enumerate('abcdef')]
+    (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, examples)))
     long = TEXT.replace(': 4}', ': 32}').replace('tiny_text', 'tiny_long')
     for name, text in (('choice', CHOICE), ('text', TEXT), ('long', long)):
         (root / 'tasks' / f'{name}.yaml').write_text(text)
@@ -65,7 +65,7 @@ def config(tiny_store, task_files):
 
 
 def _losses(folder):
-    return [record['loss'] for record in metrics.read_records(folder / 'metrics.jsonl')]
+    return [entry['loss'] for entry in metrics.read_records(folder / 'metrics.jsonl')]
 
 
 def _train(config, folder):
@@ -79,12 +79,12 @@ def evaluated(config, tmp_path_factory):
     return folder
 
 
-def test_what_was_found_is_written(evaluated):
-    records = metrics.read_records(evaluated / 'evaluation.jsonl')
-    assert [record['step'] for record in records] == [3, 6, 8]
-    assert set(records[0]['tasks']) == {'tiny_choice', 'tiny_text'}
-    assert {'acc', 'acc_stderr', 'gold_bits_per_byte'} <= set(records[0]['tasks']['tiny_choice'])
-    gold = [record['tasks']['tiny_choice']['gold_bits_per_byte'] for record in records]
+def test_scores_are_written(evaluated):
+    entries = metrics.read_records(evaluated / 'evaluation.jsonl')
+    assert [entry['step'] for entry in entries] == [3, 6, 8]
+    assert set(entries[0]['tasks']) == {'tiny_choice', 'tiny_text'}
+    assert {'acc', 'acc_stderr', 'gold_bits_per_byte'} <= set(entries[0]['tasks']['tiny_choice'])
+    gold = [entry['tasks']['tiny_choice']['gold_bits_per_byte'] for entry in entries]
     assert gold[-1] < gold[0]  # it learns
     assert list((evaluated / 'tensorboard' / 'evaluation').iterdir())
     files = sorted((evaluated / 'eval' / 'training').iterdir())
@@ -97,7 +97,7 @@ def test_what_was_found_is_written(evaluated):
 def test_losses_are_the_same_digits_without_it(config, evaluated, tmp_path):
     train.train(config, tmp_path)
     assert _losses(tmp_path) == _losses(evaluated)
-    assert [record['step'] for record in metrics.read_records(tmp_path / 'validation.jsonl')] == [4, 8]
+    assert [entry['step'] for entry in metrics.read_records(tmp_path / 'validation.jsonl')] == [4, 8]
 
 
 def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, evaluated, tmp_path):
@@ -111,7 +111,7 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
     hooks = (*in_training.hooks(config, tmp_path, 1), killed)
     with pytest.raises(Killed):
         train.train(config, tmp_path, hooks=hooks)
-    assert [record['step'] for record in metrics.read_records(tmp_path / 'evaluation.jsonl')] == [3]
+    assert [entry['step'] for entry in metrics.read_records(tmp_path / 'evaluation.jsonl')] == [3]
     _train(config, tmp_path)  # from step 2 on
     assert _losses(tmp_path) == _losses(evaluated)
     assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()
@@ -124,7 +124,11 @@ def _refused(config, message, processes=1, **fields):
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(config):
-    _refused(config, 'config.train.evaluate_tasks: one process evaluates while it trains, 2 do not', processes=2)
+    _refused(
+        config,
+        'config.train.evaluate_tasks: only a run of one process can evaluate while it trains, and this one has 2',
+        processes=2,
+    )
     _refused(config, "evaluate_tasks: .*no task 'tiny_chioce'; the nearest is", evaluate_tasks=('tiny_chioce',))
     _refused(config, 'evaluate_tasks: a task wants 32 new tokens, but seq_len is 32', evaluate_tasks=('tiny_long',))
     _refused(config, 'evaluate_tasks: --include_path=none is not a folder', evaluate_include_path='none')
