@@ -1,8 +1,8 @@
-"""The cloze task: which of four continuations belongs to a passage of a document held out from training?
+"""Builds the cloze task: which of four continuations belongs to a passage of a held-out document?
 
-Made from the validation files of a corpus in SlimPajama's format. The three wrong
-continuations come from other held-out documents of the same corpus, cut in the
-same way, so that chance is one in four.
+The passages come from the validation files of a corpus in SlimPajama's format. The
+three wrong continuations come from other held-out documents of the same corpus, cut
+in the same way, so chance is one in four.
 """
 
 import bisect
@@ -18,8 +18,8 @@ import zstandard
 TASK = 'cloze'
 _ITEMS = 300
 _CHOICES = 4
-_PASSAGE = 320  # characters of context; the demo's model reads some 900
-_CONTINUATION = 40  # characters of a continuation, at most: whether it fits shows at its beginning
+_PASSAGE = 320  # characters of context, at least; the demo's model reads about 900
+_CONTINUATION = 40  # characters of a continuation, at most: its beginning shows whether it fits
 _GAP = re.compile(r'(?<=\S) (?=\S)')  # a single space: lm-eval puts one between context and choice
 
 _YAML = f"""\
@@ -27,7 +27,7 @@ task: {TASK}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {TASK}/items.jsonl  # found from the folder that holds --include_path
+    test: {TASK}/items.jsonl  # relative to the folder that holds --include_path
 test_split: test
 output_type: multiple_choice
 doc_to_text: '{{{{context}}}}'
@@ -47,11 +47,13 @@ metadata:
 
 
 def build(corpus: pathlib.Path, folder: pathlib.Path, *, items: int = _ITEMS, seed: int = 0) -> int:
-    """Writes the task to `folder` (whose name must be `TASK`) and returns how many items it has.
+    """Writes the task to `folder` (whose name must be `TASK`) and returns its number of items.
 
     Args:
-      corpus: a SlimPajama folder; only its validation/ is read.
-      items: at most so many; the same for everyone with the same corpus and `seed`.
+      corpus: a SlimPajama folder; reads only its validation/.
+      folder: the task's folder.
+      items: the most items to write.
+      seed: decides, with the corpus, which passages become items.
     """
     rng = random.Random(seed)
     passages = [(owner, *passage) for owner, text in enumerate(_held_out(corpus)) for passage in _passages(text)]
@@ -76,7 +78,7 @@ def _held_out(corpus: pathlib.Path) -> Iterator[str]:
 
 
 def _passages(text: str) -> Iterator[tuple[str, str]]:
-    """(context, continuation) after (context, continuation), without overlap, cut at single spaces."""
+    """Yields (context, continuation) pairs of a text, without overlap, cut at single spaces."""
     gaps = [match.start() for match in _GAP.finditer(text)]
     begin = 0
     for gap in gaps:

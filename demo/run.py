@@ -1,9 +1,9 @@
-"""The whole path on configs/demo.py, as `make demo` runs it: the real commands, one after the other.
+"""Runs every command of the program in turn on configs/demo.py, as `make demo` does.
 
     python -m demo.run [WORKDIR [--config.x.y=value ...]]
 
-A step whose result is there already is left out, so that the same command goes on
-after an interruption. Ends with the exit status of the first step that fails.
+Skips a step whose result exists, so the same command resumes after an interruption.
+Ends with the exit status of the first step that fails.
 """
 
 import json
@@ -20,13 +20,13 @@ from demo import cloze
 from tinyllama_jax.process import signals
 
 CONFIG = 'configs/demo.py'
-SOURCE = 'slimpajama'  # the one whose held-out documents become the cloze task
+SOURCE = 'slimpajama'  # its held-out documents become the cloze task
 PROMPTS = ('Return a list of', 'The statement is used to', 'def __init__(self, name):')
 SAMPLING = ('--max_new_tokens=60', '--temperature=0.7', '--top_k=40')
 
 
 class StepFailed(Exception):
-    """A command ended with a status that isn't 0."""
+    """A command ended with a status other than 0."""
 
     def __init__(self, command: str, status: int):
         super().__init__(f'`{command}` ended with status {status}')
@@ -34,20 +34,20 @@ class StepFailed(Exception):
 
 
 def main(workdir: str = 'runs/demo', *overrides: str) -> int:
-    """Runs every step in `workdir`, with `overrides` (--config.x=y) of the configuration, and prints the results."""
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the demo is made for it; the tests add a CUDA plugin
+    """Runs every step in `workdir` with `overrides` (--config.x=y), prints the results, returns the exit status."""
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # the demo is made for a CPU; a CUDA plugin may be installed too
     begin = time.monotonic()
     try:
         texts = _steps(pathlib.Path(workdir), overrides)
     except StepFailed as failure:
-        print(f'\ndemo: {failure}. What it says above tells why; `make demo` goes on from here.', file=sys.stderr)
+        print(f'\ndemo: {failure}; its output above says why. `make demo` resumes from here.', file=sys.stderr)
         return failure.status
     _results(pathlib.Path(workdir), texts, time.monotonic() - begin)
     return 0
 
 
 def _steps(folder: pathlib.Path, overrides: tuple[str, ...]) -> str:
-    """Everything up to the report; returns what `generate` wrote."""
+    """Runs every step up to the report; returns the output of `generate`."""
     experiment, workdir = (f'--config={CONFIG}', *overrides), f'--workdir={folder}'
     command('prepare', *experiment, workdir)
     command('train', *experiment, workdir)
@@ -72,14 +72,14 @@ def _newer(path: pathlib.Path, than: pathlib.Path) -> bool:
 
 
 def command(name: str, *arguments: str, capture: bool = False) -> str:
-    """Runs `main.py NAME ARGUMENTS`; returns its stdout if `capture`. Raises StepFailed unless it ends with 0."""
+    """Runs `main.py NAME ARGUMENTS`; returns its stdout if `capture`. Raises StepFailed unless its status is 0."""
     shown = shlex.join(['python', 'main.py', name, *arguments])
     print(f'\n$ {shown}', flush=True)
     begin = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, 'main.py', name, *arguments], stdout=subprocess.PIPE if capture else None, text=True
     )
-    # Ctrl-C reaches the command too, which saves and ends; SIGTERM is passed on. The demo only waits.
+    # Ctrl-C reaches the command too, and it saves and ends; SIGTERM is passed on. The demo only waits.
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -116,12 +116,12 @@ def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
 
 
 def _continuations(texts: str) -> list[str]:
-    """What `generate` wrote, cut before each prompt, since a continuation may have many lines."""
-    found = []
+    """Cuts the output of `generate` before each prompt; a continuation may have many lines."""
+    continuations = []
     for prompt in reversed(PROMPTS):
         texts, _, continuation = texts.rpartition(prompt)
-        found.insert(0, prompt + continuation.rstrip())
-    return found
+        continuations.insert(0, prompt + continuation.rstrip())
+    return continuations
 
 
 def _print_figure(figures: dict[str, float], name: str, title: str, chance: str) -> None:
@@ -138,5 +138,5 @@ def _next_commands(folder: pathlib.Path, step: int) -> tuple[str, ...]:
 
 
 if __name__ == '__main__':
-    signals.end_on_ctrl_c('demo: stopped by Ctrl-C; `make demo` goes on from here.')
+    signals.end_on_ctrl_c('demo: stopped by Ctrl-C; `make demo` resumes from here.')
     sys.exit(main(*sys.argv[1:]))

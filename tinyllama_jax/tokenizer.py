@@ -1,9 +1,8 @@
-"""SentencePiece: text to ids and back, the BOS/EOS policy of a document, training a small model.
+"""SentencePiece: encodes and decodes text, adds BOS and EOS to documents, trains a small model.
 
-`Tokenizer.encode` gives exactly sentencepiece's ids. Where the loaded model
-allows it, it gets them several times faster: a BPE merge never crosses a place
-that no piece spans, so a text is cut there and the ids of each cut are
-remembered (`_can_be_cut` states and checks the condition).
+`Tokenizer.encode` gives exactly sentencepiece's ids, several times faster if the
+model allows it: no BPE merge crosses a point that no piece spans, so a text is cut
+at such points and the ids of each cut are cached (`_can_be_cut` checks the condition).
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from tinyllama_jax import errors, files
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
 # Before each run of spaces, and around newlines and tabs.
 _CUT = re.compile(f'\\n|\\t|[ {_SPACE}]*[^ {_SPACE}\\n\\t]+|[ {_SPACE}]+')
-_MEMO_ENTRIES = 1 << 18  # some 50 MB
+_MEMO_ENTRIES = 1 << 18  # about 50 MB
 _MEMO_CHARACTERS = 48  # longer cuts seldom come again
 _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
@@ -30,15 +29,28 @@ class Tokenizer:
     """A SentencePiece model from the file `path`.
 
     Attributes: path, sha256 (of the file), vocab_size (pieces), bos_id and eos_id
-    (-1 where the model has none), dtype (uint16, or uint32 above 65,536 pieces).
-    Raises UsageError when the file is missing or no SentencePiece model.
+    (-1 if the model has none), dtype (uint16, or uint32 above 65,536 pieces).
+    Raises UsageError when the file is missing or not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        model = _read_model(self.path)
+        flag = f'--config.data.tokenizer={path}'
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise errors.UsageError(
+                f'{flag} cannot be read ({error.strerror}); give the path of a SentencePiece .model file.'
+            ) from None
+        try:
+            if not model:
+                raise ValueError('an empty file')  # sentencepiece would take it for no model given
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError):
+            raise errors.UsageError(
+                f'{flag} is not a SentencePiece model; give a .model file, not a tokenizer.json.'
+            ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = _load(model, self.path)
         self.vocab_size = self._processor.get_piece_size()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
@@ -47,25 +59,22 @@ class Tokenizer:
         self._memo = _Memo(proto, self.dtype) if _can_be_cut(proto) else None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` without special tokens; lone surrogates become U+FFFD."""
+        """Returns the ids of `text` without special tokens; lone surrogates become U+FFFD."""
         return self._encode(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens are left out."""
+        """Returns the text of `ids` without special tokens."""
         return self._processor.decode([int(token) for token in ids])
 
     def encode_document(self, text: str, *, bos: bool, eos_per_document: int) -> np.ndarray:
-        """[BOS] + ids + EOS * eos_per_document as an array of `dtype`."""
-        head = [self._special('bos')] if bos else []
-        tail = [self._special('eos')] * eos_per_document if eos_per_document else []
+        """Returns [BOS] + ids + EOS * eos_per_document, of `dtype`. Raises UsageError if the model lacks BOS or EOS."""
+        head, tail = [self.bos_id] * bos, [self.eos_id] * eos_per_document
+        if -1 in head + tail:
+            raise errors.UsageError(
+                f'{self.path} has no {"BOS" if -1 in head else "EOS"} piece; set config.data.bos=false and '
+                'config.data.eos_per_document=0, or use another tokenizer.'
+            )
         return np.concatenate([np.asarray(head, self.dtype), self._encode(text), np.asarray(tail, self.dtype)])
-
-    def _special(self, name: str) -> int:
-        token = getattr(self, f'{name}_id')
-        if token < 0:
-            raise errors.UsageError(f'{self.path} has no {name.upper()} piece; set config.data.bos=false and '
-                                    'config.data.eos_per_document=0, or use another tokenizer.')  # fmt: skip
-        return token
 
     def _encode(self, text: str) -> np.ndarray:
         if not text.isascii():
@@ -76,7 +85,7 @@ class Tokenizer:
 
 
 class _Memo(dict):
-    """Ids of a cut, as bytes; `encode` joins them. Forgets everything when full."""
+    """Caches the ids of each cut, as bytes; `encode` joins them. Clears itself when full."""
 
     def __init__(self, proto: sentencepiece_model_pb2.ModelProto, dtype: np.dtype):
         super().__init__()
@@ -101,12 +110,12 @@ class _Memo(dict):
 
 
 def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
-    """Whether cutting as `_CUT` does leaves every id as it is.
+    """Returns whether cutting a text as `_CUT` does leaves every id as it is.
 
     True for a BPE model that leaves text unchanged (no normalisation rules, no
-    whitespace removed), has byte pieces instead of merging unknown characters,
-    no user-defined pieces (they are matched before BPE), and no piece with a
-    space after another character, or of a newline or tab with something else.
+    whitespace removed), has byte pieces instead of merging unknown characters, has
+    no user-defined pieces (they are matched before BPE), and has no piece that joins
+    a space to the character before it, or a newline or tab to anything.
     """
     trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
     identity = not normalizer.precompiled_charsmap and not normalizer.normalization_rule_tsv
@@ -126,41 +135,39 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _read_model(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise errors.UsageError(f'--config.data.tokenizer={path} cannot be read ({error.strerror}); '
-                                'give the path of a SentencePiece .model file.') from None  # fmt: skip
-
-
-def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        if not model:
-            raise ValueError('an empty file')
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, ValueError):
-        raise errors.UsageError(f'--config.data.tokenizer={path} is not a SentencePiece model; '
-                                'give a .model file, not a tokenizer.json.') from None  # fmt: skip
-
-
 def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None:
-    """Trains a model of `pieces` pieces on `texts` and writes it to the file `path`.
+    """Trains a model of `pieces` pieces on `texts` and writes it to the file `path`, atomically.
 
-    As Llama's: BPE with byte fallback, digits split, no normalisation, a dummy
-    prefix, unk 0, bos 1, eos 2, no pad. The same texts give the same file. Raises
-    UsageError when the texts are too few for so many pieces.
+    The settings are Llama's: BPE with byte fallback, digits split, no normalisation,
+    a dummy prefix, unk 0, bos 1, eos 2, no pad. The same texts give the same file.
+    Raises UsageError when `pieces` is too many or too few for the texts.
     """
     lines = (_without_surrogates(line).replace('\0', ' ') for text in texts for line in text.split('\n') if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=pieces, model_type='bpe', byte_fallback=True,
-            split_digits=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
-            add_dummy_prefix=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
-            max_sentence_length=1 << 16, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type='bpe',
+            vocab_size=pieces,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name='identity',
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9999,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
     except (RuntimeError, ValueError) as error:
-        raise errors.UsageError(f'config.data.tokenizer_pieces={pieces}: a tokenizer of so many pieces cannot be '
-                                f'trained on the sources ({str(error).strip()}).') from None  # fmt: skip
+        raise errors.UsageError(
+            f'config.data.tokenizer_pieces={pieces}: a tokenizer of so many pieces cannot be trained on the sources '
+            f'({str(error).strip()}); give another --config.data.tokenizer_pieces, or more text.'
+        ) from None
     files.write_atomically(path, model.getvalue())

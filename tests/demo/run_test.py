@@ -1,4 +1,4 @@
-"""The demo on a model of seconds: interrupted, completed, asked again; and its cloze task with an oracle."""
+"""The demo on a tiny model: interrupted, completed, run again."""
 
 import json
 import os
@@ -7,10 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from lm_eval.api.model import LM
 
-from demo import cloze, run
-from eval_bridge import evaluate
+from demo import run
 from tests.conftest import ROOT
 from tests.support import corpora
 
@@ -23,65 +21,6 @@ SMALL = [
         'train.eval_rows=4 train.eval_every_steps=0 train.checkpoint_every_steps=30 train.log_every_steps=1'
     ).split()
 ]
-
-
-class Oracle(LM):
-    """Knows which continuation follows which context, or prefers any other."""
-
-    def __init__(self, known: dict[str, str], *, right: bool = True):
-        super().__init__()
-        self._known, self._right = known, right
-
-    def loglikelihood(self, requests):
-        def score(context, continuation):
-            return 0.0 if (self._known[context] == continuation.strip()) == self._right else -10.0
-
-        return [(score(*request.args), False) for request in requests]
-
-    def loglikelihood_rolling(self, requests):
-        raise NotImplementedError
-
-    def generate_until(self, requests):
-        raise NotImplementedError
-
-
-@pytest.fixture(scope='module')
-def task(tmp_path_factory):
-    """(folder of the task, its items, the held-out texts)"""
-    root = tmp_path_factory.mktemp('cloze')
-    corpora.slimpajama(root / 'corpus')
-    count = cloze.build(root / 'corpus', root / 'cloze', items=12)
-    items = [json.loads(line) for line in (root / 'cloze/items.jsonl').read_text().splitlines()]
-    assert len(items) == count == 12
-    return root / 'cloze', items, corpora.texts(8, seed=50)
-
-
-def test_an_item_is_a_passage_of_a_held_out_document_and_three_of_others(task):
-    _, items, texts = task
-    for item in items:
-        right = item['choices'][item['gold']]
-        owners = [text for text in texts if f'{item["context"]} {right}' in text]
-        assert len(owners) == 1
-        assert len(set(item['choices'])) == 4
-        for choice in item['choices']:
-            assert 20 <= len(choice) <= 40
-            assert choice == right or not any(choice in text for text in owners)
-            assert any(choice in text for text in texts)
-    assert {item['gold'] for item in items} == {0, 1, 2, 3}
-
-
-def test_the_same_corpus_gives_the_same_items(task, tmp_path):
-    cloze.build(task[0].parent / 'corpus', tmp_path / 'cloze', items=12)
-    assert (tmp_path / 'cloze/items.jsonl').read_bytes() == (task[0] / 'items.jsonl').read_bytes()
-
-
-@pytest.mark.parametrize(('right', 'accuracy'), [(True, 1.0), (False, 0.0)])
-def test_lm_eval_scores_an_oracle(task, right, accuracy):
-    folder, items, _ = task
-    oracle = Oracle({item['context']: item['choices'][item['gold']] for item in items}, right=right)
-    result = evaluate.evaluate(oracle, ['cloze'], include_path=folder)
-    assert result['results']['cloze']['acc,none'] == accuracy
-    assert result['n-samples']['cloze']['effective'] == 12
 
 
 def _start(workdir, *overrides):
@@ -116,11 +55,11 @@ def interrupted(tmp_path_factory):
     return workdir, output, process.returncode
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
+def test_ctrl_c_saves_and_says_how_to_resume(interrupted):
     _, output, status = interrupted
     assert status == 130, output
     assert 'stopped and saved at step' in output
-    assert '`make demo` goes on from here' in output
+    assert '`make demo` resumes from here' in output
     assert 'Traceback' not in output
 
 
@@ -139,10 +78,10 @@ def finished(interrupted):
     return workdir, settings, output
 
 
-def test_the_demo_goes_on_and_shows_its_results(finished):
+def test_the_demo_resumes_and_shows_its_results(finished):
     workdir, settings, output = finished
     assert _commands(output) == ['prepare', 'train', 'export', 'evaluate', 'generate', 'report']
-    assert 'steps 0 to' not in output, 'it began anew'
+    assert 'steps 0 to' not in output, 'it started over'
     results = output[output.index('=' * 78) :]
     summary = json.loads((workdir / 'report/summary.json').read_text())
     for source in ('slimpajama', 'starcoder'):
@@ -161,8 +100,8 @@ def test_the_demo_goes_on_and_shows_its_results(finished):
     assert _commands(output) == ['prepare', 'train', 'generate', 'report']
 
 
-def test_extended_by_hand_it_is_exported_and_evaluated_anew(finished, monkeypatch):
-    """Only what trains is run; the commands that would follow are noted."""
+def test_extended_by_hand_it_is_exported_and_evaluated_again(finished, monkeypatch):
+    """Runs only the training; notes the other commands."""
     workdir, settings, _ = finished
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv('XLA_FLAGS', '')

@@ -19,7 +19,7 @@ _LETTERS = 'etaoinshrdlu'
 
 
 def texts(count: int, *, seed: int = 0, words: int = 120) -> list[str]:
-    """`count` texts of invented words, digits, indented lines and tabs, with some text that isn't ASCII."""
+    """`count` texts of invented words, digits, indented lines and tabs, with some words that are not ASCII."""
     rng = random.Random(seed)
     lexicon = [''.join(rng.choices(_LETTERS, k=rng.randint(1, 9))) for _ in range(300)]
     lexicon += ['naïve', '東京', '1984', 'x = [0]', '\n    if', '\n\treturn', '  ', '\n\n']
@@ -35,7 +35,7 @@ def tokenizer_path() -> pathlib.Path:
 
 
 def jsonl(records: list) -> bytes:
-    """Lines of JSON; bytes among the records become lines as they are."""
+    """Lines of JSON; bytes among the records become lines unchanged."""
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     return b''.join(line + b'\n' for line in lines)
 
@@ -60,7 +60,7 @@ def write_parquet(path: pathlib.Path, contents: list, column: str = 'content') -
 
 
 def slimpajama(root: pathlib.Path, *, files: int = 3, documents: int = 12) -> pathlib.Path:
-    """A SlimPajama tree: train files with a dropped and an empty document each, validation, and an unreadable test."""
+    """Writes a SlimPajama tree: train files with a dropped and an empty document each, validation, unreadable test."""
     for i in range(files):
         records = [record(text) for text in texts(documents, seed=i)]
         records[2:2] = [record('some code', 'RedPajamaGithub'), record('')]
@@ -72,14 +72,14 @@ def slimpajama(root: pathlib.Path, *, files: int = 3, documents: int = 12) -> pa
 
 
 def starcoder(root: pathlib.Path, *, files: int = 2, documents: int = 12) -> pathlib.Path:
-    """A StarCoderData tree of `files` languages."""
+    """Writes a StarCoderData tree of `files` languages."""
     for i in range(files):
         write_parquet(root / f'lang{i}' / 'train-00000-of-00001.parquet', texts(documents, seed=20 + i))
     return root
 
 
 def config(root: pathlib.Path, **changes) -> DataConfig:
-    """A DataConfig of both trees below `root`, which are made if they aren't there."""
+    """A DataConfig of both trees below `root`; writes them if they do not exist."""
     if not (root / 'slim').exists():
         slimpajama(root / 'slim')
         starcoder(root / 'star')
@@ -91,7 +91,7 @@ def config(root: pathlib.Path, **changes) -> DataConfig:
 
 
 def one_source(path, **changes) -> DataConfig:
-    """A DataConfig of one source `words`, at `path`, for one worker."""
+    """A DataConfig of one source, `words`, at `path`, for one worker."""
     fields = {field: changes.pop(field) for field in ('format', 'text_field') if field in changes}
     sources = {'words': SourceConfig(path=str(path), **fields)}
     return DataConfig(**{'sources': sources, 'tokenizer': str(tokenizer_path()), 'workers': 1, **changes})

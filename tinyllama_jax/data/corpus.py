@@ -1,9 +1,9 @@
-"""The corpus that is always there: the Python installation itself, in the published corpora's own formats.
+"""Writes a corpus from the Python installation itself, in the formats of the published corpora.
 
-Natural language is the language reference's topics and the docstrings of the
-standard library, written as SlimPajama is; code is the standard library's source,
-written as StarCoderData is. Only the standard library counts, so the corpus is
-the same for everyone with the same Python.
+Natural language is the topics of the language reference and the docstrings of the
+standard library, written like SlimPajama; code is the source of the standard
+library, written like StarCoderData. Nothing else is read, so the corpus is the
+same for everyone with the same Python.
 """
 
 import ast
@@ -15,7 +15,7 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow
@@ -25,7 +25,7 @@ import zstandard
 from tinyllama_jax import errors
 from tinyllama_jax.config import SourceConfig
 
-# Tests and tables, what differs between machines, and what isn't part of Python.
+# Tests, tables, files that differ between machines, and files that are not part of Python.
 _LEFT_OUT = {
     'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings', 'pydoc_data',
     'lib2to3', 'turtledemo', '_bundled', 'lib-dynload', 'sitecustomize.py',
@@ -33,27 +33,27 @@ _LEFT_OUT = {
 _LEFT_OUT_PREFIXES = ('config-', '_sysconfigdata')
 _TRAIN_FILES = 4
 _CODE_FILES = 2
-_VALIDATION_PARTS = 20  # one document in so many validates
+_VALIDATION_PARTS = 20  # one document in 20 validates
 
 
 def with_paths(sources: Mapping[str, SourceConfig], folder: Path) -> dict[str, SourceConfig]:
-    """Gives every source without a path one below `folder`, and writes its corpus there unless it is there.
+    """Returns `sources` with a path below `folder` for each that has none; writes the corpora that are missing.
 
-    A source of format parquet is code, any other natural language.
+    A source of format parquet gets code, any other natural language. Raises RunError when a corpus cannot be written.
     """
     completed = {}
     for name, source in sources.items():
         if source.path is None:
             path = folder / name
             if not path.exists():
-                _write_whole(path, _write_code if source.format == 'parquet' else _write_language)
+                _write_corpus(path, _write_code if source.format == 'parquet' else _write_language)
             source = dataclasses.replace(source, path=str(path))
         completed[name] = source
     return completed
 
 
-def _write_whole(path: Path, write) -> None:
-    """Calls `write(folder)` for a folder that becomes `path` when it is complete."""
+def _write_corpus(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(folder)` and renames the folder to `path` when it is complete."""
     partial = path.with_name(path.name + '.part')
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -67,18 +67,18 @@ def _write_whole(path: Path, write) -> None:
 
 
 def _write_language(folder: Path) -> None:
-    documents = sorted(_topics() | _docstrings(), key=_digest)
-    validation = [document for document in documents if _validates(document)]
-    train = [document for document in documents if not _validates(document)]
+    docstrings = {('PythonDocstrings', text) for text in map(_module_docstrings, _modules()) if text}
+    documents = sorted(_topics() | docstrings, key=lambda document: _digest(document[1]))
+    validation = [(kind, text) for kind, text in documents if _validates(text)]
+    train = [(kind, text) for kind, text in documents if not _validates(text)]
     for i in range(_TRAIN_FILES):
         _write_jsonl(folder / 'train' / 'chunk1' / f'example_train_{i}.jsonl.zst', train[i::_TRAIN_FILES])
     _write_jsonl(folder / 'validation' / 'chunk1' / 'example_holdout_0.jsonl.zst', validation)
 
 
 def _write_code(folder: Path) -> None:
-    # The docstrings of a module that validates must not be trained on as part of its code.
-    texts = [text for text in _modules() if not _validates(('PythonDocstrings', _module_docstrings(text)))]
-    texts.sort(key=lambda text: _digest(('', text)))
+    # A module's code holds its docstrings: where they validate, the code must not train.
+    texts = sorted((text for text in _modules() if not _validates(_module_docstrings(text))), key=_digest)
     (folder / 'python').mkdir()
     for i in range(_CODE_FILES):
         table = pyarrow.table({'content': pyarrow.array(texts[i::_CODE_FILES], pyarrow.string())})
@@ -91,28 +91,23 @@ def _write_jsonl(path: Path, documents: list[tuple[str, str]]) -> None:
     path.write_bytes(zstandard.ZstdCompressor().compress(''.join(lines).encode()))
 
 
-def _digest(document: tuple[str, str]) -> str:
-    return hashlib.sha256(document[1].encode(errors='replace')).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors='replace')).hexdigest()
 
 
-def _validates(document: tuple[str, str]) -> bool:
-    return int(_digest(document), 16) % _VALIDATION_PARTS == 0
+def _validates(text: str) -> bool:
+    return int(_digest(text), 16) % _VALIDATION_PARTS == 0
 
 
 def _topics() -> set[tuple[str, str]]:
-    """The chapters of the language reference behind `help('topics')`."""
-    from pydoc_data import topics  # large, and needed here only
+    """Returns the chapters of the language reference behind `help('topics')`."""
+    from pydoc_data import topics  # large, and needed only here
 
     return {('PythonTopics', text.strip()) for text in topics.topics.values() if text.strip()}
 
 
-def _docstrings() -> set[tuple[str, str]]:
-    texts = map(_module_docstrings, _modules())
-    return {('PythonDocstrings', text) for text in texts if text}
-
-
 def _modules() -> Iterator[str]:
-    """The source of every module of the standard library that is UTF-8, by path."""
+    """Yields the source of every module of the standard library, ordered by path; skips files that are not UTF-8."""
     for parent, folders, files in os.walk(sysconfig.get_path('stdlib')):
         folders[:] = sorted(filter(_wanted, folders))
         for name in sorted(filter(_wanted, files)):
@@ -130,7 +125,7 @@ def _wanted(name: str) -> bool:
 
 
 def _module_docstrings(source: str) -> str:
-    """Every docstring of a module in order, a blank line between them."""
+    """Returns all docstrings of a module in order, with a blank line between them."""
     try:
         with warnings.catch_warnings(action='ignore'):
             tree = ast.parse(source)
@@ -139,11 +134,10 @@ def _module_docstrings(source: str) -> str:
     return '\n\n'.join(_docs(tree))
 
 
-def _docs(node: ast.AST) -> Iterator[str]:
-    holders = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+def _docs(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     text = ast.get_docstring(node, clean=False)
     if text and text.strip():
         yield inspect.cleandoc(text).strip()
     for child in node.body:
-        if isinstance(child, holders):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docs(child)

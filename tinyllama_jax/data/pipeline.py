@@ -1,10 +1,10 @@
-"""The batch of step n as a pure function of (config, manifest, n), served through grain.
+"""Computes the batch of step n as a pure function of (config, manifest, n), read ahead through grain.
 
 A step is `global_batch_size` consecutive *positions* of one endless list of rows.
-Position p belongs to the source that the mixture gives it (`mixture`), and is the
-source's row number i. Epoch i // rows of a source visits all its training rows
-once, in an order of its own (`permuted`). Nothing is stored and nothing is
-random but the keys of the permutations, so any step is found in O(1).
+`mixture` assigns position p to a source and to number i within that source. Epoch
+i // rows of a source visits all its training rows once, in an order of its own
+(`permuted`). Nothing is stored and only the keys of the permutations are random,
+so any step is computed in O(1).
 
 Arrays: A accumulation steps, B global rows of one of them, R = seq_len + 1.
 """
@@ -25,18 +25,18 @@ from tinyllama_jax.data.store import TokenStore
 
 _WEIGHT_UNITS = 1_000_000  # weights are rounded to this many parts
 _ROUNDS = 6
-_ORDER_VERSION = 1  # of the formulas below; another one gives other batches
+_ORDER_VERSION = 1  # of the formulas below: other formulas give other batches
 _MAX_READERS = 4
 
 
 def integer_weights(weights: Sequence[float]) -> np.ndarray:
-    """Weights [sources] as int64 parts of about a million, none of them 0."""
+    """Returns `weights` [sources] as int64 parts of about a million, none of them 0."""
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     return np.maximum(1, np.rint(shares * _WEIGHT_UNITS)).astype(np.int64)
 
 
 def mixture_counts(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """How many of the first `positions` rows are of each source: [sources, ...] int64, adding up to `positions`.
+    """Returns how many of the first `positions` rows each source has: [sources, ...] int64, summing to `positions`.
 
     The heaviest source takes its rounded share of all rows, the next its rounded
     share of the rest, and so on. Any two neighbouring positions differ in one
@@ -54,17 +54,17 @@ def mixture_counts(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def mixture(positions: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number of the row within its source) of each position, both int64 like `positions`."""
+    """Returns (source, number within the source) of each position, both int64 in the shape of `positions`."""
     before, after = mixture_counts(positions, weights), mixture_counts(positions + 1, weights)
     sources = np.argmax(after - before, axis=0)
     return sources, np.take_along_axis(before, sources[None], axis=0)[0]
 
 
 def permuted(index: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """The images of `index` (int64, each below `size`) under the permutation of range(size) that `key` names.
+    """Returns the images of `index` (int64, each below `size`) under the permutation of range(size) keyed by `key`.
 
-    A Feistel network on the smallest power of two >= size, walked along its cycle
-    until the image is below size: no memory, under two walks on average.
+    A Feistel network on the smallest power of two >= size, applied again until the
+    image is below size (cycle walking): no memory, under two rounds of it on average.
     """
     bits = max(size - 1, 1).bit_length()
     low = bits // 2
@@ -76,7 +76,7 @@ def permuted(index: np.ndarray, size: int, *key: object) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, high: int, low: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of the numbers of high + low bits: each round turns one half by a hash of the other."""
+    """Maps the numbers of high + low bits one to one: each round XORs one half with a hash of the other."""
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
     for key in keys:
         left, right = right, left ^ (_hashed(right ^ key) & np.uint64((1 << high) - 1))
@@ -85,23 +85,23 @@ def _feistel(values: np.ndarray, high: int, low: int, keys: np.ndarray) -> np.nd
 
 
 def _hashed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser."""
+    """Returns SplitMix64's finaliser of each value."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The training and validation rows of a source; held-out rows are the last of a fixed permutation."""
+class _SourceRows:
+    """Counts a source's rows and orders them; the held-out rows are the last of a fixed permutation."""
 
     source: str
     train: int
-    held_out: int  # of the training split, for a source without a validation split
+    held_out: int  # rows of the training split, for a source without a validation split
     validation: int
 
     def train_row(self, index: np.ndarray, seed: int) -> np.ndarray:
-        """Rows of the training split visited at numbers `index`, epoch after epoch."""
+        """Returns the rows of the training split that come at numbers `index`, epoch after epoch."""
         epochs, within = np.divmod(index, self.train)
         rows = np.empty_like(within)
         for epoch in np.unique(epochs):
@@ -110,7 +110,7 @@ class _Rows:
         return self._allowed(rows)
 
     def validation_rows(self, limit: int) -> tuple[str, np.ndarray]:
-        """(split, its rows that validate): at most `limit`, the same for every seed."""
+        """Returns (split, its validation rows): at most `limit` rows, the same for every seed."""
         if self.held_out:
             return 'train', self._allowed(self.train + np.arange(min(limit, self.held_out)))
         return 'validation', permuted(
@@ -124,13 +124,13 @@ class _Rows:
 
 
 class Dataset:
-    """Batches of a config's mixture from a store; make it with `make_dataset`.
+    """Reads the batches of a config's mixture from a store; made by `make_dataset`.
 
     Attributes: sources (names, in the config's order), fingerprint (sha256 of
     everything that decides the batches).
     """
 
-    def __init__(self, config: Config, store: TokenStore, rows: Mapping[str, _Rows]):
+    def __init__(self, config: Config, store: TokenStore, rows: Mapping[str, _SourceRows]):
         self.sources = list(rows)
         self._config, self._store, self._rows = config, store, rows
         self._seq_len, self._batch_size = config.model.seq_len, config.train.global_batch_size
@@ -138,31 +138,31 @@ class Dataset:
         self.fingerprint = self._fingerprint()
 
     def batch(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray:
-        """Rows [A, B, R] of a step (the first is 0), or the slice `columns` of B; only these are read."""
+        """Returns the rows [A, B, R] of a step (the first is 0), or only the slice `columns` of B."""
         return self._read(self._store.read_rows, self._store.manifest['dtype'], step, accumulation, columns)
 
     def segment_ids(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray | None:
-        """Segment ids [A, B, R] of the same rows (TokenStore.segment_ids); None without config.data.document_mask."""
+        """Returns the segment ids [A, B, R] of the rows of `batch`; None without config.data.document_mask."""
         if not self._config.data.document_mask:
             return None
         dtype = store_lib.segment_dtype(self._seq_len)
         return self._read(self._store.segment_ids, dtype, step, accumulation, columns)
 
     def _read(self, read: Callable, dtype: Any, step: int, accumulation: int, columns: slice) -> np.ndarray:
-        """What `read`, a method of the store, finds for a step's rows: [A, B, R] of this dtype."""
+        """Calls `read`, a method of the store, for a step's rows; returns the values [A, B, R] as `dtype`."""
         if self._batch_size % accumulation:
             raise ValueError(f'global_batch_size {self._batch_size} is not a multiple of accumulation {accumulation}')
         sources, rows = self.rows(step)
         sources = sources.reshape(accumulation, -1)[:, columns]
         rows = rows.reshape(accumulation, -1)[:, columns]
-        found_ABR = np.empty((*rows.shape, self._seq_len + 1), dtype)
+        values_ABR = np.empty((*rows.shape, self._seq_len + 1), dtype)
         for i, name in enumerate(self.sources):
             if (chosen := sources == i).any():
-                found_ABR[chosen] = read(name, 'train', rows[chosen], self._seq_len)
-        return found_ABR
+                values_ABR[chosen] = read(name, 'train', rows[chosen], self._seq_len)
+        return values_ABR
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the source in `sources`, row of its training split) of each row of a step."""
+        """Returns (index of the source in `sources`, row of its training split) of each row of a step."""
         sources, index = mixture(step * self._batch_size + np.arange(self._batch_size), self._weights)
         rows = np.empty_like(index)
         for i, name in enumerate(self.sources):
@@ -173,7 +173,7 @@ class Dataset:
     def batches(
         self, start: int, stop: int, *, accumulation: int = 1, columns: slice = slice(None)
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """`batch` and `segment_ids` of steps start to stop - 1, read ahead by threads; closing it ends them."""
+        """Yields (`batch`, `segment_ids`) of steps start to stop - 1, read ahead by threads; closing it ends them."""
 
         def read(step):
             rows_ABR = self.batch(int(step), accumulation=accumulation, columns=columns)
@@ -188,13 +188,13 @@ class Dataset:
             iterator.close()
 
     def validation_size(self, source: str) -> int:
-        """How many validation rows a source has, at most config.train.eval_rows; 0 where none are held out."""
+        """Returns the number of validation rows of a source: at most config.train.eval_rows, 0 if none are held out."""
         return len(self._rows[source].validation_rows(self._config.train.eval_rows)[1])
 
     def validation(self, source: str, chosen: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
-        """Validation rows [n, R] of a source and their segment ids (None without config.data.document_mask).
+        """Returns validation rows [n, R] of a source and their segment ids (None without config.data.document_mask).
 
-        Never trained on, in a fixed order; only those `chosen` are read.
+        These rows are never trained on and have a fixed order; reads only those `chosen`.
         """
         split, rows = self._rows[source].validation_rows(self._config.train.eval_rows)
         rows_NR = self._store.read_rows(source, split, rows[chosen], self._seq_len)
@@ -203,8 +203,8 @@ class Dataset:
         return rows_NR, self._store.segment_ids(source, split, rows[chosen], self._seq_len)
 
     def seen(self, step: int) -> dict[str, int]:
-        """Rows of each source that were consumed before `step`."""
-        counts = mixture_counts(np.int64(step * self._batch_size), self._weights)
+        """Returns the number of rows of each source that were consumed before `step`."""
+        counts = mixture_counts(np.array(step * self._batch_size, np.int64), self._weights)
         return {name: int(count) for name, count in zip(self.sources, counts, strict=True)}
 
     def _fingerprint(self) -> str:
@@ -230,12 +230,12 @@ class Dataset:
 
 
 def make_dataset(config: Config, store: TokenStore) -> Dataset:
-    """The dataset of `config` from `store`. Raises UsageError where the two don't fit together."""
-    _check(config, store)
-    return Dataset(config, store, {name: _rows(config, store, name) for name in config.data.sources})
+    """Returns the dataset of `config` from `store`. Raises UsageError when the two do not fit together."""
+    _check_store(config, store)
+    return Dataset(config, store, {name: _source_rows(config, store, name) for name in config.data.sources})
 
 
-def _rows(config: Config, store: TokenStore, source: str) -> _Rows:
+def _source_rows(config: Config, store: TokenStore, source: str) -> _SourceRows:
     seq_len, data = config.model.seq_len, config.data
     rows = store.num_rows(source, 'train', seq_len)
     validation = store.num_rows(source, 'validation', seq_len)
@@ -246,10 +246,10 @@ def _rows(config: Config, store: TokenStore, source: str) -> _Rows:
             f'source {source} in {store.path} has no row of seq_len + 1 = {seq_len + 1} tokens; give it more text, or '
             'a smaller --config.model.seq_len.'
         )
-    return _Rows(source, rows - held_out, held_out, validation)
+    return _SourceRows(source, rows - held_out, held_out, validation)
 
 
-def _check(config: Config, store: TokenStore) -> None:
+def _check_store(config: Config, store: TokenStore) -> None:
     manifest, data = store.manifest, config.data
     if missing := [name for name in data.sources if name not in manifest['sources']]:
         raise errors.UsageError(
@@ -276,8 +276,8 @@ def _check(config: Config, store: TokenStore) -> None:
 def _check_tokenizer(config: Config, store: TokenStore) -> None:
     wanted = store.manifest['tokenizer_sha256']
     for path in filter(None, (store.tokenizer_path, config.data.tokenizer)):
-        if (found := tokenizer.Tokenizer(path).sha256) != wanted:
+        if (sha256 := tokenizer.Tokenizer(path).sha256) != wanted:
             raise errors.UsageError(
-                f'wrong tokenizer: {path} has sha256 {found[:12]}..., but {store.path} was prepared with '
+                f'wrong tokenizer: {path} has sha256 {sha256[:12]}..., but {store.path} was prepared with '
                 f'{wanted[:12]}...; give that one with --config.data.tokenizer=FILE, or prepare another store.'
             )

@@ -1,8 +1,8 @@
-"""From raw corpora to a complete store: what to do, what is left to do, the manifest.
+"""Makes a complete store from raw corpora: lists the tasks, runs those that are left, writes the manifest.
 
-One task is one input (a jsonl or parquet file, or a group of text files) and owns
-its stream of the store, so the store's bytes depend neither on the number of
-workers nor on restarts. The manifest is written last.
+A task turns one input (a file, or a group of plain text files) into its own stream
+of the store, so the store's bytes depend neither on the number of workers nor on
+restarts. The manifest is written last.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ from typing import Any
 
 import tqdm
 
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
 
-_LISTED_RECORDS = 100  # bad records of a source that are listed; all are counted
-_SAMPLE_CHARACTERS = 4_000_000  # a tokenizer is trained on
-_SAMPLE_FILES = 256
-_LINE_SECONDS = 10.0
+_LISTED_RECORDS = 100  # bad records listed per source; all are counted
+_SAMPLE_CHARACTERS = 4_000_000  # for training a tokenizer
+_SAMPLE_FILES = 256  # per source, likewise
+_LINE_SECONDS = 10.0  # between lines of progress
 
 Inputs = Mapping[str, Mapping[str, list[readers.Input]]]  # source -> split -> inputs
 
@@ -36,47 +37,44 @@ Inputs = Mapping[str, Mapping[str, list[readers.Input]]]  # source -> split -> i
 def prepare(config: DataConfig, path: str | Path) -> dict[str, Any]:
     """Makes the store `path` from the sources of `config` and returns its manifest.
 
-    An interrupted call is continued by the next; a complete store of the same
-    settings is left as it is. Raises UsageError for sources, files or settings that
-    can't be used and for too many bad files, RunError when the store can't be
-    written; there is no manifest then.
+    Resumes an interrupted call; leaves a complete store of the same settings as it
+    is. Raises UsageError for unusable sources, files or settings and for too many
+    bad files, RunError when the store cannot be written; it writes no manifest then.
     """
     path = Path(path).absolute()
-    config = _with_sources(config, path)
+    if not config.sources:
+        raise errors.UsageError('config.data.sources is empty; give --config.data.sources.NAME.path=DIR.')
+    if config.tokenizer is None and config.tokenizer_pieces is None:
+        raise errors.UsageError(
+            'no tokenizer is set; give --config.data.tokenizer=FILE, a SentencePiece .model file '
+            '(or --config.data.tokenizer_pieces=N to train one).'
+        )
+    if config.python_corpus:
+        config = dataclasses.replace(config, sources=corpus.with_paths(config.sources, path.parent / 'corpus'))
     inputs = {name: readers.find_inputs(name, source) for name, source in config.sources.items()}
     settings = _settings(config, inputs)
-    if (manifest := store.read_manifest(path)) is not None:
-        _check_same(manifest, settings, inputs, path)
+    manifest = store.read_manifest(path)
+    if manifest is not None:
+        _check_unchanged(manifest, settings, inputs, path)
         _say(f'{path} is complete.')
     else:
-        plan = _plan(config, inputs)
-        executor = _begin(path, config, plan, settings)
-        _run(executor, plan, config.max_bad_share)
-        manifest = _manifest(path, plan, settings)
+        task_list = _list_tasks(config, inputs)
+        executor = _begin(path, config, task_list, settings)
+        _run(executor, task_list, config.max_bad_share)
+        manifest = _manifest(path, task_list, settings)
         _finish(path, manifest)
     _print_table(manifest)
     return manifest
 
 
-def _with_sources(config: DataConfig, path: Path) -> DataConfig:
-    if not config.sources:
-        raise errors.UsageError('config.data.sources is empty; give --config.data.sources.NAME.path=DIR.')
-    if config.tokenizer is None and config.tokenizer_pieces is None:
-        raise errors.UsageError('no tokenizer is set; give --config.data.tokenizer=FILE, a SentencePiece .model file '
-                                '(or --config.data.tokenizer_pieces=N to train one).')  # fmt: skip
-    if not config.python_corpus:
-        return config
-    return dataclasses.replace(config, sources=corpus.with_paths(config.sources, path.parent / 'corpus'))
-
-
 def _settings(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
-    """What decides the store's bytes, besides the inputs' contents."""
+    """Returns what decides the store's bytes, besides the contents of the inputs."""
     if config.tokenizer:
-        model = {'sha256': tokenizer.Tokenizer(config.tokenizer).sha256}
+        tokenizer = {'sha256': tokenizer_lib.Tokenizer(config.tokenizer).sha256}
     else:
-        model = {'pieces': config.tokenizer_pieces}
+        tokenizer = {'pieces': config.tokenizer_pieces}
     return {
-        'tokenizer': model,
+        'tokenizer': tokenizer,
         'bos': config.bos,
         'eos_per_document': config.eos_per_document,
         'sources': {name: _source_settings(config.sources[name], inputs[name]) for name in inputs},
@@ -91,16 +89,16 @@ def _source_settings(source: SourceConfig, splits: Mapping[str, list[readers.Inp
     return {'drop_sets': sorted(source.drop_sets), 'inputs': names}
 
 
-def _check_same(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
+def _check_unchanged(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
+    """Raises UsageError when a complete store was prepared with other settings, or from files of another size."""
     differing = sorted(tree.differences(manifest['settings'], settings))
     if not differing:
-        made = manifest['sources']
         differing = [
-            f'the size of {source}/{file["name"]}'
-            for source, splits in inputs.items()
+            f'the size of {name}/{file["name"]}'
+            for name, splits in inputs.items()
             for split, listed in splits.items()
-            for file, entry in zip(made[source]['splits'][split]['files'], listed, strict=True)
-            if file['bytes'] != _bytes(entry)
+            for file, source in zip(manifest['sources'][name]['splits'][split]['files'], listed, strict=True)
+            if file['bytes'] != _total_size(tasks.input_stamp(source))
         ]
     if differing:
         raise errors.UsageError(
@@ -109,108 +107,105 @@ def _check_same(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inpu
         )
 
 
-def _bytes(source: readers.Input) -> int:
-    return sum(size for size, _ in tasks.input_stamp(source))
+def _total_size(stamp: list[list[int]]) -> int:
+    return sum(size for size, _ in stamp)
 
 
-def _plan(config: DataConfig, inputs: Inputs) -> tasks.Plan:
+def _list_tasks(config: DataConfig, inputs: Inputs) -> tasks.TaskList:
     listed = [
         tasks.Task(name, split, index, source, tuple(config.sources[name].drop_sets))
         for name, splits in inputs.items()
         for split, sources in splits.items()
         for index, source in enumerate(sources)
     ]
-    return tasks.Plan(tuple(listed), config.bos, config.eos_per_document)
+    return tasks.TaskList(tuple(listed), config.bos, config.eos_per_document)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _begin(path: Path, config: DataConfig, plan: tasks.Plan, settings: dict[str, Any]) -> tasks.Executor:
-    """Lays the store out, or takes up what an interrupted run with the same settings left."""
-    progress, workers = path / tasks.PROGRESS, config.workers or _cores()
-    executor = tasks.Executor(path, num_tasks=len(plan.tasks), workers=workers)
+def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: dict[str, Any]) -> tasks.Executor:
+    """Lays the store out, or resumes an interrupted run with the same settings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    executor = tasks.Executor(path, num_tasks=len(task_list.tasks), workers=config.workers or cores)
     try:
-        if not _can_continue(path, plan, settings, executor, trained=config.tokenizer is None):
+        if not _can_resume(executor, task_list, settings, trained=config.tokenizer is None):
             _clear(path)
-            progress.joinpath('results').mkdir(parents=True)
-            store.write_json(progress / 'settings.json', settings)
-        tasks.write_plan(path, plan)
-        _put_tokenizer(path, config, plan)
+            (path / tasks.PROGRESS / 'results').mkdir(parents=True)
+            store.write_json(path / tasks.PROGRESS / 'settings.json', settings)
+        tasks.write_task_list(path, task_list)
+        _put_tokenizer(path, config, task_list)
     except OSError as error:
         raise store.write_error(path, error) from None
-    model = tokenizer.Tokenizer(path / store.TOKENIZER)
-    model.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)  # has it these pieces?
-    for (source, split), count in _counts(plan).items():
-        store.create_arrays(path, source, split, num_files=count, dtype=model.dtype)
+    tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
+    # Raises UsageError now if the tokenizer lacks BOS or EOS.
+    tokenizer.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)
+    num_files = {(task.source, task.split): task.index + 1 for task in task_list.tasks}
+    for (source, split), count in num_files.items():
+        store.create_arrays(path, source, split, num_files=count, dtype=tokenizer.dtype)
     return executor
 
 
-def _counts(plan: tasks.Plan) -> dict[tuple[str, str], int]:
-    """Number of inputs of each (source, split)."""
-    counts: dict[tuple[str, str], int] = {}
-    for task in plan.tasks:
-        counts[task.source, task.split] = task.index + 1
-    return counts
-
-
-def _can_continue(path: Path, plan: tasks.Plan, settings: dict, executor: tasks.Executor, *, trained: bool) -> bool:
-    """Whether an interrupted run with these settings is there; its outdated or bad tasks are to run again."""
-    saved = path / tasks.PROGRESS / 'settings.json'
+def _can_resume(
+    executor: tasks.Executor, task_list: tasks.TaskList, settings: dict[str, Any], *, trained: bool
+) -> bool:
+    """Returns whether an interrupted run with these settings exists; its outdated or bad tasks are set to run again."""
+    saved = executor.path / tasks.PROGRESS / 'settings.json'
     if not saved.exists() or json.loads(saved.read_text()) != settings:
         return False
     incomplete = set(executor.get_incomplete_ranks())
-    for rank in set(range(len(plan.tasks))) - incomplete:
-        result = tasks.read_result(path, rank)
-        outdated = result['stamp'] != tasks.input_stamp(plan.tasks[rank].input)
+    for rank in set(range(len(task_list.tasks))) - incomplete:
+        result = tasks.read_result(executor.path, rank)
+        outdated = result['stamp'] != tasks.input_stamp(task_list.tasks[rank].input)
         if outdated and trained:
             return False  # the tokenizer would be another
         if outdated or 'bad' in result:
             executor.forget(rank)
             incomplete.add(rank)
-    if done := len(plan.tasks) - len(incomplete):
-        _say(f'Continuing: {done} of {len(plan.tasks)} files are done.')
+    if complete := len(task_list.tasks) - len(incomplete):
+        _say(f'Resuming: {complete} of {len(task_list.tasks)} files are done.')
     return True
 
 
 def _clear(path: Path) -> None:
     """Removes an unfinished store. Raises UsageError if the folder holds anything else."""
-    ours = {'tokens', 'documents', store.TOKENIZER, f'{store.TOKENIZER}.part', f'{store.MANIFEST}.part', tasks.PROGRESS}
     if path.exists() and not path.is_dir():
         raise errors.UsageError(f'--config.data.store={path} is not a folder; choose another.')
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    strange = [name for name in present if name not in ours]
-    if strange or (present and tasks.PROGRESS not in present):
-        raise errors.UsageError(f'--config.data.store={path} holds other files ({", ".join(present[:3])}) and no '
-                                'manifest; choose a new folder, or empty this one.')  # fmt: skip
-    # The progress goes last, so that an interruption here is seen as an unfinished store.
+    # A killed run may leave temporary names; .part was theirs in earlier versions.
+    temporary = {f'{name}{suffix}' for name in (store.TOKENIZER, store.MANIFEST) for suffix in ('.tmp', '.part')}
+    others = set(present) - {'tokens', 'documents', store.TOKENIZER, tasks.PROGRESS} - temporary
+    if others or (present and tasks.PROGRESS not in present):
+        raise errors.UsageError(
+            f'--config.data.store={path} holds other files ({", ".join(present[:3])}) and no manifest; '
+            'choose a new folder, or empty this one.'
+        )
+    # .progress goes last: if this is interrupted, the rest still counts as an unfinished store.
     for name in sorted(present, key=lambda name: name == tasks.PROGRESS):
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _put_tokenizer(path: Path, config: DataConfig, plan: tasks.Plan) -> None:
-    target = path / store.TOKENIZER
+def _put_tokenizer(path: Path, config: DataConfig, task_list: tasks.TaskList) -> None:
+    """Copies the config's tokenizer into the store, or trains one there."""
     if config.tokenizer:
-        shutil.copyfile(config.tokenizer, target)
-    elif not target.exists():
+        shutil.copyfile(config.tokenizer, path / store.TOKENIZER)
+    elif config.tokenizer_pieces and not (path / store.TOKENIZER).exists():
         _say(f'Training a tokenizer of {config.tokenizer_pieces:,} pieces.')
-        tokenizer.train_tokenizer(_sample(config, plan), target, config.tokenizer_pieces)
+        sample = _sample(config, task_list)
+        tokenizer_lib.train_tokenizer(sample, path / store.TOKENIZER, config.tokenizer_pieces)
 
 
-def _sample(config: DataConfig, plan: tasks.Plan) -> Iterator[str]:
-    """Texts of the training splits by the sources' weights, from files spread evenly over each."""
+def _sample(config: DataConfig, task_list: tasks.TaskList) -> Iterator[str]:
+    """Yields texts of the training splits in proportion to the sources' weights, from files spread evenly over each."""
     total = sum(source.weight for source in config.sources.values())
     for name, source in config.sources.items():
-        listed = [task for task in plan.tasks if (task.source, task.split) == (name, 'train')]
-        listed = listed[:: -(-len(listed) // _SAMPLE_FILES)]
-        quota = int(_SAMPLE_CHARACTERS * source.weight / total / len(listed)) + 1
-        for task in listed:
+        train = [task for task in task_list.tasks if (task.source, task.split) == (name, 'train')]
+        train = train[:: -(-len(train) // _SAMPLE_FILES)]
+        quota = int(_SAMPLE_CHARACTERS * source.weight / total / len(train)) + 1
+        for task in train:
             yield from _head(task, quota)
 
 
 def _head(task: tasks.Task, characters: int) -> Iterator[str]:
+    """Yields about the first `characters` characters of a task's documents."""
     try:
         for record in readers.read_records(task.input):
             if record.fault or tasks.is_dropped(record.text, record.set_name, task.drop_sets):
@@ -220,52 +215,51 @@ def _head(task: tasks.Task, characters: int) -> Iterator[str]:
             if characters <= 0:
                 return
     except readers.BadFile:
-        return  # the task that reads it all reports it
+        return  # the task itself will report it
 
 
-def _run(executor: tasks.Executor, plan: tasks.Plan, max_bad_share: float) -> None:
+def _run(executor: tasks.Executor, task_list: tasks.TaskList, max_bad_share: float) -> None:
     progress = _Progress(len(executor.get_incomplete_ranks()))
     bad: dict[str, int] = {}
 
     def on_done(rank: int) -> None:
-        result, task = tasks.read_result(executor.path, rank), plan.tasks[rank]
+        result, task = tasks.read_result(executor.path, rank), task_list.tasks[rank]
         progress.add(result)
         if 'bad' in result:
             bad[task.source] = bad.get(task.source, 0) + 1
-            _check_bad_share(plan, task, result['bad'], bad[task.source], max_bad_share)
+            files = sum(other.source == task.source for other in task_list.tasks)
+            if bad[task.source] > max_bad_share * files:
+                raise errors.UsageError(
+                    f'source {task.source}: {task.input.paths()[0]} is a bad file ({result["bad"]}). That makes '
+                    f'{bad[task.source]} of {files} files, more than config.data.max_bad_share={max_bad_share:g} '
+                    'allows. Replace or remove the file or raise --config.data.max_bad_share, and run prepare again.'
+                )
 
     try:
         with signals.keyboard_interrupts():
             executor.run(on_done)
     except KeyboardInterrupt:
-        raise errors.Stopped('prepare was stopped; run it again to go on where it was.', signal.SIGINT) from None
+        raise errors.Stopped('prepare was stopped; run it again to resume.', signal.SIGINT) from None
     finally:
         progress.close()
 
 
-def _check_bad_share(plan: tasks.Plan, task: tasks.Task, reason: str, bad: int, limit: float) -> None:
-    files = sum(other.source == task.source for other in plan.tasks)
-    if bad > limit * files:
-        raise errors.UsageError(
-            f'source {task.source}: {Path(task.input.root, task.input.names[0])} is a bad file ({reason}). That makes '
-            f'{bad} of {files} files, more than config.data.max_bad_share={limit:g} allows. Replace or remove the file '
-            f'or raise --config.data.max_bad_share, and run prepare again.'
-        )
-
-
-def _manifest(path: Path, plan: tasks.Plan, settings: dict[str, Any]) -> dict[str, Any]:
-    model = tokenizer.Tokenizer(path / store.TOKENIZER)
+def _manifest(path: Path, task_list: tasks.TaskList, settings: dict[str, Any]) -> dict[str, Any]:
+    tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
     entries: dict[str, dict[str, list]] = {}
-    faults: dict[str, list] = {task.source: [] for task in plan.tasks}
-    for rank, task in enumerate(plan.tasks):
+    faults: dict[str, list] = {task.source: [] for task in task_list.tasks}
+    for rank, task in enumerate(task_list.tasks):
         result = tasks.read_result(path, rank)
         entries.setdefault(task.source, {}).setdefault(task.split, []).append(_file_entry(task, result))
-        faults[task.source] += _listed_faults(task, result)
+        bad = [(None, result['bad'])] if 'bad' in result else result.get('faults', [])
+        faults[task.source] += [
+            {'file': task.input.names[0], 'record': record, 'reason': reason} for record, reason in bad
+        ]
     return {
         'version': store.VERSION,
-        'tokenizer_sha256': model.sha256,
-        'vocab_size': model.vocab_size,
-        'dtype': model.dtype.name,
+        'tokenizer_sha256': tokenizer.sha256,
+        'vocab_size': tokenizer.vocab_size,
+        'dtype': tokenizer.dtype.name,
         'bos': settings['bos'],
         'eos_per_document': settings['eos_per_document'],
         'settings': settings,
@@ -274,30 +268,25 @@ def _manifest(path: Path, plan: tasks.Plan, settings: dict[str, Any]) -> dict[st
 
 
 def _file_entry(task: tasks.Task, result: dict[str, Any]) -> dict[str, Any]:
-    entry = {'name': task.input.names[0], 'bytes': sum(size for size, _ in result['stamp'])}
+    entry: dict[str, Any] = {'name': task.input.names[0], 'bytes': _total_size(result['stamp'])}
     entry |= {key: result[key] for key in ('documents', 'dropped', 'tokens', 'bad_records', 'sha256') if key in result}
     if len(task.input.names) > 1:
         entry['names'] = list(task.input.names)
     return entry | ({'bad': result['bad']} if 'bad' in result else {})
 
 
-def _listed_faults(task: tasks.Task, result: dict[str, Any]) -> list[dict[str, Any]]:
-    name = task.input.names[0]
-    whole = [{'file': name, 'record': None, 'reason': result['bad']}] if 'bad' in result else []
-    return whole + [{'file': name, 'record': record, 'reason': why} for record, why in result.get('faults', [])]
-
-
 def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """A source of the manifest: the counts of its training split, its faults, and every split with its files."""
+    """Returns a source's manifest entry: the counts of its training split, its faults, all splits with their files."""
     totals = {split: _total(files) for split, files in splits.items()}
     if not totals['train']['documents']:
-        raise errors.UsageError(f'source {name} has no document to train on ({totals["train"]["dropped"]} dropped, '
-                                f'{totals["train"]["bad"]["records"]} bad records); check '
-                                f'--config.data.sources.{name}.path.')  # fmt: skip
-    whole = [fault for fault in faults if fault['record'] is None]
+        raise errors.UsageError(
+            f'source {name} has no document to train on ({totals["train"]["dropped"]} dropped, '
+            f'{totals["train"]["bad"]["records"]} bad records); check --config.data.sources.{name}.path.'
+        )
+    bad_files = [fault for fault in faults if fault['record'] is None]
     records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
     listed = {split: {**totals[split], 'files': files} for split, files in splits.items()}
-    return {**totals['train'], 'faults': whole + records, 'splits': listed}
+    return {**totals['train'], 'faults': bad_files + records, 'splits': listed}
 
 
 def _total(files: list[dict[str, Any]]) -> dict[str, Any]:
@@ -306,7 +295,7 @@ def _total(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finish(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, after which the store counts, and removes what only the making needed."""
+    """Writes the manifest, which makes the store complete, and removes what only prepare needed."""
     for lock in path.rglob('*.__lock'):  # left by a write that was killed
         lock.unlink()
     store.write_json(path / store.MANIFEST, manifest)
@@ -314,7 +303,7 @@ def _finish(path: Path, manifest: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
+    """Shows progress: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, todo: int):
         self._files, self._done, self._tokens = todo, 0, 0
@@ -322,7 +311,7 @@ class _Progress:
         self._bar = tqdm.tqdm(total=self._files, unit='file', disable=not sys.stderr.isatty())
 
     def add(self, result: dict[str, Any]) -> None:
-        """Counts one task that was done now."""
+        """Counts one more finished task."""
         self._done += 1
         self._tokens += result['tokens']
         now = time.monotonic()
@@ -343,12 +332,11 @@ def _say(line: str) -> None:
 
 
 def _print_table(manifest: dict[str, Any]) -> None:
-    heads = ('source', 'split', 'files', 'documents', 'dropped', 'tokens', 'bad files', 'bad records')
-    lines = [heads]
+    lines = [['source', 'split', 'files', 'documents', 'dropped', 'tokens', 'bad files', 'bad records']]
     for name, source in manifest['sources'].items():
         for split, entry in source['splits'].items():
             counts = [len(entry['files']), *(entry[key] for key in ('documents', 'dropped', 'tokens'))]
-            lines.append((name, split, *(f'{n:,}' for n in [*counts, *entry['bad'].values()])))
+            lines.append([name, split, *(f'{n:,}' for n in [*counts, *entry['bad'].values()])])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         aligned = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]

@@ -1,8 +1,10 @@
-"""Raw corpora: which files a source has, and the records in them with what is wrong with each.
+"""Raw corpora: finds the files of a source and reads their records; a bad record names its fault.
 
 The usual readers hide faults: a truncated zstd file ends without an error, a line
-that isn't JSON is skipped without a count. Here every record is either a text or
-names its fault, and a file that can't be read to its end raises `BadFile`.
+that is not JSON is skipped without a count. Here every record either has a text or
+names its fault, and a file that cannot be read to its end raises `BadFile`. A new
+format takes a reader and a row of `FORMATS`, at the end of this file, and its name
+in `SourceConfig.format`.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -21,9 +23,6 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import SourceConfig
 
 SPLITS = ('train', 'validation', 'test')
-_JSONL = ('.jsonl', '.zst', '.gz')
-_PARQUET = ('.parquet',)
-_TEXT_FIELD = {'jsonl': 'text', 'parquet': 'content', 'text': None}
 _GROUP_BYTES = 16 << 20  # plain text files are read in groups of about this size
 _READ_BYTES = 1 << 20
 
@@ -34,21 +33,21 @@ class BadFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """What becomes one stream: one jsonl or parquet file, or a group of plain text files."""
+    """What becomes one stream: one file, or a group of plain text files."""
 
     root: str  # the source's folder
     names: tuple[str, ...]  # of the files, relative to root
-    format: str  # jsonl, parquet or text
-    text_field: str | None
+    format: str  # a key of FORMATS
+    text_field: str | None  # the field or column with the text; none: the whole file is the text
 
     def paths(self) -> list[Path]:
-        """The files' paths."""
+        """Returns the paths of the files."""
         return [Path(self.root, name) for name in self.names]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record of an input: a text, or the fault for which it has none."""
+    """One record of an input: its text, or the fault for which it has none."""
 
     number: int  # line, parquet row or file of a group, from 0
     text: str = ''
@@ -56,114 +55,110 @@ class Record:
     fault: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How to recognise the files of a format and read them."""
+
+    suffixes: tuple[str, ...]  # of the files' names, in lower case
+    text_field: str | None  # the default of SourceConfig.text_field
+    read: Callable[[Input], Iterator[Record]]
+
+
 def find_inputs(name: str, source: SourceConfig) -> dict[str, list[Input]]:
-    """The inputs of source `name` per split (train, validation), in the order of their names.
+    """Returns the inputs of source `name` by split (train, validation), sorted by file name.
 
     Folders train/, validation/ and test/ are splits; test/ is never listed. Where
     there is no train/, everything outside the other two is the training split.
-    Hidden files are left out. Raises UsageError when nothing is there to train on.
+    Hidden files are left out. Raises UsageError when there is nothing to train on.
     """
-    flag = f'--config.data.sources.{name}.path'
+    flag = f'--config.data.sources.{name}'
     if source.path is None:
-        raise errors.UsageError(f'source {name} has no path; give {flag}=DIR, or {flag[:-5]}=none to leave it out.')
+        raise errors.UsageError(f'source {name} has no path; give {flag}.path=DIR, or {flag}=none to leave it out.')
     root = Path(source.path)
     if root.is_file():
-        found = {'train': [root.name]}
+        files = {'train': [root.name]}
         root = root.parent
     elif root.is_dir():
-        found = _files_per_split(root)
+        files = {split: _files(root, root / split) for split in ('train', 'validation') if (root / split).is_dir()}
+        if 'train' not in files:
+            files['train'] = [file for file in _files(root, root) if file.split('/')[0] not in SPLITS]
     else:
-        raise errors.UsageError(f'{flag}={source.path} is neither a folder nor a file.')
-    formats = _formats(source.format, [file for files in found.values() for file in files])
-    inputs = {split: _inputs(root, files, formats, source.text_field) for split, files in found.items()}
+        raise errors.UsageError(f'{flag}.path={source.path} is neither a folder nor a file.')
+    formats = _formats(source.format, [file for split in files.values() for file in split])
+    inputs = {
+        split: _inputs(root, files[split], formats, source) for split in ('train', 'validation') if split in files
+    }
     if not inputs['train']:
-        raise errors.UsageError(f'{flag}={source.path} has no {_wanted(source.format)} to train on; check the path '
-                                f'and {flag[:-5]}.format={source.format}.')  # fmt: skip
-    return {split: inputs[split] for split in ('train', 'validation') if inputs.get(split)}
-
-
-def _files_per_split(root: Path) -> dict[str, list[str]]:
-    found = {split: _files(root, root / split) for split in ('train', 'validation') if (root / split).is_dir()}
-    if 'train' not in found:
-        found['train'] = [file for file in _files(root, root) if file.split('/')[0] not in SPLITS]
-    return found
+        suffixes = ', '.join(FORMATS[source.format].suffixes) if source.format in FORMATS else ''
+        raise errors.UsageError(
+            f'{flag}.path={source.path} has no files{f" ({suffixes})" if suffixes else ""} to train on; check the path '
+            f'and {flag}.format={source.format}.'
+        )
+    return {split: listed for split, listed in inputs.items() if listed}
 
 
 def _files(root: Path, folder: Path) -> list[str]:
-    """Names of the files below `folder`, relative to `root`, sorted. Links are followed, each folder once."""
+    """Returns the sorted names, relative to `root`, of the files below `folder`; enters a linked folder once."""
     names, seen = [], {os.path.realpath(folder)}
 
     def is_new(path: str) -> bool:
         real = os.path.realpath(path)
         return real not in seen and not seen.add(real)
 
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+    def refuse(error: OSError) -> None:
+        raise errors.UsageError(
+            f'{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out.'
+        )
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         shown = sorted(name for name in folders if not name.startswith('.'))
         folders[:] = [name for name in shown if is_new(os.path.join(parent, name))]
         names += [Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith('.')]
     return sorted(names)
 
 
-def _refuse(error: OSError) -> None:
-    raise errors.UsageError(f'{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out.')
-
-
-def _format(file: str) -> str:
-    lower = file.lower()
-    return 'jsonl' if lower.endswith(_JSONL) else 'parquet' if lower.endswith(_PARQUET) else 'text'
-
-
 def _formats(wanted: str, files: Iterable[str]) -> dict[str, str]:
-    """The format of each file that is read. auto: text only where there is nothing else (a README beside data)."""
-    formats = {file: _format(file) for file in files}
-    if wanted == 'text':
-        return dict.fromkeys(formats, 'text')
+    """Returns the format of each file to read; auto skips plain text beside other data (a README)."""
+    candidates = FORMATS if wanted == 'auto' else (wanted,)
+    formats = {file: name for file in files for name in candidates if file.lower().endswith(FORMATS[name].suffixes)}
     if wanted == 'auto':
-        present = set(formats.values())
-        kinds = present - {'text'} or present
-    else:
-        kinds = {wanted}
-    return {file: kind for file, kind in formats.items() if kind in kinds}
+        return {file: name for file, name in formats.items() if name != 'text'} or formats
+    return formats
 
 
-def _wanted(source_format: str) -> str:
-    suffixes = {'jsonl': ', '.join(_JSONL), 'parquet': ', '.join(_PARQUET)}
-    return f'files ({suffixes[source_format]})' if source_format in suffixes else 'files'
-
-
-def _inputs(root: Path, files: list[str], formats: dict[str, str], text_field: str | None) -> list[Input]:
+def _inputs(root: Path, files: list[str], formats: dict[str, str], source: SourceConfig) -> list[Input]:
     inputs, group, group_bytes = [], [], 0
     for file in files:
-        kind = formats.get(file)
-        if kind in ('jsonl', 'parquet'):
-            inputs.append(Input(str(root), (file,), kind, text_field or _TEXT_FIELD[kind]))
-        elif kind == 'text':
+        if file not in formats:
+            continue
+        if formats[file] == 'text':
             group.append(file)
             group_bytes += (root / file).stat().st_size if (root / file).exists() else 0
             if group_bytes >= _GROUP_BYTES:
                 inputs.append(Input(str(root), tuple(group), 'text', None))
                 group, group_bytes = [], 0
+        else:
+            field = source.text_field or FORMATS[formats[file]].text_field
+            inputs.append(Input(str(root), (file,), formats[file], field))
     return inputs + [Input(str(root), tuple(group), 'text', None)] * bool(group)
 
 
 def read_records(source: Input) -> Iterator[Record]:
-    """Every record of an input in order. Raises BadFile where it can't be read to its end."""
-    readers = {'jsonl': _read_jsonl, 'parquet': _read_parquet, 'text': _read_texts}
+    """Yields every record of an input in order. Raises BadFile where it cannot be read to its end."""
     try:
-        yield from readers[source.format](source)
+        yield from FORMATS[source.format].read(source)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
-        reason = str(getattr(error, 'strerror', None) or error).splitlines() or [type(error).__name__]
-        raise BadFile(f'cannot be read: {reason[0]}') from error
+        reason = getattr(error, 'strerror', None) or errors.first_line(error)
+        raise BadFile(f'cannot be read: {reason}') from error
 
 
 def _read_jsonl(source: Input) -> Iterator[Record]:
-    path = source.paths()[0]
-    for number, line in enumerate(_lines(_decompressed(path))):
+    for number, line in enumerate(_lines(_decompressed(source.paths()[0]))):
         if line.strip():
             yield _json_record(number, line, source.text_field)
 
 
-def _json_record(number: int, line: bytes, field: str) -> Record:
+def _json_record(number: int, line: bytes, field: str | None) -> Record:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
@@ -179,24 +174,21 @@ def _json_record(number: int, line: bytes, field: str) -> Record:
     return _text_record(number, record[field], field, set_name)
 
 
-def _text_record(number: int, text: object, field: str, set_name: str | None = None) -> Record:
+def _text_record(number: int, text: object, field: str | None, set_name: str | None = None) -> Record:
     if not isinstance(text, str):
         return Record(number, fault=f'has {"null" if text is None else type(text).__name__} for {field!r}, not a text')
     return Record(number, text, set_name)
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    if path.suffix.lower() == '.gz':
-        with gzip.open(path) as file:
-            yield from iter(lambda: file.read(_READ_BYTES), b'')
-    else:
-        with open(path, 'rb') as file:
-            chunks = iter(lambda: file.read(_READ_BYTES), b'')
-            yield from _unzstd(chunks) if path.suffix.lower() == '.zst' else chunks
+    suffix = path.suffix.lower()
+    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
+        chunks = iter(lambda: file.read(_READ_BYTES), b'')
+        yield from _unzstd(chunks) if suffix == '.zst' else chunks
 
 
 def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Decompresses any number of frames; the library itself takes a cut-off frame for the end."""
+    """Decompresses any number of frames; the library itself takes a truncated frame for the end."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, frames = None, 0
     for chunk in chunks:
@@ -215,9 +207,9 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         head, *tail = chunk.split(b'\n')
         parts.append(head)
-        for piece in tail:
+        for part in tail:
             yield b''.join(parts)
-            parts = [piece]
+            parts = [part]
     yield b''.join(parts)
 
 
@@ -229,19 +221,15 @@ def _read_parquet(source: Input) -> Iterator[Record]:
             raise BadFile(f'has no column {field!r}; its columns are {", ".join(columns)}')
         for batch in file.iter_batches(batch_size=256, columns=[field]):
             for value in batch.column(0):
-                yield _parquet_record(number, value, field)
+                try:
+                    yield _text_record(number, value.as_py(), field)
+                except UnicodeDecodeError:
+                    yield Record(number, fault='is not UTF-8')
                 number += 1
 
 
-def _parquet_record(number: int, value: pyarrow.Scalar, field: str) -> Record:
-    try:
-        return _text_record(number, value.as_py(), field)
-    except UnicodeDecodeError:
-        return Record(number, fault='is not UTF-8')
-
-
 def _read_texts(source: Input) -> Iterator[Record]:
-    """One record a file. Stray bytes that aren't UTF-8 become U+FFFD; a binary file is a fault."""
+    """Yields one record per file. Bytes that are not UTF-8 become U+FFFD; a binary file is a fault."""
     for number, path in enumerate(source.paths()):
         try:
             data = path.read_bytes()
@@ -255,3 +243,11 @@ def _read_texts(source: Input) -> Iterator[Record]:
                 yield Record(number, fault=f'({source.names[number]}) is binary, not text')
             else:
                 yield Record(number, data.decode(errors='replace'))
+
+
+# With format=auto the last row with a file's suffix wins; every name has the suffix of `text`.
+FORMATS = {
+    'text': Format(('',), None, _read_texts),
+    'jsonl': Format(('.jsonl', '.zst', '.gz'), 'text', _read_jsonl),
+    'parquet': Format(('.parquet',), 'content', _read_parquet),
+}

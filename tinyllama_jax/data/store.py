@@ -1,14 +1,14 @@
-"""The store: prepared tokens on disk, written file by file and read row by row.
+"""The store: tokens on disk, written one input file at a time and read one row at a time.
 
-    STORE/manifest.json              written last, atomically: without it there is no store
+    STORE/manifest.json              written last, atomically: without it the store does not count
     STORE/tokenizer.model            a copy of the tokenizer
     STORE/tokens/SOURCE/SPLIT        1-D zarr3 array of token ids, sharded, checksummed chunks
     STORE/documents/SOURCE/SPLIT     [n, 2] zarr3 array: start offset in its stream, record number in its file
 
 Input file i of a split owns the elements from i * 2^32 of both arrays; its tokens
-are its *stream*. Chunks that nobody wrote take no space, and no shard belongs to
-two files, so that neither the number of workers nor a restart can change a byte.
-Rows are a view: row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_len + 1.
+are its *stream*. Unwritten chunks take no space. No shard belongs to two files,
+so neither the number of workers nor a restart can change a byte. Rows are a view:
+row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_len + 1.
 """
 
 import hashlib
@@ -29,42 +29,41 @@ TOKENIZER = 'tokenizer.model'
 VERSION = 1  # of the layout and the manifest
 FILE_SPAN = 1 << 32  # elements of the arrays that one input file owns
 _TOKENS_PER_SHARD = 1 << 24  # 32 MB of uint16
-_TOKENS_PER_CHUNK = 1 << 13  # what is read and checked at once: a row of 2,049 costs 16 or 32 KB
+_TOKENS_PER_CHUNK = 1 << 13  # read and checked at once: a row of 2,049 costs 16 or 32 KB
 _DOCUMENTS_PER_SHARD = 1 << 20
 _DOCUMENTS_PER_CHUNK = 1 << 12
 _PREPARE = 'python main.py prepare --config=FILE --workdir=DIR, with the same flags'
-_CACHE_BYTES = 64 << 20  # holds the shards' indices
-_MOST_STARTS = 1 << 26  # document starts held in memory, of 4 bytes
-_FILES_AT_ONCE = 16  # whose document starts are read together
+_CACHE_BYTES = 64 << 20  # for the shards' indices
+_MOST_STARTS = 1 << 26  # document starts held in memory, 4 bytes each
+_FILES_AT_ONCE = 16  # files whose document starts are read together
 _RAW = [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}]
 
 
 def array_path(store: Path, kind: str, source: str, split: str) -> Path:
-    """Folder of the array of `kind` tokens or documents."""
+    """Returns the folder of the array of `kind` (tokens or documents)."""
     return Path(store) / kind / source / split
 
 
 def create_arrays(store: Path, source: str, split: str, *, num_files: int, dtype: np.dtype) -> None:
-    """Makes the two empty arrays of a split of `num_files` input files, unless they are there."""
-    span = num_files * FILE_SPAN
-    _open(store, 'tokens', source, split, _metadata([span], dtype, [_TOKENS_PER_SHARD], [_TOKENS_PER_CHUNK]))
-    shard, chunk = [_DOCUMENTS_PER_SHARD, 2], [_DOCUMENTS_PER_CHUNK, 2]
-    _open(store, 'documents', source, split, _metadata([span, 2], np.dtype(np.uint64), shard, chunk))
+    """Creates the two empty arrays of a split of `num_files` input files, unless they exist."""
 
+    def create(kind: str, dtype: np.dtype, shard: int, chunk: int, columns: list[int]) -> None:
+        sharding = {'chunk_shape': [chunk, *columns], 'codecs': _RAW, 'index_codecs': _RAW}
+        metadata = {
+            'shape': [num_files * FILE_SPAN, *columns],
+            'data_type': dtype.name,
+            'fill_value': 0,
+            'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard, *columns]}},
+            'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
+        }
+        _open(store, kind, source, split, metadata)
 
-def _metadata(shape: list[int], dtype: np.dtype, shard: list[int], chunk: list[int]) -> dict[str, Any]:
-    sharding = {'chunk_shape': chunk, 'codecs': _RAW, 'index_codecs': _RAW}
-    return {
-        'shape': shape,
-        'data_type': np.dtype(dtype).name,
-        'fill_value': 0,
-        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': shard}},
-        'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
-    }
+    create('tokens', np.dtype(dtype), _TOKENS_PER_SHARD, _TOKENS_PER_CHUNK, [])
+    create('documents', np.dtype(np.uint64), _DOCUMENTS_PER_SHARD, _DOCUMENTS_PER_CHUNK, [2])
 
 
 def _open(store: Path, kind: str, source: str, split: str, metadata: dict[str, Any] | None = None):
-    """The tensorstore array, made first when `metadata` is given. A chunk that is missing is an error to read."""
+    """Returns the tensorstore array; creates it first if `metadata` is given. Reading a missing chunk raises."""
     spec = {
         'driver': 'zarr3',
         'kvstore': {'driver': 'file', 'path': f'{array_path(store, kind, source, split)}/'},
@@ -82,29 +81,29 @@ def _open(store: Path, kind: str, source: str, split: str, metadata: dict[str, A
         if metadata:
             raise write_error(store, error) from None
         folder = array_path(store, kind, source, split)
-        raise errors.RunError(f'{folder} cannot be opened ({first_line(error)}); delete the store and prepare it '
-                              'again.') from None  # fmt: skip
+        raise errors.RunError(
+            f'{folder} cannot be opened ({_reason(error)}); delete the store and prepare it again.'
+        ) from None
 
 
 def write_error(store: Path, error: Exception) -> errors.RunError:
-    """What to raise when writing to `store` failed with `error`: a full disk, above all."""
+    """Returns the RunError to raise when writing to `store` failed with `error`, usually because the disk is full."""
     return errors.RunError(
-        f'The store {store} cannot be written ({first_line(error)}); nothing in it is used until it is complete. '
+        f'The store {store} cannot be written ({_reason(error)}); nothing in it is used until it is complete. '
         'Make room, or choose another folder with --config.data.store=DIR, and run prepare again.'
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The message of `error` without what tensorstore appends for its developers."""
-    text = re.split(r' \[(?:source locations|\w+=)', str(error))[0]
-    return text.splitlines()[0] if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    """Returns the first line of `error` without the details that tensorstore appends for its developers."""
+    return re.split(r' \[(?:source locations|\w+=)', errors.first_line(error))[0]
 
 
 class StreamWriter:
     """Writes the stream of one input file: its tokens and where its documents start.
 
-    Shards are written whole and in order, each as soon as it is full. `close`
-    writes the rest; `erase` removes everything that was written for the file.
+    Writes complete shards in order, each as soon as it is full. `close` writes the
+    last one; `erase` removes everything that was written for the file.
     """
 
     def __init__(self, store: Path, source: str, split: str, file_index: int):
@@ -115,7 +114,7 @@ class StreamWriter:
         self._hash = hashlib.sha256()
 
     def append(self, tokens: np.ndarray, record: int) -> None:
-        """Adds one document: its ids and its record number. Raises OverflowError when the file has too many tokens."""
+        """Appends a document: its ids and its record number. Raises OverflowError when the file has too many tokens."""
         if self._tokens.count + len(tokens) > FILE_SPAN:
             raise OverflowError(f'holds more than {FILE_SPAN:,} tokens; split it')
         self._documents.append(np.array([[self._tokens.count, record]], np.uint64))
@@ -123,7 +122,7 @@ class StreamWriter:
         self._hash.update(tokens.tobytes())
 
     def close(self) -> dict[str, Any]:
-        """Writes what is left and returns {documents, tokens, sha256 (of the little-endian ids)}."""
+        """Writes the rest and returns {documents, tokens, sha256 (of the little-endian ids)}."""
         self._tokens.flush()
         self._documents.flush()
         return {
@@ -133,13 +132,13 @@ class StreamWriter:
         }
 
     def erase(self) -> None:
-        """Removes every shard of this file, also those of an interrupted run."""
+        """Removes every shard of this file, including those of an interrupted run."""
         self._tokens.erase()
         self._documents.erase()
 
 
 class _ShardedAppender:
-    """Appends to the part of an array that one input file owns, a whole shard at a time."""
+    """Appends to the part of an array that one input file owns, one complete shard at a time."""
 
     def __init__(self, store: Path, source: str, split: str, kind: str, first: int, shard: int):
         self._store = store
@@ -177,14 +176,14 @@ class _ShardedAppender:
     def erase(self) -> None:
         self._buffer, self._buffered, self.count = [], 0, 0
         folder, shard = self._folder / 'c', self._first // self._shard
-        # Shards are written in order, so the first that is missing ends the file's.
+        # Shards are written in order, so the first missing one ends the file's.
         while (path := folder.joinpath(str(shard), *self._last)).exists():
             path.unlink()
             shard += 1
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON to the file `path` so that it is either whole or not there."""
+    """Writes `value` as JSON to the file `path`, atomically. Raises RunError when the file cannot be written."""
     try:
         files.write_atomically(path, json.dumps(value, indent=1) + '\n')
     except OSError as error:
@@ -192,35 +191,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class TokenStore:
-    """A complete store, for reading.
+    """Reads a complete store.
 
-    Attributes: path, manifest (the dictionary of manifest.json), tokenizer_path.
-    Raises UsageError when there is none at `path`; `prepare_command` is what the
-    message tells the user to run.
+    Attributes: path, manifest (the dictionary in manifest.json), tokenizer_path.
+    Raises UsageError when `path` has no complete store; the message names
+    `prepare_command` as the remedy.
     """
 
     def __init__(self, path: str | Path, prepare_command: str = _PREPARE):
         self.path = Path(path)
         self.tokenizer_path = self.path / TOKENIZER
-        self.manifest = read_manifest(self.path)
-        if self.manifest is None:
-            raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: '
-                                    f'{prepare_command}')  # fmt: skip
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise errors.UsageError(
+                f'{self.path} holds no complete store (no {MANIFEST}); make it first: {prepare_command}'
+            )
+        self.manifest = manifest
         self._arrays: dict[tuple[str, str, str], Any] = {}
         self._starts = _BoundedCache(_MOST_STARTS)
 
     def num_rows(self, source: str, split: str, seq_len: int) -> int:
-        """Rows of seq_len + 1 tokens in a split; 0 for a split that isn't there. No row crosses two files."""
+        """Returns the number of rows of seq_len + 1 tokens in a split, 0 if it is absent. No row crosses two files."""
         return int(self._first_rows(source, split, seq_len + 1)[-1])
 
     def read_rows(self, source: str, split: str, rows: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens [len(rows), seq_len + 1] of the rows with these numbers, in this order.
+        """Returns the tokens [len(rows), seq_len + 1] of the rows with these numbers, in this order.
 
-        All are read at once. Raises RunError naming source, split and file when a
+        Reads all rows at once. Raises RunError naming source, split and file when a
         chunk is missing or its checksum is wrong.
         """
         length = seq_len + 1
-        files, offsets = self._located(source, split, rows, length)
+        files, offsets = self._locate(source, split, rows, length)
         starts = files * FILE_SPAN + offsets
         tokens = np.empty((len(starts), length), self.manifest['dtype'])
         if not len(starts):
@@ -233,44 +234,43 @@ class TokenStore:
         return tokens
 
     def segment_ids(self, source: str, split: str, rows: np.ndarray, seq_len: int) -> np.ndarray:
-        """Numbers [len(rows), seq_len + 1] of the documents that these rows' tokens belong to, counted within each row.
+        """Returns the document number of each token of these rows, [len(rows), seq_len + 1], counted within each row.
 
-        0 is the document that the row begins in, wherever that one began. Documents without
-        tokens are not counted. Any number of threads may ask at once. Raises as `read_rows` does.
+        0 is the document at the row's first token, even if it began earlier. Documents without
+        tokens are not counted. Safe to call from several threads. Raises as `read_rows` does.
         """
         length = seq_len + 1
-        files, offsets = self._located(source, split, rows, length)
+        files, offsets = self._locate(source, split, rows, length)
         ids = np.zeros((len(files), length), segment_dtype(seq_len))
         for file, starts in self._document_starts(source, split, np.unique(files).tolist()):
             for row in np.flatnonzero(files == file):
-                # uint32 as the starts are, or numpy would first widen them all.
+                # uint32 like the starts: otherwise numpy would first widen them all.
                 bounds = np.array([offsets[row], offsets[row] + length - 1], np.uint32)
                 first, last = np.searchsorted(starts, bounds, side='right')
                 ids[row, starts[first:last] - bounds[0]] = 1
         return ids.cumsum(axis=1, dtype=ids.dtype)
 
     def documents(self, source: str, split: str, file_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start offsets, record numbers), each [documents] int64, of an input file's stream."""
-        count = self.manifest['sources'][source]['splits'][split]['files'][file_index]['documents']
-        first = file_index * FILE_SPAN
-        if not count:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        read = self._array('documents', source, split)[first : first + count].read()
-        values = self._result(read, source, split, file_index)
+        """Returns (start offsets, record numbers) of an input file's documents, each [documents] int64."""
+        values = self._read_file('documents', source, split, file_index)
         return values[:, 0].astype(np.int64), values[:, 1].astype(np.int64)
 
     def read_stream(self, source: str, split: str, file_index: int) -> np.ndarray:
-        """All tokens [tokens] of one input file."""
-        count = self.manifest['sources'][source]['splits'][split]['files'][file_index]['tokens']
-        first = file_index * FILE_SPAN
-        if not count:
-            return np.empty(0, self.manifest['dtype'])
-        return self._result(
-            self._array('tokens', source, split)[first : first + count].read(), source, split, file_index
-        )
+        """Returns all tokens [tokens] of one input file."""
+        return self._read_file('tokens', source, split, file_index)
 
-    def _located(self, source: str, split: str, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(input file, offset of the first token in its stream) of each row, both int64."""
+    def _read_file(self, kind: str, source: str, split: str, file_index: int) -> np.ndarray:
+        """Returns the elements of an array that one input file owns and wrote."""
+        first, array = file_index * FILE_SPAN, self._array(kind, source, split)
+        read = array[first : first + self._files(source, split)[file_index][kind]].read()
+        return self._result(read, source, split, file_index)
+
+    def _files(self, source: str, split: str) -> list[dict[str, Any]]:
+        """Returns the manifest's entries of a split's input files; none for a split that is absent."""
+        return self.manifest['sources'][source]['splits'].get(split, {'files': []})['files']
+
+    def _locate(self, source: str, split: str, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (input file, offset of the first token in its stream) of each row, both int64."""
         firsts = self._first_rows(source, split, length)
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < firsts[-1]:
@@ -279,7 +279,7 @@ class TokenStore:
         return files, (rows - firsts[files]) * length
 
     def _document_starts(self, source: str, split: str, files: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Each file with the offsets at which its documents start: uint32, ascending; held ones first."""
+        """Yields each file with its documents' start offsets (uint32, ascending), cached files first."""
         missing = []
         for file in files:
             starts = self._starts.get((source, split, file))
@@ -291,25 +291,23 @@ class TokenStore:
             yield from self._read_document_starts(source, split, missing[i : i + _FILES_AT_ONCE])
 
     def _read_document_starts(self, source: str, split: str, files: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        entries = self.manifest['sources'][source]['splits'][split]['files']
+        entries = self._files(source, split)
         array, batch = self._array('documents', source, split), tensorstore.Batch()
         firsts = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in files]
         reads = [array[first:end, 0].read(batch=batch) for first, end in firsts]
         batch.submit()
         for file, read in zip(files, reads, strict=True):
             starts = self._result(read, source, split, file)
-            # An empty document at the very end starts where there is no token, perhaps past 32 bits.
+            # An empty document at the very end starts after the last token, perhaps past 32 bits.
             starts = starts[starts < entries[file]['tokens']].astype(np.uint32)
             self._starts.put((source, split, file), starts)
             yield file, starts
 
     def _first_rows(self, source: str, split: str, length: int) -> np.ndarray:
-        """[files + 1] number of each file's first row; the last is the number of rows."""
+        """Returns the number of each file's first row, [files + 1]; the last is the number of rows."""
         key = (source, split, str(length))
         if key not in self._arrays:
-            splits = self.manifest['sources'][source]['splits']
-            files = splits[split]['files'] if split in splits else []
-            rows = [file['tokens'] // length for file in files]
+            rows = [file['tokens'] // length for file in self._files(source, split)]
             self._arrays[key] = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
         return self._arrays[key]
 
@@ -323,19 +321,19 @@ class TokenStore:
         try:
             return read.result()
         except (ValueError, OSError) as error:
-            name = self.manifest['sources'][source]['splits'][split]['files'][file_index]['name']
+            name = self._files(source, split)[file_index]['name']
             raise errors.RunError(
                 f'The tokens of source {source}, split {split}, file {name} in {self.path} are damaged '
-                f'({first_line(error)}); delete the store and run prepare again.'
+                f'({_reason(error)}); delete the store and run prepare again.'
             ) from None
 
 
 class _BoundedCache:
-    """Arrays by name, of at most `limit` elements altogether; those not used for longest go first. For any threads."""
+    """Arrays by name, of at most `limit` elements in total; drops the least recently used first. Thread-safe."""
 
     def __init__(self, limit: int):
         self._limit, self._size, self._lock = limit, 0, threading.Lock()
-        self._arrays: dict[Any, np.ndarray] = {}  # the one not used for longest comes first
+        self._arrays: dict[Any, np.ndarray] = {}  # least recently used first
 
     def get(self, name: Any) -> np.ndarray | None:
         with self._lock:
@@ -355,12 +353,12 @@ class _BoundedCache:
 
 
 def segment_dtype(seq_len: int) -> np.dtype:
-    """The dtype of segment ids: 16 bits unless rows are longer than 65,535 tokens."""
+    """Returns the dtype of segment ids: 16 bits unless rows are longer than 65,535 tokens."""
     return np.dtype(np.uint16 if seq_len + 1 <= 65_535 else np.uint32)
 
 
 def read_manifest(store: Path) -> dict[str, Any] | None:
-    """The manifest of a complete store, or None where there is none. Raises UsageError if it is of another version."""
+    """Returns the manifest of a complete store, None if there is none. Raises UsageError if its version is another."""
     try:
         manifest = json.loads((store / MANIFEST).read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError):
@@ -368,6 +366,8 @@ def read_manifest(store: Path) -> dict[str, Any] | None:
     except ValueError:
         raise errors.UsageError(f'{store / MANIFEST} is not JSON; delete {store} and run prepare again.') from None
     if manifest.get('version') != VERSION:
-        raise errors.UsageError(f'{store / MANIFEST} has version {manifest.get("version")}, this program reads '
-                                f'{VERSION}; delete {store} and run prepare again.')  # fmt: skip
+        raise errors.UsageError(
+            f'{store / MANIFEST} has version {manifest.get("version")}, this program reads {VERSION}; '
+            f'delete {store} and run prepare again.'
+        )
     return manifest

@@ -1,7 +1,7 @@
-"""The datatrove pipeline of prepare: one task reads, drops, tokenises and writes one input.
+"""Prepare's datatrove pipeline: a task reads one input, drops records, tokenises the rest and writes a stream.
 
-What a store in the making keeps in STORE/.progress: the plan, datatrove's
-completion marks, and one result a task, from which the manifest is made.
+An unfinished store keeps its state in STORE/.progress: the list of tasks, datatrove's
+completion marks, and one result per task, from which the manifest is made.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.data import readers, store
 
 PROGRESS = '.progress'
-_LISTED_RECORDS = 20  # bad records of a task that are listed; all are counted
+_LISTED_RECORDS = 20  # bad records listed per task; all are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One input and the stream it becomes: number `index` of a source's split."""
+    """One input and the stream it becomes: stream `index` of a source's split."""
 
     source: str
     split: str
@@ -42,38 +43,38 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All tasks of a store, by rank, and the policy of special tokens."""
+class TaskList:
+    """All tasks of a store, by rank, and the special tokens around each document."""
 
     tasks: tuple[Task, ...]
     bos: bool
     eos_per_document: int
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Saves `plan` for the workers of the store `path`."""
-    store.write_json(path / PROGRESS / 'plan.json', dataclasses.asdict(plan))
-    _plan.cache_clear()
+def write_task_list(path: Path, task_list: TaskList) -> None:
+    """Saves `task_list` for the workers of the store `path`. Raises RunError when the store cannot be written."""
+    store.write_json(path / PROGRESS / 'plan.json', dataclasses.asdict(task_list))
+    _task_list.cache_clear()
     _tokenizer.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _plan(path: Path) -> Plan:
+def _task_list(path: Path) -> TaskList:
     values = json.loads((path / PROGRESS / 'plan.json').read_text())
-    tasks = tuple(
-        Task(**{**task, 'input': readers.Input(**task['input']), 'drop_sets': tuple(task['drop_sets'])})
-        for task in values.pop('tasks')
-    )
-    return Plan(tasks, **values)
+    tasks = [
+        Task(task['source'], task['split'], task['index'], readers.Input(**task['input']), tuple(task['drop_sets']))
+        for task in values['tasks']
+    ]
+    return TaskList(tuple(tasks), values['bos'], values['eos_per_document'])
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer(path / store.TOKENIZER)
+def _tokenizer(path: Path) -> tokenizer_lib.Tokenizer:
+    return tokenizer_lib.Tokenizer(path / store.TOKENIZER)
 
 
 class ReadRecords(PipelineStep):
-    """Yields a Document per record; a faulty one carries its fault in `metadata`."""
+    """Yields a Document per record; a bad record carries its fault in `metadata`."""
 
     type, name = 'READER', 'records'
 
@@ -82,14 +83,14 @@ class ReadRecords(PipelineStep):
         self.path = path
 
     def run(self, data: None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """The records of task `rank`."""
-        source = _plan(self.path).tasks[rank].input
+        """Yields the records of task `rank`."""
+        source = _task_list(self.path).tasks[rank].input
         for record in readers.read_records(source):
             yield Document(record.text, f'{source.names[0]}/{record.number}', metadata=dataclasses.asdict(record))
 
 
 class MarkDropped(PipelineStep):
-    """Sets `dropped` in the metadata of documents that the rules leave out: empty ones and unwanted sets."""
+    """Sets `dropped` in the metadata of each document: whether it is empty or in an unwanted set."""
 
     type, name = 'FILTER', 'empty and unwanted'
 
@@ -98,20 +99,20 @@ class MarkDropped(PipelineStep):
         self.path = path
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """The documents of `data`, marked."""
-        drop_sets = _plan(self.path).tasks[rank].drop_sets
+        """Yields the documents of `data`, marked."""
+        drop_sets = _task_list(self.path).tasks[rank].drop_sets
         for document in data:
             document.metadata['dropped'] = is_dropped(document.text, document.metadata['set_name'], drop_sets)
             yield document
 
 
-def is_dropped(text: str, set_name: str | None, drop_sets: Iterable[str]) -> bool:
-    """Whether the rules leave a document out: it is empty, or of an unwanted set."""
+def is_dropped(text: str, set_name: str | None, drop_sets: Collection[str]) -> bool:
+    """Returns whether prepare drops a document: it is empty, or in an unwanted set."""
     return not text or set_name in drop_sets
 
 
 class WriteStream(PipelineStep):
-    """Tokenises documents, writes the task's stream and then its result."""
+    """Tokenises documents and writes the task's stream, then its result."""
 
     type, name = 'WRITER', 'stream'
 
@@ -120,8 +121,8 @@ class WriteStream(PipelineStep):
         self.path = path
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
-        """Writes everything; a bad file leaves nothing but its reason."""
-        task = _plan(self.path).tasks[rank]
+        """Writes the stream and result of task `rank`; a bad file leaves only its reason."""
+        task = _task_list(self.path).tasks[rank]
         writer = store.StreamWriter(self.path, task.source, task.split, task.index)
         stamp = input_stamp(task.input)
         writer.erase()
@@ -133,7 +134,8 @@ class WriteStream(PipelineStep):
         store.write_json(result_path(self.path, rank), {**result, 'stamp': stamp})
 
     def _write(self, data: Iterable[Document], writer: store.StreamWriter) -> dict[str, Any]:
-        plan, encoder = _plan(self.path), _tokenizer(self.path)
+        task_list, tokenizer = _task_list(self.path), _tokenizer(self.path)
+        special = {'bos': task_list.bos, 'eos_per_document': task_list.eos_per_document}
         kept, dropped, faults = 0, 0, []
         for document in data:
             if fault := document.metadata['fault']:
@@ -141,8 +143,7 @@ class WriteStream(PipelineStep):
             elif document.metadata['dropped']:
                 dropped += 1
             else:
-                tokens = encoder.encode_document(document.text, bos=plan.bos, eos_per_document=plan.eos_per_document)
-                writer.append(tokens, document.metadata['number'])
+                writer.append(tokenizer.encode_document(document.text, **special), document.metadata['number'])
                 kept += 1
         if faults and not kept + dropped:
             raise readers.BadFile(f'every record is bad: record {faults[0][0]} {faults[0][1]}')
@@ -151,7 +152,7 @@ class WriteStream(PipelineStep):
 
 
 def input_stamp(source: readers.Input) -> list[list[int]]:
-    """[size, modification time] of each file of an input; a result is good for the same stamp only."""
+    """Returns [size, modification time] of each file of an input; a result is valid only for the same stamp."""
     stamps = []
     for path in source.paths():
         try:
@@ -163,35 +164,35 @@ def input_stamp(source: readers.Input) -> list[list[int]]:
 
 
 def result_path(path: Path, rank: int) -> Path:
-    """Where task `rank` of the store `path` leaves its result."""
+    """Returns the path of the result of task `rank` of the store `path`."""
     return path / PROGRESS / 'results' / f'{rank:08d}.json'
 
 
 def read_result(path: Path, rank: int) -> dict[str, Any]:
-    """Counts of a task that is done: documents, dropped, tokens, bad_records, sha256, faults; `bad` of a bad file."""
+    """Returns a finished task's documents, dropped, tokens, bad_records, sha256, faults; `bad`: why its file is bad."""
     return json.loads(result_path(path, rank).read_text())
 
 
 class Executor(LocalPipelineExecutor):
-    """datatrove's local executor, its tasks and marks, with other worker processes.
+    """Runs datatrove's tasks, with its completion marks, in a process pool of our own.
 
-    The stock pool waits for ever for a worker that was killed, and its workers
-    outlive a killed parent and would write into the next run's store.
+    datatrove's pool waits for ever for a worker that was killed, and its workers
+    outlive a killed parent and would write into the store of the next run.
     """
 
     def __init__(self, path: Path, *, num_tasks: int, workers: int):
         # datatrove's log of every task would drown the progress line; faults are in the results.
         loguru.logger.disable('datatrove')
-        steps = [ReadRecords(path), MarkDropped(path), WriteStream(path)]
+        steps: list[PipelineStep | Callable] = [ReadRecords(path), MarkDropped(path), WriteStream(path)]
         super().__init__(steps, num_tasks, workers, logging_dir=str(path / PROGRESS / 'datatrove'))
         self.path = path
 
     def forget(self, rank: int) -> None:
-        """Takes back the completion mark of a task, so that it runs again."""
+        """Deletes the completion mark of a task, so that it runs again."""
         (self.path / PROGRESS / 'datatrove' / 'completions' / f'{rank:05d}').unlink(missing_ok=True)
 
     def run(self, on_done: Callable[[int], None] = lambda rank: None) -> None:
-        """Runs every task that isn't complete and calls `on_done(rank)` after each."""
+        """Runs every incomplete task and calls `on_done(rank)` after each."""
         ranks = self.get_incomplete_ranks()
         if self.workers == 1 or len(ranks) < 2:
             for rank in ranks:
@@ -201,10 +202,10 @@ class Executor(LocalPipelineExecutor):
             self._run_in_processes(ranks, on_done)
 
     def run_one(self, rank: int) -> None:
-        """Runs one task in this process. Raises RunError when the store can't be written."""
+        """Runs one task in this process. Raises RunError when the store cannot be written."""
         try:
             self._run_for_rank(rank)
-        except OSError as error:  # of a mark or a log: what reading raises is the bad file's
+        except OSError as error:  # from a mark or a log: reading errors have become a bad file
             raise store.write_error(self.path, error) from None
 
     def _run_in_processes(self, ranks: list[int], on_done: Callable[[int], None]) -> None:
@@ -214,7 +215,7 @@ class Executor(LocalPipelineExecutor):
         try:
             with concurrent.futures.ProcessPoolExecutor(workers, context, _follow, (leash,)) as pool:
                 try:
-                    with _ctrl_c_held_back():
+                    with _hold_back_ctrl_c():
                         futures = {pool.submit(_run_rank, self.path, self.tasks, rank): rank for rank in ranks}
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
@@ -224,7 +225,7 @@ class Executor(LocalPipelineExecutor):
                     raise
         except concurrent.futures.process.BrokenProcessPool:
             raise errors.RunError(
-                'A worker of prepare was killed, perhaps for want of memory; run prepare again to go on, with a '
+                'A worker of prepare was killed, perhaps because memory ran out; run prepare again to resume, with a '
                 'smaller --config.data.workers if it happens again.'
             ) from None
         finally:
@@ -232,11 +233,11 @@ class Executor(LocalPipelineExecutor):
 
 
 @contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C comes after this context, and to the processes started in it never: their parent ends them."""
+def _hold_back_ctrl_c() -> Iterator[None]:
+    """Delivers Ctrl-C after this context. Processes started in it never get it: their parent ends them."""
     received = []
     handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is inherited
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
     try:
         yield
     finally:
@@ -251,7 +252,7 @@ def _run_rank(path: Path, num_tasks: int, rank: int) -> None:
 
 
 def _follow(leash) -> None:
-    """Lets this worker end at once when its parent lets go of the pipe's other end, or dies."""
+    """Ends this worker at once when its parent closes the other end of the pipe, or dies."""
 
     def wait() -> None:
         leash.poll(None)

@@ -13,7 +13,7 @@ from tinyllama_jax.data import corpus, readers
 
 @pytest.fixture
 def few_modules(monkeypatch):
-    """The first modules only, for speed."""
+    """The first 30 modules, for speed."""
     modules = list(itertools.islice(corpus._modules(), 30))
     monkeypatch.setattr(corpus, '_modules', lambda: iter(modules))
     return modules
@@ -44,14 +44,14 @@ def test_the_corpus_has_the_published_formats(tmp_path, few_modules):
     files = sorted((tmp_path / 'starcoder').glob('python/train-*-of-*.parquet'))
     contents = [text for path in files for text in pyarrow.parquet.read_table(path)['content'].to_pylist()]
     assert set(contents) <= set(few_modules)
-    # What validates is nowhere in the code.
+    # No validation text occurs in the code.
     held_out = {record['text'] for record in validation}
     assert not any(corpus._module_docstrings(text) in held_out for text in contents)
     assert len(contents) < len(few_modules) or not any(
         corpus._module_docstrings(text) in held_out for text in few_modules
     )
     inputs = {name: readers.find_inputs(name, source) for name, source in sources.items()}
-    assert {name: list(found) for name, found in inputs.items()} == {
+    assert {name: list(splits) for name, splits in inputs.items()} == {
         'slimpajama': ['train', 'validation'],
         'starcoder': ['train'],
     }
@@ -75,7 +75,7 @@ def test_a_half_written_corpus_is_not_used(tmp_path, few_modules, monkeypatch):
     written(tmp_path)
     assert not list(tmp_path.glob('*.part'))
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, '_write_whole', lambda *_: pytest.fail('a complete corpus is used again'))
+        patch.setattr(corpus, '_write_corpus', lambda *_: pytest.fail('a complete corpus is used again'))
         written(tmp_path)
 
 
@@ -97,6 +97,6 @@ def test_the_demos_tokenizer_can_be_trained_on_the_topics(tmp_path):
     texts = [text for _, text in sorted(corpus._topics())]
     pieces = demo.get_config().data.tokenizer_pieces
     tokenizer_lib.train_tokenizer(texts, tmp_path / 'demo.model', pieces)
-    model = tokenizer_lib.Tokenizer(tmp_path / 'demo.model')
-    assert model.vocab_size == pieces == demo.get_config().model.vocab_size
-    assert model.decode(model.encode(texts[0])) == texts[0]
+    tokenizer = tokenizer_lib.Tokenizer(tmp_path / 'demo.model')
+    assert tokenizer.vocab_size == pieces == demo.get_config().model.vocab_size
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]

@@ -27,7 +27,7 @@ def tokens(tmp_path_factory):
 
 
 def config(**changes) -> Config:
-    """A run on the store of both corpora; dotted fields by name with __ for the dots."""
+    """A run on the store of both corpora; changes name a dotted field with __ for the dots."""
     base = Config(
         model=ModelConfig(vocab_size=corpora.PIECES, seq_len=31),
         data=corpora.DataConfig(
@@ -116,7 +116,7 @@ def test_a_batch_is_its_rows(tokens):
 @hypothesis.given(
     hosts=st.sampled_from([1, 2, 3, 4, 6]), accumulation=st.sampled_from([1, 2]), step=st.integers(0, 10**6)
 )
-def test_the_hosts_slices_make_the_whole(tokens, hosts, accumulation, step):
+def test_the_hosts_slices_make_the_batch(tokens, hosts, accumulation, step):
     data = pipeline.make_dataset(MASKED, tokens)
     share = 24 // accumulation // hosts
     for read in (data.batch, data.segment_ids):
@@ -199,7 +199,7 @@ def test_an_epoch_visits_every_training_row_once_and_never_a_held_out_one(tokens
             assert len(set(rows)) == size
             orders.append(tuple(rows))
     assert len(set(orders)) == 6
-    # Exactly the held-out rows are the ones that no epoch visits.
+    # No epoch visits the held-out rows, and every other row is visited.
     missing = sorted(set(range(epochs['starcoder'] + 64)) - set(visited['starcoder']))
     assert len(missing) == 64
     held = {row.tobytes() for row in tokens.read_rows('starcoder', 'train', np.array(missing), 15)}
@@ -273,7 +273,7 @@ def test_other_tokens_have_another_fingerprint(tokens, tmp_path):
 
 
 def ids_by_eos(rows) -> np.ndarray:
-    """Segment ids of rows [..., R] of documents that end with one EOS each, from the tokens alone."""
+    """Segment ids of rows [..., R] from the tokens alone, if each document ends with one EOS."""
     eos = tokenizer.Tokenizer(corpora.tokenizer_path()).eos_id
     begins = np.zeros(rows.shape, int)
     begins[..., 1:] = rows[..., :-1] == eos
@@ -282,9 +282,9 @@ def ids_by_eos(rows) -> np.ndarray:
 
 def test_segment_ids_change_after_each_end_of_a_document(tokens):
     data = pipeline.make_dataset(MASKED, tokens)
-    found = [data.validation(name) for name in data.sources]
-    found.append((data.batch(5, accumulation=3), data.segment_ids(5, accumulation=3)))
-    for rows, segment_ids in found:
+    pairs = [data.validation(name) for name in data.sources]
+    pairs.append((data.batch(5, accumulation=3), data.segment_ids(5, accumulation=3)))
+    for rows, segment_ids in pairs:
         assert segment_ids.dtype == np.uint16
         assert segment_ids.max() > 0
         np.testing.assert_array_equal(segment_ids, ids_by_eos(rows))
@@ -304,7 +304,7 @@ def test_masks_change_no_batch(tokens):
 
 @functools.partial(jax.jit, static_argnames='restart')
 def logits(params, rows_BR, segment_ids_BR, *, restart: bool):
-    """Logits [B, T, V] of the rows' inputs, from what the train step tells the model of their documents."""
+    """Logits [B, T, V] of the rows' inputs, with the segments and positions that the train step gives the model."""
     settings = config(data__document_mask=True, data__restart_positions=restart)
     inputs_BT, _ = step_lib._split(rows_BR)
     x_BTD, _ = model.hidden(params, inputs_BT, LLAMA, **step_lib._documents(segment_ids_BR, settings))
@@ -313,7 +313,7 @@ def logits(params, rows_BR, segment_ids_BR, *, restart: bool):
 
 @pytest.fixture(scope='module')
 def packed(tokens):
-    """(a row [R] of the store, its segment ids [R], where its second document begins: in attention's second block)."""
+    """(a row [R] of the store, its segment ids [R], the start of its second document, in attention's second block)"""
     data = pipeline.make_dataset(MASKED, tokens)
     rows_BR, ids_BR = data.batch(0)[0], data.segment_ids(0)[0]
     begins_B = (ids_BR == 1).argmax(axis=1)
@@ -345,7 +345,7 @@ def test_with_restarted_positions_a_document_is_computed_as_at_the_start_of_a_ro
     assert (restarted[0, begin:] != plain[0, begin:]).any()
 
 
-# --- what doesn't fit together ---
+# --- a config that does not fit the store ---
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ FROZEN_MIXTURE = [
 
 
 def test_the_order_is_frozen():
-    """A change of these numbers makes every run that resumes go on with other batches; bump the order's version."""
+    """If these numbers change, every resumed run gets other batches: bump the order's version."""
     assert pipeline.permuted(np.arange(8), 1_000, 'epoch', 3407, 'web', 0).tolist() == FROZEN_PERMUTATION
     sources, rows = pipeline.mixture(np.arange(10**9, 10**9 + 8), pipeline.integer_weights([0.693584, 0.306416]))
     assert [sources.tolist(), rows.tolist()] == FROZEN_MIXTURE

@@ -71,7 +71,7 @@ def test_counts_and_documents_equal_a_plain_reading(tmp_path):
     assert set(manifest['sources']['slimpajama']['splits']) == {'train', 'validation'}  # test/ is never read
 
 
-def test_every_document_is_there_with_its_record_and_one_eos(prepared):
+def test_every_document_has_its_record_and_one_eos(prepared):
     config, path, manifest = prepared
     tokens = store.TokenStore(path)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokens.tokenizer_path))
@@ -142,7 +142,7 @@ def test_a_tokenizer_is_trained_and_kept(tmp_path):
     assert not (tmp_path / 'none').exists()
 
 
-def test_a_mended_file_is_read_again(tmp_path):
+def test_a_repaired_file_is_read_again(tmp_path):
     root, path = tmp_path / 'words', tmp_path / 'store'
     for i in range(3):
         corpora.write_zst(root / f'{i}.jsonl.zst', [corpora.record(text) for text in corpora.texts(5, seed=i)])
@@ -187,12 +187,13 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path):
     assert [file.name for file in (tmp_path / 'home').iterdir()] == ['thesis.tex']
 
 
-def test_other_settings_start_an_unfinished_store_over(tmp_path):
+def test_other_settings_replace_an_unfinished_store(tmp_path):
     root = corpora.starcoder(tmp_path / 'star')
     corpora.write_parquet(root / 'zz' / 'bad.parquet', ['x'], 'other')
     with pytest.raises(errors.UsageError, match='bad file'):
         prepare.prepare(corpora.one_source(root), tmp_path / 'store')
     shutil.rmtree(root / 'zz')
+    (tmp_path / 'store' / 'tokenizer.model.tmp').write_bytes(b'half a model')  # left by a killed run
     prepare.prepare(corpora.one_source(root, bos=True), tmp_path / 'store')
     prepare.prepare(corpora.one_source(root, bos=True), tmp_path / 'fresh')
     corpora.assert_same_files(tmp_path / 'store', tmp_path / 'fresh')

@@ -9,7 +9,7 @@ import zstandard
 
 from tests.support import corpora
 from tinyllama_jax import errors
-from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.config import Config, DataConfig, SourceConfig, validated
 from tinyllama_jax.data import prepare, readers, store
 
 
@@ -84,7 +84,7 @@ def test_bad_files(tmp_path, fault):
     assert reason in listed['reason']
     entries = source['splits']['train']['files']
     assert [entry['tokens'] > 0 for entry in entries] == [entry['name'] != bad for entry in entries]
-    # Nothing of the bad file is in the arrays, and prepare is content with what is there.
+    # The arrays hold nothing of the bad file, and prepare accepts the complete store.
     assert len(list((path / 'tokens').rglob('c/*'))) == 2
     assert prepare.prepare(corpora.one_source(root, max_bad_share=0.34), path) == manifest
 
@@ -158,18 +158,52 @@ def test_plain_text_and_source_trees(tmp_path, monkeypatch):
     assert len(source['splits']['train']['files']) > 1
     tokens = store.TokenStore(tmp_path / 'store')
     model = sentencepiece.SentencePieceProcessor(model_file=str(corpora.tokenizer_path()))
-    found = [
+    documents = [
         model.decode(document.tolist())
         for i in range(len(source['splits']['train']['files']))
         for document in np.split(tokens.read_stream('words', 'train', i), tokens.documents('words', 'train', i)[0][1:])
     ]
-    assert sorted(found) == sorted([*texts, 'caf\ufffd', 'a\0b'])
+    assert sorted(documents) == sorted([*texts, 'caf\ufffd', 'a\0b'])
+
+
+def names(inputs):
+    return {split: [name for entry in listed for name in entry.names] for split, listed in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ('source', 'expected'),
+    [
+        ({}, {'a.JSONL': ('jsonl', 'text'), 'b.zst': ('jsonl', 'text'), 'c.parquet': ('parquet', 'content')}),
+        ({'format': 'jsonl', 'text_field': 'body'}, {'a.JSONL': ('jsonl', 'body'), 'b.zst': ('jsonl', 'body')}),
+        ({'format': 'parquet'}, {'c.parquet': ('parquet', 'content')}),
+        (
+            {'format': 'text', 'text_field': 'body'},
+            dict.fromkeys(('a.JSONL', 'b.zst', 'c.parquet', 'd'), ('text', None)),
+        ),
+    ],
+    ids=lambda value: value.get('format', 'auto'),
+)
+def test_the_format_decides_which_files_are_read(tmp_path, monkeypatch, source, expected):
+    monkeypatch.setattr(readers, '_GROUP_BYTES', 1)
+    for name in ('a.JSONL', 'b.zst', 'c.parquet', 'd'):
+        (tmp_path / name).write_text('x')
+    inputs = readers.find_inputs('words', SourceConfig(path=str(tmp_path), **source))['train']
+    assert {name: (entry.format, entry.text_field) for entry in inputs for name in entry.names} == expected
+
+
+def test_a_source_may_have_every_format_that_can_be_read_and_no_other():
+    def validate(name):
+        validated(Config(data=DataConfig(sources={'words': SourceConfig(format=name)})))
+
+    for name in ('auto', *readers.FORMATS):
+        validate(name)
+    with pytest.raises(errors.UsageError, match=r'sources\.words\.format') as error:
+        validate('xml')
+    choices = str(error.value).rstrip('.').split(' is not one of ')[1].split(', ')
+    assert sorted(choices) == sorted(['auto', *readers.FORMATS])
 
 
 def test_the_splits_of_a_folder(tmp_path):
-    def names(found):
-        return {split: [name for entry in inputs for name in entry.names] for split, inputs in found.items()}
-
     for name in ('train/a.jsonl', 'validation/b/c.jsonl', 'test/d.jsonl', 'e.jsonl'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "x"}\n')

@@ -22,7 +22,7 @@ def document_lengths(total: int) -> list[int]:
 
 
 def write_store(path, *, dtype=np.uint16, lengths=LENGTHS, documents=None):
-    """A store of one source with one split; returns the streams. `documents` gives the lengths of each file's."""
+    """Writes a store of one source and split, returns its streams; `documents` has each file's document lengths."""
     documents = documents or [document_lengths(length) for length in lengths]
     store.create_arrays(path, 'words', 'train', num_files=len(documents), dtype=np.dtype(dtype))
     rng, streams, files = np.random.default_rng(0), [], []
@@ -57,9 +57,9 @@ def test_rows_are_a_view_that_never_crosses_files(tmp_path, small_shards, seq_le
     assert tokens.num_rows('words', 'train', seq_len) == len(expected) > 0
     rows = np.random.default_rng(1).permutation(len(expected))[:300]
     rows = np.concatenate([rows, rows[:2]])  # a row may be asked for twice
-    found = tokens.read_rows('words', 'train', rows, seq_len)
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, expected[rows])
+    read = tokens.read_rows('words', 'train', rows, seq_len)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, expected[rows])
 
 
 def test_streams_and_documents(tmp_path, small_shards):
@@ -75,7 +75,7 @@ def test_streams_and_documents(tmp_path, small_shards):
         assert sha256 == hashlib.sha256(stream.tobytes()).hexdigest()
 
 
-def test_no_rows_of_a_split_that_is_not_there(tmp_path):
+def test_an_absent_split_has_no_rows(tmp_path):
     write_store(tmp_path)
     tokens = store.TokenStore(tmp_path)
     assert tokens.num_rows('words', 'validation', 10) == 0
@@ -101,13 +101,13 @@ def all_segments(documents, length) -> np.ndarray:
 
 
 def test_segments_by_hand(tmp_path):
-    # A document that ends in the first row, an empty one, one over three rows, and the rows' remainder of two tokens.
-    # Then a file without documents, and one whose documents begin where its rows do, with empty ones beside them.
+    # A document that ends in the first row, an empty one, one over three rows, and two tokens that fill no row. Then a
+    # file without documents, and one whose documents begin where its rows do, with empty ones beside them.
     write_store(tmp_path, documents=[[3, 0, 2, 9, 4], [], [0, 4, 0, 0, 2, 2, 0]])
-    found = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([3, 0, 1, 2, 4, 5, 0]), 3)
-    assert found.dtype == np.uint16
+    ids = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([3, 0, 1, 2, 4, 5, 0]), 3)
+    assert ids.dtype == np.uint16
     expected = ['0011', '0001', '0111', '0000', '0000', '0011', '0001']
-    assert [''.join(map(str, row)) for row in found] == expected
+    assert [''.join(map(str, row)) for row in ids] == expected
 
 
 @hypothesis.settings(max_examples=40, deadline=None)
@@ -121,15 +121,15 @@ def test_segments_are_the_documents_whatever_their_lengths(documents, seq_len, d
     rows = np.array(data.draw(st.lists(st.integers(0, len(expected) - 1))) if len(expected) else [], int)
     with tempfile.TemporaryDirectory() as folder:
         write_store(pathlib.Path(folder), documents=documents)
-        found = store.TokenStore(folder).segment_ids('words', 'train', rows, seq_len)
-    np.testing.assert_array_equal(found, expected[rows])
+        ids = store.TokenStore(folder).segment_ids('words', 'train', rows, seq_len)
+    np.testing.assert_array_equal(ids, expected[rows])
 
 
 MANY = [[7, 0, 30, 1], [], [5] * 300, [1] * 40 + [200], [64], [3, 3, 0] * 50]  # 300 starts in the third file
 
 
 def starts_read(tokens, monkeypatch) -> list[int]:
-    """The list to which a file's number is added whenever its document starts are read."""
+    """Returns a list that gets a file's number whenever its document starts are read."""
     read, plain = [], tokens._result
     monkeypatch.setattr(tokens, '_result', lambda *args: read.append(args[3]) or plain(*args))
     return read
@@ -144,7 +144,7 @@ def test_document_starts_are_read_once(tmp_path, small_shards, monkeypatch):
     assert read == [0, 2, 3, 4, 5]
 
 
-def test_files_not_used_for_longest_make_room(tmp_path, small_shards, monkeypatch):
+def test_the_least_recently_used_files_make_room(tmp_path, small_shards, monkeypatch):
     write_store(tmp_path, documents=MANY)
     monkeypatch.setattr(store, '_MOST_STARTS', 4 + 41 + 149)  # of files 0, 3 and 5 together; one of 5 is at its end
     tokens, expected = store.TokenStore(tmp_path), all_segments(MANY, 16)
@@ -163,16 +163,16 @@ def test_threads_may_ask_for_segments_at_once(tmp_path, small_shards, monkeypatc
     rng = np.random.default_rng(0)
     asked = [rng.integers(len(expected), size=4) for _ in range(400)]
     with futures.ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda rows: tokens.segment_ids('words', 'train', rows, 15), asked)
-        for rows, ids in zip(asked, found, strict=True):
+        answers = pool.map(lambda rows: tokens.segment_ids('words', 'train', rows, 15), asked)
+        for rows, ids in zip(asked, answers, strict=True):
             np.testing.assert_array_equal(ids, expected[rows])
 
 
 def test_more_segments_than_16_bits_number(tmp_path):
     assert store.segment_dtype(65_534) == np.uint16
     write_store(tmp_path, documents=[[1] * 65_537])
-    found = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([0]), 65_536)
-    np.testing.assert_array_equal(found, np.arange(65_537)[None])
+    ids = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([0]), 65_536)
+    np.testing.assert_array_equal(ids, np.arange(65_537)[None])
 
 
 def shards(path) -> set[str]:
@@ -241,7 +241,7 @@ def test_without_a_manifest_the_command_is_named(tmp_path):
         store.TokenStore(tmp_path)
 
 
-def test_a_document_too_many_for_a_file(tmp_path, monkeypatch):
+def test_a_document_that_exceeds_its_files_span(tmp_path, monkeypatch):
     monkeypatch.setattr(store, 'FILE_SPAN', 1 << 24)
     store.create_arrays(tmp_path, 'words', 'train', num_files=1, dtype=np.dtype(np.uint16))
     writer = store.StreamWriter(tmp_path, 'words', 'train', 0)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ def start(arguments, **options):
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_sigkill_and_go_on_gives_the_same_bytes(tmp_path):
+def test_killed_and_resumed_it_writes_the_same_bytes(tmp_path):
     corpora.slimpajama(tmp_path / 'slim', files=10, documents=60)
     corpora.starcoder(tmp_path / 'star', files=4, documents=60)
     config = corpora.config(tmp_path)
@@ -44,7 +45,7 @@ def test_sigkill_and_go_on_gives_the_same_bytes(tmp_path):
 
 
 def _stuck_prepare(tmp_path):
-    """A prepare of two workers of which one waits for ever for its input, a named pipe; with all its processes."""
+    """(a prepare whose two workers include one that waits for ever for its input, a named pipe; its processes)"""
     root = corpora.starcoder(tmp_path / 'words', files=3)
     os.mkfifo(root / 'stuck.jsonl')
     process = start(command(corpora.one_source(root), tmp_path / 'store', 2))
@@ -61,7 +62,8 @@ def test_a_killed_worker_ends_prepare_with_one_line(tmp_path):
     workers = [child for child in children if len(child.open_files()) or child.num_threads() > 1]
     assert workers
     for worker in workers:
-        worker.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # the pool ends the others when it misses one
+            worker.kill()
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     assert 'was killed' in stderr
@@ -82,7 +84,7 @@ def test_workers_end_with_prepare(tmp_path, end):
 
 @pytest.mark.parametrize('delay', [0.05, 0.3])
 def test_ctrl_c_at_a_terminal_while_workers_start_is_one_line(tmp_path, delay):
-    """A terminal sends it to every process of a command: here soon after the fork server was started."""
+    """A terminal sends it to every process of a command; here soon after the fork server starts."""
     root = corpora.starcoder(tmp_path / 'words', files=3)
     process = start(command(corpora.one_source(root), tmp_path / 'store', 2), start_new_session=True)
     while process.poll() is None and not _commands_of_children(process.pid, 'forkserver'):
@@ -91,7 +93,7 @@ def test_ctrl_c_at_a_terminal_while_workers_start_is_one_line(tmp_path, delay):
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == 'main.py: prepare was stopped; run it again to go on where it was.\n'
+    assert stderr == 'main.py: prepare was stopped; run it again to resume.\n'
 
 
 def _commands_of_children(pid: int, part: str) -> list[str]:
