@@ -113,11 +113,11 @@ class StreamWriter:
         self._documents = _ShardedAppender(self._store, source, split, 'documents', self._first, _DOCUMENTS_PER_SHARD)
         self._hash = hashlib.sha256()
 
-    def append(self, tokens: np.ndarray, record: int) -> None:
+    def append(self, tokens: np.ndarray, record_number: int) -> None:
         """Appends a document: its ids and its record number. Raises OverflowError when the file has too many tokens."""
         if self._tokens.count + len(tokens) > FILE_SPAN:
             raise OverflowError(f'holds more than {FILE_SPAN:,} tokens; split it')
-        self._documents.append(np.array([[self._tokens.count, record]], np.uint64))
+        self._documents.append(np.array([[self._tokens.count, record_number]], np.uint64))
         self._tokens.append(tokens)
         self._hash.update(tokens.tobytes())
 
