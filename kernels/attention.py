@@ -1,16 +1,16 @@
 """Causal grouped-query attention as Triton kernels: FlashAttention-2 (Dao, 2023), forward and backward.
 
-Whole scores never exist: each program goes over tiles of keys (or queries) and keeps a running
-maximum and sum. The forward pass leaves the base-2 log-sum-exp of each row, from which the
-backward pass makes the weights anew; it is kept as its two terms (the row's maximum and the log of
-the sum), since added up they would lose digits where logits are large. A program of the second
-backward kernel owns a tile of keys and values and goes over all query heads that read them, so
-that nothing is added atomically. Of all heads the tiles with the most to do start first: taken head
-by head, a few long ones would be left at the end while the other multiprocessors wait.
+The [T, T] scores never exist in memory: each program loops over tiles of keys (or queries) and keeps
+a running maximum and sum. The forward pass saves the base-2 log-sum-exp of each row, from which the
+backward pass recomputes the weights. It is kept as two terms, the row's maximum and the log of the
+sum, because their sum would lose digits where logits are large. A program of the second backward
+kernel owns a tile of keys and values and loops over all query heads that read them, so that nothing
+is added atomically. The tiles with the most work start first, across all heads: head by head, a few
+long ones would remain at the end while the other multiprocessors wait.
 
 Shapes: B batch, T time (queries and keys alike), N query heads, K key-value heads, G = N / K,
 H head dim; lse_BN2T: maximum and log2 of the sum. Query head n reads key-value head n // G. Sizes
-are compile-time constants, so that addresses are known to be aligned.
+are compile-time constants, so that the compiler knows which addresses are aligned.
 """
 
 import functools
@@ -23,13 +23,14 @@ import triton.language as tl
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import launch
+from kernels.chips import Chip
 
 LOG2_E = 1 / math.log(2)
 
 
 @triton.jit
 def _tile(ptr, rows, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of one head as a [rows, H] tile; rows from T on are zeros."""
+    """Loads rows of one head as a [rows, H] tile; rows from T on are zeros."""
     ptrs = ptr + rows[:, None] * ROW + tl.arange(0, H)[None, :]
     if EVEN:
         return tl.load(ptrs)
@@ -45,7 +46,7 @@ def _row_values(ptr, rows, T: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, query_segments, keys_segments, DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Which [queries, keys] pairs attend; to be called only where some may not."""
+    """Which [queries, keys] pairs attend; called only for tiles in which some may not."""
     if DIAGONAL and SEGMENTS:
         return (queries >= keys) & (query_segments == keys_segments)
     if SEGMENTS:
@@ -58,7 +59,7 @@ def _visible_keys(
     queries, query_segments, keys, segments_ptr,
     T: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """`_visible` with the keys' segments loaded."""
+    """`_visible`, after loading the keys' segments."""
     key_segments = _row_values(segments_ptr, keys, T, EVEN) if SEGMENTS else keys
     return _visible(queries[:, None], keys[None, :], query_segments[:, None], key_segments[None, :], DIAGONAL, SEGMENTS)
 
@@ -69,7 +70,10 @@ def _attend(
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
     DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row tile's running softmax (sum so far, its rows' total and maximum) over the keys in [start, stop)."""
+    """Continues the running softmax of a tile of queries over the keys in [start, stop).
+
+    `out` is the unnormalised sum of values, `total` and `top` are each row's sum of weights and maximum.
+    """
     for first in tl.range(start, stop, BLOCK):
         keys = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
         k = _tile(k_ptr, keys, ROW, H, T, EVEN or not DIAGONAL)
@@ -78,8 +82,8 @@ def _attend(
             seen = _visible_keys(queries, query_segments, keys, segments_ptr, T, EVEN, DIAGONAL, SEGMENTS)
             scores = tl.where(seen, scores, -1.0e30)
         new_top = tl.maximum(top, tl.max(scores, 1) * SCALE)
-        weights = tl.exp2(scores * SCALE - new_top[:, None])  # one fused multiply-add an element
-        if SEGMENTS:  # a tile may hold nothing that the row sees, before the first one that does
+        weights = tl.exp2(scores * SCALE - new_top[:, None])  # one fused multiply-add per element
+        if SEGMENTS:  # a row may see no key of the first tiles: its maximum is then still -1e30, and exp2 gives 1
             weights = tl.where(scores > -1.0e30, weights, 0.0)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
@@ -95,7 +99,10 @@ def attention_forward_kernel(
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: q, out [B, T, N, H], k, v [B, T, K, H], lse [B, N, 2, T]. SCALE is in base 2."""
+    """Attends with a tile of queries of one head. q, out: [B, T, N, H]; k, v: [B, T, K, H]; lse: [B, N, 2, T].
+
+    SCALE includes log2(e), since weights are powers of 2.
+    """
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     b = (tl.program_id(0) // N).to(tl.int64)
@@ -136,10 +143,9 @@ def attention_forward_kernel(
 def attention_delta_kernel(
     out_ptr, dout_ptr, delta_ptr, T: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """delta [B, N, T] = sum over H of out * dout: what the softmax's gradient takes off each row.
+    """Computes delta [B, N, T], the sum of out * dout over H, which the softmax's gradient subtracts from dP.
 
-    It is read off the diagonal of a matrix product, so that it is summed as the products that it is taken from
-    are: where a row sees one key, the two are equal and nothing is left.
+    Taken from the diagonal of dO·Oᵀ so that it rounds exactly as dP does: with one visible key, dS is exactly 0.
     """
     EVEN: tl.constexpr = T % BLOCK_Q == 0
     b = (tl.program_id(0) // N).to(tl.int64)
@@ -159,7 +165,7 @@ def _gather_dq(
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
     DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries, unscaled, with the keys in [start, stop) added."""
+    """Adds the keys in [start, stop) to dq, unscaled, of a tile of queries."""
     for first in tl.range(start, stop, BLOCK):
         keys = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
         k = _tile(k_ptr, keys, ROW, H, T, EVEN or not DIAGONAL)
@@ -180,7 +186,7 @@ def attention_dq_kernel(
     SCALE: tl.constexpr, GRADIENT_SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries of one head; shapes as in `attention_forward_kernel`."""
+    """Computes dq of a tile of queries of one head; shapes as in `attention_forward_kernel`."""
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     b = (tl.program_id(0) // N).to(tl.int64)
@@ -221,9 +227,9 @@ def _gather_dkv(
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
     DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dk (unscaled) and dv of a tile of keys, with `count` tiles of one head's queries from `start` added.
+    """Adds `count` tiles of one head's queries, from `start` on, to dk (unscaled) and dv of a tile of keys.
 
-    Scores stand transposed, [keys, queries]; pointers are moved on, which takes fewer registers than computing them.
+    Scores are transposed, [keys, queries]. Pointers are incremented, which takes fewer registers than computing them.
     """
     queries = start + tl.arange(0, BLOCK)
     q_ptrs = q_ptr + queries[:, None] * ROW + tl.arange(0, H)[None, :]
@@ -249,7 +255,7 @@ def _gather_dkv(
         if EVEN:
             dout = tl.load(dout_ptrs)
             delta = tl.load(delta_ptrs)
-        else:  # queries from T on: dout is zero, so their weights of any size count for nothing
+        else:  # dout is zero for queries from T on, so that their weights add nothing
             dout = tl.load(dout_ptrs, mask=queries[:, None] < T, other=0.0)
             delta = tl.load(delta_ptrs, mask=queries < T, other=0.0)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision='ieee')
@@ -271,7 +277,7 @@ def attention_dkv_kernel(
     SCALE: tl.constexpr, GRADIENT_SCALE: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys of one key-value head, over the group's query heads; BLOCK_Q divides BLOCK_K."""
+    """Computes dk and dv of a tile of keys, from all query heads of its group; BLOCK_Q divides BLOCK_K."""
     EVEN: tl.constexpr = T % BLOCK_Q == 0 and T % BLOCK_K == 0
     G: tl.constexpr = N // K
     DIAGONAL_TILES: tl.constexpr = BLOCK_K // BLOCK_Q
@@ -310,18 +316,18 @@ def attention_dkv_kernel(
         tl.store(dv_ptr + kv_offsets, dv, mask=keys[:, None] < T)
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target: launch.Target):
+def attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip: Chip):
     """Causal attention, scaled by 1 / sqrt(H), on one device; as `reference.attention`.
 
-    The output and the log-sum-exp carry the names 'attention_out' and 'attention_lse', so that a
-    remat policy which keeps them does not run the forward kernel again.
+    The output and the log-sum-exp are named 'attention_out' and 'attention_lse'. A remat policy that keeps
+    these does not run the forward kernel again.
     """
-    return _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target)[0]
+def _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip)[0]
 
 
 def _like(x):
@@ -334,11 +340,12 @@ def _sizes(q_BTNH, k_BTKH, segment_ids_BT) -> dict:
     return {'T': T, 'N': N, 'K': k_BTKH.shape[2], 'H': H, 'SCALE': scale, 'SEGMENTS': segment_ids_BT is not None}
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target):
+def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip):
     B, T, N, H = q_BTNH.shape
-    tile = target.attention_tile('attention_forward', q_BTNH.dtype, H, segments=segment_ids_BT is not None)
-    segments = q_BTNH if segment_ids_BT is None else segment_ids_BT  # not read without SEGMENTS
-    return target.call(
+    tile = chip.attention_tile('attention_forward', q_BTNH.dtype.name, H, segments=segment_ids_BT is not None)
+    segments = q_BTNH if segment_ids_BT is None else segment_ids_BT  # without SEGMENTS any array: it is not read
+    return launch.call(
+        chip,
         attention_forward_kernel,
         (q_BTNH, k_BTKH, v_BTKH, segments),
         (_like(q_BTNH), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)),
@@ -348,39 +355,40 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target):
     )
 
 
-def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target):
-    out_BTNH, lse_BN2T = _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, target)
+def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip):
+    out_BTNH, lse_BN2T = _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip)
     out_BTNH = checkpoint_name(out_BTNH, 'attention_out')
     lse_BN2T = checkpoint_name(lse_BN2T, 'attention_lse')
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, lse_BN2T)
 
 
-def _attention_bwd(target, residuals, dout_BTNH):
+def _attention_bwd(chip, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, out_BTNH, lse_BN2T = residuals
-    B, T, _, H = q_BTNH.shape
-    tile = functools.partial(target.attention_tile, dtype=q_BTNH.dtype, head_dim=H, segments=segment_ids_BT is not None)
-    delta_BNT = _delta(out_BTNH, dout_BTNH, target)
+    B, T, N, H = q_BTNH.shape
+    delta_tile = chip.streaming['attention_delta']
+    (delta_BNT,) = launch.call(
+        chip,
+        attention_delta_kernel,
+        (out_BTNH, dout_BTNH),
+        (jax.ShapeDtypeStruct((B, N, T), jnp.float32),),
+        grid=(B * N, -(-T // delta_tile.sizes['BLOCK_Q'])),
+        tile=delta_tile,
+        T=T,
+        N=N,
+        H=H,
+    )
     segments = q_BTNH if segment_ids_BT is None else segment_ids_BT
     inputs = (q_BTNH, k_BTKH, v_BTKH, segments, dout_BTNH, lse_BN2T, delta_BNT)
     sizes = _sizes(q_BTNH, k_BTKH, segment_ids_BT) | {'GRADIENT_SCALE': H**-0.5}
 
-    def call(kernel, outputs, tile, block, heads):
+    def call(name, kernel, outputs, heads, block):
+        tile = chip.attention_tile(name, q_BTNH.dtype.name, H, segments=segment_ids_BT is not None)
         grid = (B * heads, -(-T // tile.sizes[block]))
-        return target.call(kernel, inputs, tuple(map(_like, outputs)), grid=grid, tile=tile, **sizes)
+        return launch.call(chip, kernel, inputs, tuple(map(_like, outputs)), grid=grid, tile=tile, **sizes)
 
-    (dq_BTNH,) = call(attention_dq_kernel, (q_BTNH,), tile('attention_dq'), 'BLOCK_Q', q_BTNH.shape[2])
-    dk_BTKH, dv_BTKH = call(attention_dkv_kernel, (k_BTKH, v_BTKH), tile('attention_dkv'), 'BLOCK_K', k_BTKH.shape[2])
+    (dq_BTNH,) = call('attention_dq', attention_dq_kernel, (q_BTNH,), N, 'BLOCK_Q')
+    dk_BTKH, dv_BTKH = call('attention_dkv', attention_dkv_kernel, (k_BTKH, v_BTKH), k_BTKH.shape[2], 'BLOCK_K')
     return dq_BTNH, dk_BTKH, dv_BTKH, None
-
-
-def _delta(out_BTNH, dout_BTNH, target):
-    B, T, N, H = out_BTNH.shape
-    tile = target.tile('attention_delta')
-    grid = (B * N, -(-T // tile.sizes['BLOCK_Q']))
-    delta_BNT = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    return target.call(
-        attention_delta_kernel, (out_BTNH, dout_BTNH), (delta_BNT,), grid=grid, tile=tile, T=T, N=N, H=H
-    )[0]
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

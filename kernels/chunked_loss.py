@@ -1,14 +1,14 @@
-"""Cross-entropy of a linear head by chunks of tokens, the gradient made with the loss: whole logits never exist.
+"""Cross-entropy of a linear head by chunks of tokens, the gradient with the loss, so that whole logits never exist.
 
-A few large chunks keep the matrix products large; as the gradient is made while a chunk's logits
-are there, nothing is computed twice. What is done to the logits row by row is passed in (`Rows`):
-plain JAX (cpu.py) or Triton kernels (cross_entropy.py).
+A few large chunks keep the matrix products large. The gradient is computed while a chunk's logits are
+in memory, so that nothing is computed twice. The arithmetic on each row of logits is passed in
+(`LogitRows`): plain JAX (cpu.py) or Triton kernels (cross_entropy.py).
 
-The log-sum-exp of a row is kept as its two terms, top (the row's maximum) and log (of the sum): added up
-they would lose digits where logits are large.
+The log-sum-exp of a row is kept as two terms, top (the row's maximum) and log (of the sum), because
+their sum would lose digits where logits are large.
 
-The vocabulary may be split over devices (`vocab_axis`): rows' maxima and sums are then taken over
-all of them, and each makes its part of the head's gradient and its share of x's.
+The vocabulary may be split over devices (`vocab_axis`): rows' maxima and sums are then reduced over
+them, and each device computes its part of the head's gradient and its share of x's.
 
 Shapes: B batch, T time, D model, V vocabulary (of this device), n chunks, C tokens of a chunk.
 """
@@ -24,20 +24,23 @@ from kernels import reference, varying
 CHUNK = 2_048  # tokens: float32 logits of 262 MB at 32,000 pieces
 
 
-class Rows(Protocol):
-    """What a loss needs of the logits' rows; an implementation is hashable."""
+class LogitRows(Protocol):
+    """The arithmetic on rows of logits; objects must be hashable."""
 
     def sums(self, logits_CV, targets_C) -> tuple[Any, Any, Any, Any]:
-        """Each row's maximum, sum of exp(logit - maximum), logit at the target (0 if outside V); what to keep."""
+        """Returns each row's maximum, sum of exp(logit - maximum), logit at the target (0 if outside V); residuals."""
         ...
 
-    def gradient(self, kept, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype) -> Any:
-        """growth * exp(logits - top - log), less weight at the target, as [C, V] of `dtype`; own_top: of `sums`."""
+    def gradient(self, residuals, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype) -> Any:
+        """Returns growth * exp(logits - top - log), minus weight at the target, as [C, V] of `dtype`.
+
+        `residuals` and `own_top_C` (this device's maximum) come from `sums`.
+        """
         ...
 
 
-def cross_entropy(x_BTD, head_DV, targets_BT, weights_BT, *, z_loss: float, vocab_axis: str | None, rows: Rows):
-    """As `reference.cross_entropy`; weights are taken as constants."""
+def cross_entropy(x_BTD, head_DV, targets_BT, weights_BT, *, z_loss: float, vocab_axis: str | None, rows: LogitRows):
+    """(loss, {'nll', 'z_loss'}) as `reference.cross_entropy`; weights are constants."""
     if weights_BT is None:
         weights_BT = jnp.ones_like(targets_BT, jnp.float32)
     weights_BT = weights_BT.astype(jnp.float32)
@@ -49,7 +52,7 @@ def cross_entropy(x_BTD, head_DV, targets_BT, weights_BT, *, z_loss: float, voca
 
 
 def _chunks(x):
-    """[B, T, ...] as [n, C, ...], the end padded with zeros."""
+    """Reshapes [B, T, ...] to [n, C, ...], padded with zeros at the end."""
     tokens = x.shape[0] * x.shape[1]
     count = -(-tokens // CHUNK)
     size = -(-tokens // count)
@@ -61,7 +64,7 @@ def _chunks(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _loss(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
-    """The loss and its two parts, of which only the loss has a gradient."""
+    """(loss, nll, z_loss); only the loss has a gradient."""
 
     def add(parts, chunk):
         added, _ = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
@@ -76,14 +79,15 @@ def _loss_fwd(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
     def add(sums, chunk):
         parts, dhead_DV = sums
         x_CD, targets_C, weights_C = chunk
-        added, (kept, own_top_C, top_C, log_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
+        added, (residuals, own_top_C, top_C, log_C) = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
         growth_C = weights_C * (1 + 2 * z_loss * (top_C + log_C))
-        dlogits_CV = rows.gradient(kept, own_top_C, targets_C, top_C, log_C, growth_C, weights_C, x_CD.dtype)
+        dlogits_CV = rows.gradient(residuals, own_top_C, targets_C, top_C, log_C, growth_C, weights_C, x_CD.dtype)
         dhead_DV += _product(x_CD.T, dlogits_CV)
         dx_CD = _product(dlogits_CV, head_DV.T) / total
         return (jax.tree.map(jnp.add, parts, added), dhead_DV), dx_CD.astype(x_CD.dtype)
 
-    # Divided by after the products: weights of 1 leave the target's part of dlogits near -1, where bfloat16 is good.
+    # The division comes after the products: with weights of 1, dlogits at the target is near -1, where bfloat16 is
+    # precise.
     total = _total(weights_nC)
     zeros = (_zeros(weights_nC), jnp.zeros_like(head_DV, jnp.float32))
     ((nll, z), dhead_DV), dx_nCD = jax.lax.scan(add, zeros, (x_nCD, targets_nC, weights_nC))
@@ -112,18 +116,18 @@ def _zeros(weights_nC):
 
 
 def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
-    """A chunk's (negative log-likelihood, z-loss), and what the rows' gradient takes: kept, own_top, top, log."""
+    """((negative log-likelihood, z-loss), (residuals, own_top, top, log) for `LogitRows.gradient`) of a chunk."""
     x_CD, targets_C, weights_C = chunk
     logits_CV = _product(x_CD, head_DV)
-    own_top_C, total_C, picked_C, kept = rows.sums(logits_CV, targets_C)
-    top_C, log_C, picked_C = _over_the_vocabulary(own_top_C, total_C, picked_C, vocab_axis)
+    own_top_C, total_C, picked_C, residuals = rows.sums(logits_CV, targets_C)
+    top_C, log_C, picked_C = _reduced_over_vocabulary(own_top_C, total_C, picked_C, vocab_axis)
     nll = jnp.sum(weights_C * (top_C - picked_C + log_C))
     z = z_loss * jnp.sum(weights_C * jnp.square(top_C + log_C))
-    return (nll, z), (kept, own_top_C, top_C, log_C)
+    return (nll, z), (residuals, own_top_C, top_C, log_C)
 
 
-def _over_the_vocabulary(own_top_C, total_C, picked_C, vocab_axis):
-    """(top, log, target's logit) of the whole vocabulary from those of each device's part."""
+def _reduced_over_vocabulary(own_top_C, total_C, picked_C, vocab_axis):
+    """(top, log, target's logit) over the whole vocabulary, from those of each device's part."""
     if not vocab_axis:
         return own_top_C, jnp.log(total_C), picked_C
     top_C = jax.lax.pmax(own_top_C, vocab_axis)

@@ -1,19 +1,19 @@
-"""Fast plain-JAX forms of the ops for XLA's CPU compiler, held to `reference` by tests.
+"""The ops in plain JAX that XLA compiles well for CPUs, held to `reference` by tests.
 
-They differ from the plain forms in how the gradient is written: XLA's own transposes
-give matrix products on transposed operands, which cost it two to five times a plain
-one, and keep what can be recomputed.
+They differ from `reference` in their gradients. Autodiff gives matrix products on transposed
+operands, which take XLA two to five times as long as a plain product, and keeps what can be
+recomputed.
 
 - `linear` writes both gradients as plain 2-D products.
-- `rms_norm`, `rope` and `swiglu` keep their inputs, with row statistics or angles,
-  and nothing else; `rope`'s gradient turns back by the same angles.
-- `attention` goes by blocks of queries and reads keys only up to the block's end, so
+- `rms_norm`, `rope` and `swiglu` keep only their inputs, with row statistics or angles;
+  `rope`'s gradient turns back by the same angles.
+- `attention` loops over blocks of queries and reads keys only up to the block's end, so
   that most of the masked half is never computed; it keeps only row statistics.
-- `cross_entropy` goes by chunks of tokens and makes the gradient with the loss
+- `cross_entropy` loops over chunks of tokens and computes the gradient with the loss
   (chunked_loss.py), so that whole logits never exist.
 
-An optimization barrier stands where XLA would otherwise fold a small transpose into a
-large product, or statistics of a row into the passes over its elements.
+An optimization barrier keeps XLA from folding a small transpose into a large product, or
+the statistics of a row into the passes over its elements.
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value heads,
 G = N / K, H head dim, V vocabulary, R = G x block rows, C tokens of a chunk.
@@ -30,38 +30,38 @@ from kernels import chunked_loss, reference, varying
 
 _MASKED = -1e30
 _QUERY_BLOCK = 128
-_MOST_BLOCKS = 16  # bounds compile time
+_MOST_BLOCKS = 16  # limits compile time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x, w, gradient_dtype=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; as `reference.linear`."""
+    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype, as `reference.linear`."""
     return _linear_fwd(x, w, gradient_dtype)[0]
 
 
 def _linear_fwd(x, w, _):
-    y = _rows(x) @ w.astype(x.dtype).reshape(math.prod(x.shape[2:]), -1)
+    y = _matrix(x) @ w.astype(x.dtype).reshape(math.prod(x.shape[2:]), -1)
     return y.reshape(x.shape[:2] + w.shape[x.ndim - 2 :]), (x, w)
 
 
 def _linear_bwd(gradient_dtype, residuals, dy):
     x, w = residuals
-    rows_dy = _rows(dy)
-    w_matrix = w.astype(x.dtype).reshape(-1, rows_dy.shape[1])
-    dw = jnp.matmul(_rows(x).T, rows_dy, preferred_element_type=gradient_dtype or x.dtype)
-    return (rows_dy @ w_matrix.T).reshape(x.shape), dw.astype(w.dtype).reshape(w.shape)
+    dy_matrix = _matrix(dy)
+    w_matrix = w.astype(x.dtype).reshape(-1, dy_matrix.shape[1])
+    dw = jnp.matmul(_matrix(x).T, dy_matrix, preferred_element_type=gradient_dtype or x.dtype)
+    return (dy_matrix @ w_matrix.T).reshape(x.shape), dw.astype(w.dtype).reshape(w.shape)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def _rows(x):
-    """[B, T, ...] as a matrix of B x T rows."""
+def _matrix(x):
+    """Reshapes [B, T, ...] to a matrix of B x T rows."""
     return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
-    """x / sqrt(mean(x^2) + eps) * scale, or with a residual (that of x + residual, x + residual); as `reference`'s."""
+    """x / sqrt(mean(x^2) + eps) * scale, or (the norm of x + residual, x + residual); as `reference.rms_norm`."""
     if residual_BTD is None:
         return _rms_norm(*varying.together(x_BTD, scale_D), eps)
     sum_BTD = x_BTD + residual_BTD
@@ -95,7 +95,7 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
-    """Rotary position embedding, half rotation; as `reference.rope`."""
+    """Rotary position embedding, half rotation, as `reference.rope`."""
     angles = reference.rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling)
     return _turned(x_BTNH, *jax.lax.optimization_barrier(angles))
 
@@ -117,7 +117,7 @@ _turned.defvjp(_turned_fwd, _turned_bwd)
 
 @jax.custom_vjp
 def swiglu(gate_BTF, up_BTF):
-    """silu(gate) * up; as `reference.swiglu`."""
+    """silu(gate) * up, as `reference.swiglu`."""
     return _swiglu_fwd(gate_BTF, up_BTF)[0]
 
 
@@ -136,7 +136,7 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
-    """Causal grouped-query attention over whole sequences (S = T); as `reference.attention`."""
+    """Causal grouped-query attention over whole sequences (S = T), as `reference.attention`."""
     return _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
 
@@ -150,7 +150,7 @@ def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     v_BKSH = v_BSKH.swapaxes(1, 2)
     outs, stats = [], []
     for block in _blocks(q_BTNH.shape[1]):
-        scores_BKRS = _scores(_block_rows(q_BKGTH, block), kt_BKHS, block, segment_ids_BT)
+        scores_BKRS = _scores(_block_matrix(q_BKGTH, block), kt_BKHS, block, segment_ids_BT)
         max_BKR1 = jax.lax.optimization_barrier(_row_max(scores_BKRS))
         weights_BKRS = jnp.exp(scores_BKRS - max_BKR1)
         sum_BKR1 = _row_sum(weights_BKRS)
@@ -172,10 +172,10 @@ def _attention_bwd(residuals, dout_BTNH):
     kt_BKHS, vt_BKHS = _transposed_heads(k_BSKH), _transposed_heads(v_BSKH)
     dqs, dkt_BKHS, dvt_BKHS = [], 0.0, 0.0
     for block, stat_BKR1 in zip(_blocks(T), stats, strict=True):
-        q_BKRH, dout_BKRH = (_block_rows(x, block) for x in (q_BKGTH, dout_BKGTH))
+        q_BKRH, dout_BKRH = (_block_matrix(x, block) for x in (q_BKGTH, dout_BKGTH))
         weights_BKRS = jnp.exp(_scores(q_BKRH, kt_BKHS, block, segment_ids_BT) - stat_BKR1)
         dweights_BKRS = _matmul(dout_BKRH, vt_BKHS[..., : block.stop])
-        dscores_BKRS = (weights_BKRS * (dweights_BKRS - _block_rows(delta_BKGT1, block))).astype(dtype)
+        dscores_BKRS = (weights_BKRS * (dweights_BKRS - _block_matrix(delta_BKGT1, block))).astype(dtype)
         dqs.append(_unrows(_matmul(dscores_BKRS, k_BKSH[:, :, : block.stop]), block))
         qt_BKHR, doutt_BKHR = jax.lax.optimization_barrier((q_BKRH.swapaxes(2, 3), dout_BKRH.swapaxes(2, 3)))
         later = ((0, 0), (0, 0), (0, 0), (0, T - block.stop))
@@ -190,13 +190,13 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _blocks(length: int) -> list[slice]:
-    """Slices that cover `length`, of `_QUERY_BLOCK` or as large as `_MOST_BLOCKS` of them need."""
+    """Slices of `_QUERY_BLOCK` that cover `length`, or larger ones where these would be more than `_MOST_BLOCKS`."""
     size = max(_QUERY_BLOCK, -(-length // _MOST_BLOCKS))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _by_group(x_BTNH, k_BSKH, scale=None):
-    """[B, T, N, H] as [B, K, G, T, H], times 1 / sqrt(H) or `scale`."""
+    """Reorders [B, T, N, H] to [B, K, G, T, H], times `scale` (1 / sqrt(H) by default)."""
     B, T, N, H = x_BTNH.shape
     K = k_BSKH.shape[2]
     scale = H**-0.5 if scale is None else scale
@@ -204,7 +204,7 @@ def _by_group(x_BTNH, k_BSKH, scale=None):
 
 
 def _by_time(blocks):
-    """Blocks of [B, K, G, t, H] as one [B, T, N, H]."""
+    """Joins blocks of [B, K, G, t, H] to one [B, T, N, H]."""
     x_BKGTH = jnp.concatenate(blocks, axis=3)
     B, K, G, T, H = x_BKGTH.shape
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
@@ -214,8 +214,8 @@ def _transposed_heads(x_BSKH):
     return jax.lax.optimization_barrier(x_BSKH.transpose(0, 2, 3, 1))
 
 
-def _block_rows(x_BKGTH, block: slice):
-    """The block's queries of all heads of a group, as rows: [B, K, R, H]."""
+def _block_matrix(x_BKGTH, block: slice):
+    """The block's queries of all heads of a group, as rows [B, K, R, H]."""
     B, K, _, _, H = x_BKGTH.shape
     return x_BKGTH[:, :, :, block].reshape(B, K, -1, H)
 
@@ -226,13 +226,13 @@ def _unrows(x_BKRH, block: slice):
 
 
 def _matmul(x, y):
-    """Batched matrix product over two leading axes, in float32."""
+    """Matrix product, batched over two leading axes, in float32."""
     dims = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 def _scores(q_BKRH, kt_BKHS, block: slice, segment_ids_BT):
-    """Masked float32 logits of a block's rows against all keys up to its end."""
+    """Masked float32 logits of a block's rows with all keys up to the block's end."""
     scores_BKRS = _matmul(q_BKRH, kt_BKHS[..., : block.stop])
     B, K, R, S = scores_BKRS.shape
     queries = block.stop - block.start
@@ -253,14 +253,14 @@ def _row_sum(x):
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None):
-    """Mean next-token loss in nats, by chunks of tokens; as `reference.cross_entropy`, weights taken as constants."""
+    """Mean next-token loss in nats, by chunks of tokens, as `reference.cross_entropy`; weights are constants."""
     return chunked_loss.cross_entropy(
-        x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=_Rows()
+        x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=_PlainLogitRows()
     )
 
 
-class _Rows:
-    """The arithmetic of a chunk's rows: exponentials are computed once and kept for the gradient."""
+class _PlainLogitRows:
+    """Computes exponentials once and keeps them for the gradient."""
 
     def sums(self, logits_CV, targets_C):
         top_C1 = jax.lax.optimization_barrier(_row_max(logits_CV))

@@ -1,8 +1,8 @@
-"""The cross-entropy's row arithmetic as Triton kernels; its chunks and matrix products are chunked_loss.py's.
+"""The cross-entropy's row arithmetic as Triton kernels; chunked_loss.py has its chunks and matrix products.
 
-One kernel reads a chunk's float32 logits once, for each row's maximum and sum; the other reads
-them again and writes the gradient in the activations' dtype. Between the two the log-sum-exp is
-made, which is where devices that share the vocabulary meet.
+One kernel reads a chunk's float32 logits once and writes each row's maximum and sum. The other reads
+them again and writes the gradient in the activations' dtype. Between the two, chunked_loss.py reduces
+the log-sum-exp over the devices that split the vocabulary.
 
 Shapes: B batch, T time, D model, V vocabulary, C tokens of a chunk.
 """
@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 
 from kernels import chunked_loss, launch
+from kernels.chips import Chip
 
 
 @triton.jit
 def cross_entropy_sums_kernel(
     logits_ptr, targets_ptr, top_ptr, total_ptr, picked_ptr, V: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row's maximum, sum of exp(logit - maximum), and logit at the target (0 if it is outside)."""
+    """Writes a row's maximum, sum of exp(logit - maximum), and logit at the target (0 if outside V)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     top = -1.0e30
@@ -43,7 +44,7 @@ def cross_entropy_gradient_kernel(
     logits_ptr, targets_ptr, top_ptr, log_ptr, growth_ptr, weight_ptr, dlogits_ptr,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK of a row of growth * exp(logits - top - log), less weight at the target."""
+    """Writes BLOCK elements of a row of growth * exp(logits - top - log), minus weight at the target."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * V + columns, mask=columns < V, other=-1.0e30)
@@ -52,29 +53,28 @@ def cross_entropy_gradient_kernel(
     tl.store(dlogits_ptr + row * V + columns, dlogits.to(dlogits_ptr.dtype.element_ty), mask=columns < V)
 
 
-def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT, z_loss, vocab_axis, target: launch.Target):
-    """(loss, parts) as `reference.cross_entropy`."""
-    rows = _Rows(target)
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT, z_loss, vocab_axis, chip: Chip):
+    """(loss, its parts) as `reference.cross_entropy`."""
+    rows = _TritonLogitRows(chip)
     return chunked_loss.cross_entropy(
         x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=rows
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    target: launch.Target
+class _TritonLogitRows:
+    chip: Chip
 
     def sums(self, logits_CV, targets_C):
         C, V = logits_CV.shape
-        value = jax.ShapeDtypeStruct((C,), jnp.float32)
-        tile = self.target.tile('cross_entropy_sums')
-        inputs = (logits_CV, targets_C)
-        return *self.target.call(cross_entropy_sums_kernel, inputs, (value,) * 3, grid=(C,), tile=tile, V=V), logits_CV
+        outputs = (jax.ShapeDtypeStruct((C,), jnp.float32),) * 3
+        inputs, tile = (logits_CV, targets_C), self.chip.streaming['cross_entropy_sums']
+        sums = launch.call(self.chip, cross_entropy_sums_kernel, inputs, outputs, grid=(C,), tile=tile, V=V)
+        return *sums, logits_CV
 
     def gradient(self, logits_CV, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype):
         C, V = logits_CV.shape
-        tile = self.target.tile('cross_entropy_gradient')
+        tile = self.chip.streaming['cross_entropy_gradient']
         inputs = (logits_CV, targets_C, top_C, log_C, growth_C, weight_C)
-        dlogits_CV = jax.ShapeDtypeStruct((C, V), dtype)
-        grid = (C, -(-V // tile.sizes['BLOCK']))
-        return self.target.call(cross_entropy_gradient_kernel, inputs, (dlogits_CV,), grid=grid, tile=tile, V=V)[0]
+        outputs, grid = (jax.ShapeDtypeStruct((C, V), dtype),), (C, -(-V // tile.sizes['BLOCK']))
+        return launch.call(self.chip, cross_entropy_gradient_kernel, inputs, outputs, grid=grid, tile=tile, V=V)[0]

@@ -2,7 +2,7 @@
 
     impl=None         the default for the op and the chip
     impl='xla'        plain JAX: reference.py on GPUs, cpu.py on CPUs
-    impl='triton'     the Triton kernel, on a chip of `CHIPS`
+    impl='triton'     the Triton kernel, on a chip of `chips.CHIPS`
     impl='interpret'  the same Triton source in Triton's interpreter, on the CPU: exact, and slow
     impl='cudnn'      attention only: cuDNN's, through jax.nn.dot_product_attention
 
@@ -19,7 +19,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, cpu, embedding, launch, reference
+from kernels import checks, chips, cpu, embedding, launch, reference
 
 _ALL = ('xla', 'triton', 'interpret')
 # op: its implementations. An op runs Triton on a GPU and plain JAX on a CPU unless told otherwise, and plain JAX
@@ -37,7 +37,6 @@ OPS = {
 # by implementation if it rounds more than its inputs' dtype does. bfloat16 rounds by up to 4e-3, several times on the
 # way; a wrong tile or mask is off by a tenth and more, a slightly wrong scale everywhere alike.
 TOLERANCES = {'float32': (1e-4, 3e-5), 'bfloat16': (3e-2, 1e-2)}
-CHIPS = launch.CHIPS
 
 
 def implementation(op: str, *, impl: str | None = None, chip: str | None = None) -> str:
@@ -45,13 +44,12 @@ def implementation(op: str, *, impl: str | None = None, chip: str | None = None)
 
     Raises ValueError if it cannot run there, ImportError if a package that it needs is not installed.
     """
-    known, place = OPS[op], chip or 'a CPU (chip=None)'
+    known, wrong_chip = OPS[op], f"not on {chip or 'a CPU (chip=None)'}; choose 'xla'"
     impl = impl or ('triton' if chip and 'triton' in known else 'xla')
     checks.require(impl in known, op, f'impl={impl!r} is not one of {", ".join(known)}')
     if impl == 'triton':
-        chips = ', '.join(CHIPS)
-        checks.require(chip in CHIPS, op, f"impl='triton' runs on chips {chips}, not on {place}; choose 'xla'")
-    checks.require(impl != 'cudnn' or chip is not None, op, f"impl='cudnn' runs on GPUs, not on {place}; choose 'xla'")
+        checks.require(chip in chips.CHIPS, op, f"impl='triton' runs on chips {', '.join(chips.CHIPS)}, {wrong_chip}")
+    checks.require(impl != 'cudnn' or chip is not None, op, f"impl='cudnn' runs on GPUs, {wrong_chip}")
     for package in {'triton': ('triton', 'jax_triton'), 'interpret': ('triton',)}.get(impl, ()):
         if not importlib.util.find_spec(package):
             raise ImportError(
@@ -66,41 +64,41 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=No
 
     Query head n reads key-value head n // (N / K). With `segment_ids_BT` (integers) a position
     attends to its own segment only. Triton: FlashAttention-2 (Dao, 2023). Raises ValueError for
-    shapes, dtypes, head dims or an implementation that do not go.
+    a shape, dtype, head dim or implementation that it does not take.
     """
     op, masked = 'attention', segment_ids_BT is not None
     impl = implementation(op, impl=impl, chip=chip)
-    dtype = checks.floats(op, 'BTNH', q=q_BTNH)
-    dtypes = {'q': dtype, 'k': checks.floats(op, 'BSKH', k=k_BSKH, v=v_BSKH)}
+    dtype = checks.require_floats(op, 'BTNH', q=q_BTNH)
+    dtypes = {'q': dtype, 'k': checks.require_floats(op, 'BSKH', k=k_BSKH, v=v_BSKH)}
     checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
-    checks.heads(op, q_BTNH, k_BSKH)
-    checks.implementation(op, impl, dtype, head_dim=q_BTNH.shape[3], segment_ids=masked)
+    checks.require_heads(op, q_BTNH, k_BSKH)
+    checks.require_implementation(op, impl, dtype, head_dim=q_BTNH.shape[3], segment_ids=masked)
     if masked:
-        checks.numbers(op, 'segment ids', segment_ids_BT, q_BTNH.shape[:2], 'BT')
+        checks.require_integers(op, 'segment ids', segment_ids_BT, q_BTNH.shape[:2], 'BT')
     if impl == 'xla':
         return _plain(chip).attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT)
     if impl == 'cudnn':
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation='cudnn')
     segments = segment_ids_BT.astype(jnp.int32) if masked else None
-    return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segments, _target(impl, chip))
+    return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segments, _chip(impl, chip))
 
 
 def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
     """x / sqrt(mean(x^2) + eps) * scale: [B, T, D] in x's dtype (Zhang and Sennrich, 2019).
 
-    The scale is of x's dtype or float32. With `residual_BTD`: (that of the sum x + residual, the
-    sum), in one pass. Raises ValueError as `attention` does.
+    The scale has x's dtype or float32. With `residual_BTD`: (the norm of x + residual, x + residual), in
+    one pass. Raises ValueError as `attention` does.
     """
     op = 'rms_norm'
     impl = implementation(op, impl=impl, chip=chip)
-    dtype = checks.floats(op, 'BTD', x=x_BTD, residual=residual_BTD)
-    checks.shaped(op, 'scale', scale_D, x_BTD.shape[2:], 'D')
+    dtype = checks.require_floats(op, 'BTD', x=x_BTD, residual=residual_BTD)
+    checks.require_shape(op, 'scale', scale_D, x_BTD.shape[2:], 'D')
     scale_dtype = scale_D.dtype.name
     checks.require(scale_dtype in (dtype, 'float32'), op, f'scale is {scale_dtype}, not float32 or {dtype} as x is')
-    checks.implementation(op, impl, dtype, columns=x_BTD.shape[2])
+    checks.require_implementation(op, impl, dtype, columns=x_BTD.shape[2])
     if impl == 'xla':
         return _plain(chip).rms_norm(x_BTD, scale_D, eps=eps, residual_BTD=residual_BTD)
-    return _kernels(op).rms_norm(x_BTD, scale_D, residual_BTD, float(eps), _target(impl, chip))
+    return _kernels(op).rms_norm(x_BTD, scale_D, residual_BTD, float(eps), _chip(impl, chip))
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
@@ -110,49 +108,46 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
     """
     op = 'rope'
     impl = implementation(op, impl=impl, chip=chip)
-    dtype = checks.floats(op, 'BTNH', x=x_BTNH)
-    checks.shaped(op, 'positions', positions_BT, x_BTNH.shape[:2], 'BT')
-    checks.implementation(op, impl, dtype, head_dim=x_BTNH.shape[3])
+    dtype = checks.require_floats(op, 'BTNH', x=x_BTNH)
+    checks.require_shape(op, 'positions', positions_BT, x_BTNH.shape[:2], 'BT')
+    checks.require_implementation(op, impl, dtype, head_dim=x_BTNH.shape[3])
     if impl == 'xla':
         return _plain(chip).rope(x_BTNH, positions_BT, base=base, scaling=scaling)
-    return _kernels(op).rope(x_BTNH, positions_BT, float(base), float(scaling), _target(impl, chip))
+    return _kernels(op).rope(x_BTNH, positions_BT, float(base), float(scaling), _chip(impl, chip))
 
 
 def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):
     """silu(gate) * up: [B, T, F] in the inputs' dtype (Shazeer, 2020). Raises ValueError as `attention` does."""
     op = 'swiglu'
     impl = implementation(op, impl=impl, chip=chip)
-    checks.implementation(op, impl, checks.floats(op, 'BTF', gate=gate_BTF, up=up_BTF))
+    checks.require_implementation(op, impl, checks.require_floats(op, 'BTF', gate=gate_BTF, up=up_BTF))
     if impl == 'xla':
         return _plain(chip).swiglu(gate_BTF, up_BTF)
-    return _kernels(op).swiglu(gate_BTF, up_BTF, _target(impl, chip))
+    return _kernels(op).swiglu(gate_BTF, up_BTF, _chip(impl, chip))
 
 
-def cross_entropy(
-    x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None, impl=None, chip=None
-):  # fmt: skip
+def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None, impl=None, chip=None):
     """(mean loss, {'nll', 'z_loss'}) of a linear head, float32 scalars; by chunks, so that whole logits never exist.
 
     The loss is the sum of its parts: nll, the mean negative log-likelihood of `targets_BT` (integers)
     in nats, and `z_loss` times the mean squared log-sum-exp (PaLM, section 5). Only the loss has a
-    gradient, which is made in the forward pass. `weights_BT` (constants) weight the means; a
-    target outside [0, V) is not to be given. `vocab_axis` names the mapped axis that V is split over.
-    Raises ValueError as `attention` does.
+    gradient, which the forward pass computes. `weights_BT` (constants) weight the means. Targets must lie
+    in [0, V). `vocab_axis` names the mesh axis that splits V, inside `jax.shard_map`. Raises ValueError as
+    `attention` does.
     """
     op = 'cross_entropy'
     impl = implementation(op, impl=impl, chip=chip)
-    dtypes = {'x': checks.floats(op, 'BTD', x=x_BTD), 'head': checks.floats(op, 'DV', head=head_DV)}
+    dtypes = {'x': checks.require_floats(op, 'BTD', x=x_BTD), 'head': checks.require_floats(op, 'DV', head=head_DV)}
     checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
     checks.require(head_DV.shape[0] == x_BTD.shape[2], op, f'x {x_BTD.shape} and head {head_DV.shape} differ in D')
-    checks.numbers(op, 'targets', targets_BT, x_BTD.shape[:2], 'BT')
+    checks.require_integers(op, 'targets', targets_BT, x_BTD.shape[:2], 'BT')
     if weights_BT is not None:
-        checks.shaped(op, 'weights', weights_BT, x_BTD.shape[:2], 'BT')
-    checks.implementation(op, impl, dtypes['x'])
+        checks.require_shape(op, 'weights', weights_BT, x_BTD.shape[:2], 'BT')
+    checks.require_implementation(op, impl, dtypes['x'])
     options = {'weights_BT': weights_BT, 'z_loss': float(z_loss), 'vocab_axis': vocab_axis}
     if impl == 'xla':
         return cpu.cross_entropy(x_BTD, head_DV, targets_BT, **options)
-    targets_BT, target = targets_BT.astype(jnp.int32), _target(impl, chip)
-    return _kernels(op).cross_entropy(x_BTD, head_DV, targets_BT, **options, target=target)
+    return _kernels(op).cross_entropy(x_BTD, head_DV, targets_BT.astype(jnp.int32), **options, chip=_chip(impl, chip))
 
 
 def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
@@ -164,7 +159,7 @@ def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
     op = 'linear'
     impl = implementation(op, impl=impl, chip=chip)
     checks.require(w.shape[: x.ndim - 2] == x.shape[2:], op, f'x {x.shape} and w {w.shape} differ in their inputs')
-    checks.implementation(op, impl, x.dtype.name)
+    checks.require_implementation(op, impl, x.dtype.name)
     return _plain(chip).linear(x, w, gradient_dtype)
 
 
@@ -175,8 +170,8 @@ def embed(table_VD, tokens_BT, *, impl=None, chip=None):
     """
     op = 'embed'
     impl = implementation(op, impl=impl, chip=chip)
-    checks.implementation(op, impl, checks.floats(op, 'VD', table=table_VD))
-    checks.numbers(op, 'tokens', tokens_BT, tokens_BT.shape[:2], 'BT')
+    checks.require_implementation(op, impl, checks.require_floats(op, 'VD', table=table_VD))
+    checks.require_integers(op, 'tokens', tokens_BT, tokens_BT.shape[:2], 'BT')
     return embedding.embed(table_VD, tokens_BT, by_sorting=chip is not None)
 
 
@@ -184,10 +179,10 @@ def _plain(chip):
     return cpu if chip is None else reference
 
 
-def _target(impl: str, chip) -> launch.Target:
-    return launch.Target(interpret=True) if impl == 'interpret' else launch.Target(chip)
+def _chip(impl: str, chip: str | None) -> chips.Chip:
+    return launch.INTERPRETER if impl == 'interpret' else chips.CHIPS[str(chip)]
 
 
 def _kernels(op: str):
-    """The module of an op's kernels; it imports Triton, which the other implementations do without."""
+    """Imports the module of an op's kernels, and with it Triton, which the other implementations do without."""
     return importlib.import_module(f'kernels.{op}')

@@ -1,8 +1,8 @@
 """The embedding: rows of a table, whose gradient is added up in one order.
 
-A row's gradient is the sum over all the positions that read it. Added atomically, as GPUs do, it would
-differ from run to run in its last digits. Here positions are sorted by their token and each token's
-run is added up by a scan, so that every row of the table is written once. A CPU adds in order anyway.
+A row's gradient is the sum over all positions that read it. If added atomically, as GPUs do, it would
+differ between runs in its last digits. Here positions are sorted by token and a scan adds up each
+token's segment, so that every row of the table is written once. A CPU adds in order anyway.
 
 Shapes: B batch, T time, M = B x T positions, D model, V rows of the table.
 """
@@ -16,7 +16,7 @@ from kernels import varying
 
 
 def embed(table_VD, tokens_BT, *, by_sorting: bool):
-    """[B, T, D]: each token's row; zeros for tokens outside [0, V), which may be another device's."""
+    """Each token's row, [B, T, D]; zeros for tokens outside [0, V), which another device may own."""
     return _embed(*varying.together(table_VD, tokens_BT), by_sorting)
 
 
@@ -32,13 +32,13 @@ def _embed_fwd(table_VD, tokens_BT, by_sorting):
 
 
 def _embed_bwd(by_sorting, residuals, dx_BTD):
-    tokens_BT, column_V = residuals  # of the table's rows and dtype
+    tokens_BT, column_V = residuals  # the column has the table's number of rows and its dtype
     V = column_V.shape[0]
     tokens_M, dx_MD = tokens_BT.reshape(-1), dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(jnp.float32)
-    tokens_M = jnp.where(tokens_M < 0, V, tokens_M)  # V and above are left out
+    tokens_M = jnp.where(tokens_M < 0, V, tokens_M)  # V and above are dropped
     zeros_VD = jnp.zeros_like(dx_MD, shape=(V, dx_MD.shape[1]))
     if by_sorting:
-        tokens_M, dx_MD = _run_sums(tokens_M, dx_MD, V)
+        tokens_M, dx_MD = _segment_sums(tokens_M, dx_MD, V)
         dtable_VD = zeros_VD.at[tokens_M].set(dx_MD, mode='drop', unique_indices=True)
     else:
         dtable_VD = zeros_VD.at[tokens_M].add(dx_MD, mode='drop')
@@ -48,8 +48,8 @@ def _embed_bwd(by_sorting, residuals, dx_BTD):
 _embed.defvjp(_embed_fwd, _embed_bwd)
 
 
-def _run_sums(tokens_M, dx_MD, V: int):
-    """Sorted by token: (the token at the last position of its run, V and above elsewhere; the run's sum there)."""
+def _segment_sums(tokens_M, dx_MD, V: int):
+    """Sorts by token; returns (the token at the last position of its segment, V or above elsewhere; sums so far)."""
     order_M = jnp.argsort(tokens_M)
     tokens_M, dx_MD = tokens_M[order_M], dx_MD[order_M]
     differs_M = tokens_M[1:] != tokens_M[:-1]

@@ -1,9 +1,9 @@
 """Runs a Triton kernel on numpy arrays in Triton's interpreter: the source that a GPU runs, without GPU or torch.
 
-The interpreter as shipped (3.6.0) cuts bfloat16 off instead of rounding it, and multiplies its
-bit patterns in `tl.dot`. While a kernel runs here, bfloat16 is rounded to nearest even, and
-computed with as the numbers it stands for. Afterwards everything is as it was, so that the
-same process can go on to compile kernels.
+Triton 3.6.0's interpreter truncates to bfloat16 instead of rounding, and multiplies bit patterns of
+bfloat16 in `tl.dot`. Here it is patched while a kernel runs: bfloat16 is rounded to nearest even, and
+computed as the numbers it stands for. The patches are then undone, so that the same process can still
+compile kernels.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from triton.runtime.jit import JITFunction
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _TRITON_NAMES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
-_one_at_a_time = threading.Lock()  # the interpreter's state is the process's, and each device calls from its own thread
+_one_at_a_time = threading.Lock()  # the interpreter's state is global, and each device calls from its own thread
 
 
 def run(kernel: JITFunction, grid: tuple[int, ...], *arrays: np.ndarray, **constants) -> None:
     """Runs `kernel` over `grid`; it reads and writes the arrays (C-contiguous) in place.
 
-    Raises KeyError for a dtype that no kernel of ours takes.
+    Raises KeyError for a dtype that our kernels do not take.
     """
-    with _one_at_a_time, _interpreting(), np.errstate(all='ignore'):  # a GPU says nothing of an overflow
+    with _one_at_a_time, _interpreting(), np.errstate(all='ignore'):  # a GPU does not report an overflow
         interpreter.InterpretedFunction(kernel.fn)[grid](*map(_Pointer, arrays), **constants)
 
 
 class _Pointer:
-    """A numpy array as the interpreter expects a tensor on a device: it would copy it to the host, and back."""
+    """A numpy array with a device tensor's interface, which the interpreter copies to the host and back."""
 
     def __init__(self, array: np.ndarray):
         self._array, self.dtype = array, _TRITON_NAMES[array.dtype.name]
@@ -70,28 +70,28 @@ def _is_bfloat16(handle) -> bool:
 
 
 def _widened(handle):
-    """A bfloat16 handle, which the interpreter keeps as uint16, as a float32 one; any other as it is."""
+    """Converts a bfloat16 handle, which holds uint16, to float32; returns any other unchanged."""
     if not _is_bfloat16(handle):
         return handle
     return interpreter.TensorHandle(handle.data.view(_BFLOAT16).astype(np.float32), tl.float32)
 
 
 def _rounded(data: np.ndarray):
-    """A bfloat16 handle of float32 data, rounded to nearest even."""
+    """A bfloat16 handle for float32 data, rounded to nearest even."""
     return interpreter.TensorHandle(
         np.ascontiguousarray(data, np.float32).astype(_BFLOAT16).view(np.uint16), tl.bfloat16
     )
 
 
-def _mended(builder) -> dict:
-    """The builder's methods that get bfloat16 wrong, each with bfloat16 taken out of its way."""
+def _patched_methods(builder) -> dict:
+    """The builder's methods that get bfloat16 wrong, each with bfloat16 handled first."""
     dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
     binary, unary = builder.binary_op, builder.unary_op
 
     def create_dot(self, a, b, d, *rest):
         if d.dtype.scalar != tl.float32:
             return dot(self, _widened(a), _widened(b), d, *rest)
-        # In float64, rounded once: on a GPU an element's sum has one order whichever way the tile lies, BLAS has many.
+        # In float64, rounded once: BLAS sums an element in an order that depends on the tile's layout, a GPU does not.
         product = np.matmul(_widened(a).data, _widened(b).data, dtype=np.float64)
         return interpreter.TensorHandle((product + d.data).astype(np.float32), tl.float32)
 
@@ -127,13 +127,13 @@ def _mended(builder) -> dict:
 
 @functools.cache
 def _rewritten(function):
-    """A function that a kernel calls, ready to run where the language is patched already."""
+    """A function that a kernel calls, rewritten for the interpreter; the language is patched already."""
     return interpreter.InterpretedFunction(function).rewrite()
 
 
 @contextlib.contextmanager
 def _interpreting():
-    """Functions a kernel calls run interpreted too; what Triton patches in its own language is put back at the end."""
+    """Lets functions that a kernel calls run interpreted, too; undoes what Triton patches in its own language."""
     core = tl.core
     language = [tl, core, tl.math, tl.standard, tl.random, tl.tensor, tl.dtype]
     language += [core.tensor_descriptor_base, core.tensor_descriptor]
@@ -143,26 +143,26 @@ def _interpreting():
 
     def patch_tensor_and_index(tensor, *rest):
         patch_tensor(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # numpy 2.5 no longer takes a [1] for an index
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # numpy 2.5 takes no [1] as an index
 
     def call(function, *arguments, **constants):
         return _rewritten(function.fn)(*arguments, **constants)
 
     builder = interpreter.InterpreterBuilder
-    patches = [(builder, name, method) for name, method in _mended(builder).items()]
+    patches = [(builder, name, method) for name, method in _patched_methods(builder).items()]
     patches += [(JITFunction, '__call__', call), (interpreter, '_patch_lang_tensor', patch_tensor_and_index)]
     originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
     try:
         for owner, name, patched in patches:
             setattr(owner, name, patched)
-        # At once for what a kernel calls too, which sees the language under another name.
+        # Here for the functions that a kernel calls, too, which see the language under another name.
         interpreter._patch_lang(types.SimpleNamespace(__globals__={'tl': tl, 'core': core}))
         yield
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
         for space, attributes in before:
-            if isinstance(space, type):  # modules keep what the interpreter's rewriter added: rewritten code is cached
+            if isinstance(space, type):  # modules keep what the rewriter added, since rewritten code is cached
                 for name in set(vars(space)) - set(attributes):
                     delattr(space, name)
             for name, value in attributes.items():

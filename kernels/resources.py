@@ -1,8 +1,8 @@
-"""What each kernel needs of a chip, compiled for it where there is none: `python -m kernels.resources [--json]`.
+"""Registers, shared memory and spills of every kernel on every chip, without a GPU: `python -m kernels.resources`.
 
-Every kernel that an op launches, forward and backward, at the shapes of the 1.1 B model, is compiled
-by Triton and assembled by its ptxas. Ends with 1 if one of them spills registers, needs global
-scratch or more shared memory than a block has, or rounds float32 to tf32.
+Every kernel that an op launches, forward and backward, at the shapes of the 1.1 B model, is compiled by
+Triton and assembled by its ptxas. Exits with 1 if one of them spills registers, needs global scratch or
+more shared memory than a block has, or rounds float32 to TF32.
 """
 
 import argparse
@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, cross_entropy, launch, rms_norm, rope, swiglu
+from kernels import attention, chips, cross_entropy, rms_norm, rope, swiglu
+from kernels.chips import Tile
 
-SHARED_BYTES = {'sm_80': 163 * 1024, 'sm_90': 227 * 1024}  # a block's limit (CUDA C++ Programming Guide, table 30)
 _POINTERS = {'bfloat16': '*bf16', 'float32': '*fp32', 'int32': '*i32'}
 _TOOLS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin'
 # The 1.1 B model (paper, table 1), at a micro-batch of 8.
@@ -34,96 +34,89 @@ _B, _T, _N, _K, _D, _F, _V = 8, 2048, 32, 4, 2048, 5632, 32000
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel with what it is compiled for; `variant` says which of its forms this is."""
+    """A kernel and what it is compiled for; `variant` names the dtype and the options."""
 
     kernel: triton.JITFunction
     variant: str
     arrays: tuple
-    tile: launch.Tile
+    tile: Tile
     constants: dict
 
     @property
     def name(self) -> str:
-        """As attention_forward bfloat16 H64."""
+        """Such as attention_forward bfloat16 H64."""
         back = ' back' if self.constants.get('SIGN') == -1 else ''  # rope's own gradient
         return f'{self.kernel.__name__.removesuffix("_kernel")} {self.variant}{back}'
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recorder(launch.Target):
-    """Stands in for a chip: notes what would be launched on it."""
-
-    variant: str = ''
-    launches: list = dataclasses.field(default_factory=list, compare=False)
-
-    def call(self, kernel, inputs, outputs, *, grid, tile, **constants):
-        """Outputs of zeros."""
-        self.launches.append(Launch(kernel, self.variant, (*inputs, *outputs), tile, constants | tile.sizes))
-        return tuple(jnp.zeros(output.shape, output.dtype) for output in outputs)
-
-
 def launches(chip: str) -> list[Launch]:
     """Each form of each kernel that the ops launch at 1.1 B shapes: dtypes, head dims, segment ids, fused residual."""
-    found = []
+    launched = []
     for dtype in ('bfloat16', 'float32'):
         for H in (64, 128):
-            found += _attention(chip, dtype, H, segments=False) + _attention(chip, dtype, H, segments=True)
-        found += _rows(chip, dtype)
-    return list({launched.name: launched for launched in found}.values())
+            launched += _attention(chip, dtype, H, segments=False) + _attention(chip, dtype, H, segments=True)
+        launched += _streaming(chip, dtype)
+    return list({each.name: each for each in launched}.values())
 
 
 def _recorded(chip: str, variant: str, function, *arrays) -> list[Launch]:
-    """What `function(target, *arrays)` and its gradient launch."""
-    recorder = _Recorder(chip, variant=variant)
+    """What `function(chip, *arrays)` and its gradient launch."""
+    recorded = []
+
+    def record(_, kernel, inputs, outputs, grid, tile, constants):
+        recorded.append(Launch(kernel, variant, (*inputs, *outputs), tile, constants))
+        return tuple(jnp.zeros(output.shape, output.dtype) for output in outputs)
+
+    recorder = dataclasses.replace(chips.CHIPS[chip], run=record)
 
     def gradients(*arrays):
         out, vjp = jax.vjp(lambda *arrays: function(recorder, *arrays), *arrays)
         return vjp(out)
 
     jax.eval_shape(gradients, *arrays)
-    return recorder.launches
+    return recorded
 
 
 def _attention(chip: str, dtype: str, H: int, *, segments: bool) -> list[Launch]:
     q, k = (jax.ShapeDtypeStruct((_B, _T, heads, H), dtype) for heads in (_N, _K))
 
-    def function(target, q, k, v):
+    def function(chip, q, k, v):
         ids_BT = jnp.zeros((_B, _T), jnp.int32) if segments else None
-        return attention.attention(q, k, v, ids_BT, target)
+        return attention.attention(q, k, v, ids_BT, chip)
 
-    found = _recorded(chip, f'{dtype} H{H}' + ' segments' * segments, function, q, k, k)
-    return [launched for launched in found if launched.constants.get('SEGMENTS', False) == segments]
+    launched = _recorded(chip, f'{dtype} H{H}' + ' segments' * segments, function, q, k, k)
+    return [each for each in launched if each.constants.get('SEGMENTS', False) == segments]
 
 
-def _rows(chip: str, dtype: str) -> list[Launch]:
+def _streaming(chip: str, dtype: str) -> list[Launch]:
     """The launches of the ops that stream memory."""
     x, scale = jax.ShapeDtypeStruct((_B, _T, _D), dtype), jax.ShapeDtypeStruct((_D,), jnp.float32)
     queries, keys = (jax.ShapeDtypeStruct((_B, _T, heads, 64), dtype) for heads in (_N, _K))
     wide = jax.ShapeDtypeStruct((_B, _T, _F), dtype)
     head = jax.ShapeDtypeStruct((_D, _V), dtype)
 
-    def normed(target, x, scale, residual=None):
-        return rms_norm.rms_norm(x, scale, residual, 1e-5, target)
+    def normed(chip, x, scale, residual=None):
+        return rms_norm.rms_norm(x, scale, residual, 1e-5, chip)
 
-    def turned(target, x):
-        return rope.rope(x, jnp.zeros((_B, _T), jnp.int32), 10_000.0, 1.0, target)
+    def turned(chip, x):
+        return rope.rope(x, jnp.zeros((_B, _T), jnp.int32), 10_000.0, 1.0, chip)
 
-    def loss(target, x, head):
+    def loss(chip, x, head):
         targets_BT, options = jnp.zeros((_B, _T), jnp.int32), {'weights_BT': None, 'z_loss': 0.0, 'vocab_axis': None}
-        return cross_entropy.cross_entropy(x, head, targets_BT, **options, target=target)[0]
+        return cross_entropy.cross_entropy(x, head, targets_BT, **options, chip=chip)[0]
 
     return [
         *_recorded(chip, dtype, normed, x, scale),
         *_recorded(chip, f'{dtype} residual', normed, x, scale, x),
         *_recorded(chip, f'{dtype} N{_N}', turned, queries),
         *_recorded(chip, f'{dtype} N{_K}', turned, keys),
-        *_recorded(chip, dtype, lambda target, gate, up: swiglu.swiglu(gate, up, target), wide, wide),
+        *_recorded(chip, dtype, lambda chip, gate, up: swiglu.swiglu(gate, up, chip), wide, wide),
         *_recorded(chip, dtype, loss, x, head),
     ]
 
 
 def compiled(launched: Launch, chip: str):
-    """Triton's compiled kernel, as jax-triton would have it: every address a multiple of 16 bytes."""
+    """Triton's compiled kernel, as jax-triton compiles it: every address is a multiple of 16 bytes."""
     pointers = [_POINTERS[array.dtype.name] for array in launched.arrays]
     names = launched.kernel.arg_names
     signature = dict(zip(names, pointers, strict=False)) | dict.fromkeys(names[len(pointers) :], 'constexpr')
@@ -133,7 +126,7 @@ def compiled(launched: Launch, chip: str):
         constexprs={(names.index(name),): value for name, value in launched.constants.items()},
         attrs={(i,): [['tt.divisibility', 16]] for i in range(len(pointers))},
     )
-    if not os.environ.get('TRITON_CACHE_DIR'):  # importing jax-triton sets it to nothing, which Triton takes for a path
+    if not os.environ.get('TRITON_CACHE_DIR'):  # jax-triton sets it to '', which Triton takes for a path
         os.environ['TRITON_CACHE_DIR'] = tempfile.mkdtemp(prefix='triton-')
         atexit.register(shutil.rmtree, os.environ['TRITON_CACHE_DIR'], ignore_errors=True)
     target = GPUTarget('cuda', int(chip.removeprefix('sm_')), 32)
@@ -142,15 +135,15 @@ def compiled(launched: Launch, chip: str):
 
 
 def usage(launched: Launch, chip: str) -> dict:
-    """What a kernel takes of the chip; `spills` counts loads and stores, `tf32` instructions that round float32."""
+    """What a kernel needs of the chip; `spills` counts loads and stores, `tf32` instructions that round float32."""
     binary = compiled(launched, chip)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(binary.asm['cubin'])
         file.flush()
-        resources = _told('cuobjdump', '--dump-resource-usage', file.name)
+        resources = _output_of('cuobjdump', '--dump-resource-usage', file.name)
         registers, stack, local = (int(re.search(rf'{name}:(\d+)', resources)[1]) for name in ('REG', 'STACK', 'LOCAL'))
-        # What spills has a stack; the code of the others need not be read, which takes longer than most compile.
-        code = _told('nvdisasm', '-c', file.name) if stack or local else ''
+        # A kernel that spills has a stack. Disassembling takes longer than most compilations, so the others are not.
+        code = _output_of('nvdisasm', '-c', file.name) if stack or local else ''
     return {
         'kernel': launched.name,
         'chip': chip,
@@ -162,13 +155,13 @@ def usage(launched: Launch, chip: str) -> dict:
     }
 
 
-def _told(tool: str, *arguments: str) -> str:
+def _output_of(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def table(chips=launch.CHIPS) -> list[dict]:
-    """The usage of every kernel on every chip; says on stderr how far it is."""
-    pairs, rows = [(launched, chip) for chip in chips for launched in launches(chip)], []
+def table() -> list[dict]:
+    """The usage of every kernel on every chip; prints its progress on stderr."""
+    pairs, rows = [(launched, chip) for chip in chips.CHIPS for launched in launches(chip)], []
     for number, (launched, chip) in enumerate(pairs, start=1):
         print(f'[{number}/{len(pairs)}] {launched.name} on {chip}', file=sys.stderr)
         rows.append(usage(launched, chip))
@@ -176,11 +169,12 @@ def table(chips=launch.CHIPS) -> list[dict]:
 
 
 def faults(row: dict) -> list[str]:
-    """What keeps a kernel from running well, or right, on its chip."""
-    found = [f'{row[name]} {name}' for name in ('spills', 'global_scratch_bytes', 'tf32') if row[name]]
-    if row['shared_bytes'] > SHARED_BYTES[row['chip']]:
-        found.append(f'{row["shared_bytes"]} shared_bytes of {SHARED_BYTES[row["chip"]]}')
-    return found
+    """Why a kernel would run slowly or wrongly on its chip; empty if nothing is wrong."""
+    reasons = [f'{row[name]} {name}' for name in ('spills', 'global_scratch_bytes', 'tf32') if row[name]]
+    limit = chips.CHIPS[row['chip']].shared_bytes
+    if row['shared_bytes'] > limit:
+        reasons.append(f'{row["shared_bytes"]} shared_bytes of {limit}')
+    return reasons
 
 
 def markdown(rows: list[dict]) -> str:
@@ -191,9 +185,9 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(*arguments: str) -> int:
-    """Prints the table, in Markdown or as JSON; returns the exit status."""
+    """Prints the table as Markdown or JSON and returns the exit status."""
     parser = argparse.ArgumentParser(prog='python -m kernels.resources', description=__doc__.partition('\n')[0])
-    parser.add_argument('--json', action='store_true', help='a list of objects instead of a table')
+    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
     flags, rows = parser.parse_args(arguments), table()
     print(json.dumps(rows, indent=1) if flags.json else markdown(rows))
     bad = {f'{row["kernel"]} on {row["chip"]}': faults(row) for row in rows if faults(row)}

@@ -1,8 +1,8 @@
 """Root-mean-square norm (Zhang and Sennrich, 2019) as Triton kernels, alone or with the residual addition before it.
 
 A program holds a row in registers, so that forward and backward read and write each element
-once. The backward kernel's programs take many rows each and leave one partial sum of the
-scale's gradient each, which are then added up: nothing is added atomically.
+once. Each program of the backward kernel loops over many rows and writes one partial sum of the
+scale's gradient. The partial sums are then added up: nothing is added atomically.
 
 Shapes: B batch, T time, D model; rows are B x T, P programs of the backward kernel.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels import launch, varying
+from kernels.chips import Chip
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _norm_row(x, row, scale_ptr, y_ptr, inverse_ptr, D: tl.constexpr, EPS: tl.co
 def rms_norm_forward_kernel(
     x_ptr, scale_ptr, y_ptr, inverse_ptr, D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row of y = x * inverse * scale; inverse [rows] = 1 / sqrt(mean(x^2) + EPS)."""
+    """Writes a row of y = x * inverse * scale and its inverse = 1 / sqrt(mean(x^2) + EPS)."""
     row = tl.program_id(0).to(tl.int64)
     _norm_row(_load_row(x_ptr, row, D, BLOCK), row, scale_ptr, y_ptr, inverse_ptr, D, EPS, BLOCK)
 
@@ -50,7 +51,7 @@ def rms_norm_add_forward_kernel(
     x_ptr, residual_ptr, scale_ptr, sum_ptr, y_ptr, inverse_ptr,
     D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `rms_norm_forward_kernel` of sum = x + residual, rounded as it is stored."""
+    """Writes a row of sum = x + residual and, as `rms_norm_forward_kernel`, the norm of the sum as rounded."""
     row = tl.program_id(0).to(tl.int64)
     added = _load_row(x_ptr, row, D, BLOCK) + _load_row(residual_ptr, row, D, BLOCK)
     added = added.to(sum_ptr.dtype.element_ty)
@@ -63,7 +64,7 @@ def rms_norm_backward_kernel(
     x_ptr, scale_ptr, inverse_ptr, dy_ptr, dsum_ptr, dx_ptr, dscale_ptr,
     ROWS: tl.constexpr, D: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows p, p + P, ... of dx, with dsum added if ADDED, and their part of dscale [P, D]."""
+    """Writes rows p, p + P, ... of dx, with dsum added if ADDED, and their part of dscale [P, D]."""
     scale = _load_row(scale_ptr, 0, D, BLOCK)
     dscale = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), ROWS, tl.num_programs(0)):
@@ -79,69 +80,74 @@ def rms_norm_backward_kernel(
     _store_row(dscale_ptr, tl.program_id(0), dscale, D, BLOCK)
 
 
-def rms_norm(x_BTD, scale_D, residual_BTD, eps, target: launch.Target):
-    """Normed [B, T, D] on one device, as `reference.rms_norm`; with a residual (normed, x + residual)."""
+def rms_norm(x_BTD, scale_D, residual_BTD, eps, chip: Chip):
+    """The normed [B, T, D] on one device, as `reference.rms_norm`; with a residual (normed, x + residual)."""
     x_BTD, scale_D = varying.together(x_BTD, scale_D)
     if residual_BTD is None:
-        return _norm(x_BTD, scale_D, eps, target)
-    return _add_norm(x_BTD, residual_BTD, scale_D, eps, target)
+        return _norm(x_BTD, scale_D, eps, chip)
+    return _add_norm(x_BTD, residual_BTD, scale_D, eps, chip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _norm(x_BTD, scale_D, eps, target):
-    return _norm_fwd(x_BTD, scale_D, eps, target)[0]
+def _norm(x_BTD, scale_D, eps, chip):
+    return _norm_fwd(x_BTD, scale_D, eps, chip)[0]
 
 
-def _norm_fwd(x_BTD, scale_D, eps, target):
-    y_BTD, inverse_BT = _forward(rms_norm_forward_kernel, (x_BTD,), scale_D, eps, target)
+def _norm_fwd(x_BTD, scale_D, eps, chip):
+    y_BTD, inverse_BT = _forward(rms_norm_forward_kernel, (x_BTD,), scale_D, eps, chip)
     return y_BTD, (x_BTD, scale_D, inverse_BT)
 
 
-def _norm_bwd(_, target, residuals, dy_BTD):
+def _norm_bwd(_, chip, residuals, dy_BTD):
     x_BTD, scale_D, inverse_BT = residuals
-    return _backward(x_BTD, scale_D, inverse_BT, dy_BTD, None, target)
+    return _backward(x_BTD, scale_D, inverse_BT, dy_BTD, None, chip)
 
 
 _norm.defvjp(_norm_fwd, _norm_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _add_norm(x_BTD, residual_BTD, scale_D, eps, target):
-    return _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, target)[0]
+def _add_norm(x_BTD, residual_BTD, scale_D, eps, chip):
+    return _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, chip)[0]
 
 
-def _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, target):
-    sum_BTD, y_BTD, inverse_BT = _forward(rms_norm_add_forward_kernel, (x_BTD, residual_BTD), scale_D, eps, target)
+def _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, chip):
+    sum_BTD, y_BTD, inverse_BT = _forward(rms_norm_add_forward_kernel, (x_BTD, residual_BTD), scale_D, eps, chip)
     return (y_BTD, sum_BTD), (sum_BTD, scale_D, inverse_BT)
 
 
-def _add_norm_bwd(_, target, residuals, gradients):
+def _add_norm_bwd(_, chip, residuals, gradients):
     (sum_BTD, scale_D, inverse_BT), (dy_BTD, dsum_BTD) = residuals, gradients
-    dx_BTD, dscale_D = _backward(sum_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, target)
+    dx_BTD, dscale_D = _backward(sum_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, chip)
     return dx_BTD, dx_BTD, dscale_D
 
 
 _add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
 
 
-def _forward(kernel, inputs, scale_D, eps, target):
-    """(x + residual, if there is one), y, inverse."""
+def _forward(kernel, inputs, scale_D, eps, chip):
+    """Runs a forward kernel: returns (y, inverse), after x + residual if there is a residual."""
     B, T, D = inputs[0].shape
     like = jax.ShapeDtypeStruct((B, T, D), inputs[0].dtype)
-    tile, block = target.tile('rms_norm_forward'), triton.next_power_of_2(D)
+    tile, block = chip.streaming['rms_norm_forward'], triton.next_power_of_2(D)
     outputs = (like,) * len(inputs) + (jax.ShapeDtypeStruct((B, T), jnp.float32),)
-    return target.call(kernel, (*inputs, scale_D), outputs, grid=(B * T,), tile=tile, D=D, EPS=eps, BLOCK=block)
+    return launch.call(chip, kernel, (*inputs, scale_D), outputs, grid=(B * T,), tile=tile, D=D, EPS=eps, BLOCK=block)
 
 
-def _backward(x_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, target):
+def _backward(x_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, chip):
     B, T, D = x_BTD.shape
-    programs = min(B * T, target.programs('rms_norm_backward'))
-    dx_BTD, dscale_PD = target.call(
+    tile = chip.streaming['rms_norm_backward']
+    programs = min(B * T, tile.programs * chip.multiprocessors)
+    dx_BTD, dscale_PD = launch.call(
+        chip,
         rms_norm_backward_kernel,
-        (x_BTD, scale_D, inverse_BT, dy_BTD, dy_BTD if dsum_BTD is None else dsum_BTD),  # dsum not read unless ADDED
+        (x_BTD, scale_D, inverse_BT, dy_BTD, dy_BTD if dsum_BTD is None else dsum_BTD),  # any array unless ADDED
         (jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype), jax.ShapeDtypeStruct((programs, D), jnp.float32)),
         grid=(programs,),
-        tile=target.tile('rms_norm_backward'),
-        ROWS=B * T, D=D, ADDED=dsum_BTD is not None, BLOCK=triton.next_power_of_2(D),
-    )  # fmt: skip
+        tile=tile,
+        ROWS=B * T,
+        D=D,
+        ADDED=dsum_BTD is not None,
+        BLOCK=triton.next_power_of_2(D),
+    )
     return dx_BTD, jnp.sum(dscale_PD, axis=0).astype(scale_D.dtype)

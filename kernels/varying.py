@@ -1,24 +1,23 @@
-"""Between which devices an array differs: what `jax.shard_map` tracks in types, and a custom gradient must keep to.
+"""The mesh axes along which an array varies, which `jax.shard_map` tracks in types and a custom gradient must respect.
 
-Outside `shard_map` no array has such a type, and nothing here does anything.
+Outside `shard_map` arrays have no such type, and these functions change nothing.
 """
 
 import jax
 
 
 def axes(*arrays) -> tuple[str, ...]:
-    """The mesh axes along which any of the arrays differs."""
-    found = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
-    return tuple(sorted(found))
+    """The mesh axes along which any of the arrays varies, sorted."""
+    return tuple(sorted(frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))))
 
 
 def along(names: tuple[str, ...], array):
-    """`array` marked as differing along these axes; its gradient is then summed over those that were new."""
+    """Marks `array` as varying along these axes; its gradient is then summed over the new ones."""
     new = tuple(name for name in names if name not in axes(array))
     return jax.lax.pcast(array, new, to='varying') if new else array
 
 
 def together(*arrays) -> tuple:
-    """The arrays, all marked as differing where any of them does."""
+    """Marks all arrays as varying along every axis along which one of them varies."""
     names = axes(*arrays)
     return tuple(along(names, array) for array in arrays)

@@ -255,7 +255,7 @@ def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
     needs = {'head_dim': model.head_dim, 'columns': model.embed_dim, 'segment_ids': config.data.document_mask}
     for op, impl in ops.implementations:
         with _naming_the_field(op):
-            checks.implementation(op, impl, compute_dtype(model, ops.chip).name, **needs)
+            checks.require_implementation(op, impl, compute_dtype(model, ops.chip).name, **needs)
     attention = dict(ops.implementations)['attention']
     # On GPUs only our kernels name their output and log-sum-exp; on CPUs plain JAX does, too.
     if config.train.remat in ('attention', 'names') and attention not in ('triton', 'interpret') and ops.chip:

@@ -16,7 +16,8 @@ import numpy as np
 
 from bench.gpu import benchmark
 from bench.gpu import ops as gpu_ops
-from kernels import dispatch, launch, reference
+from kernels import chips, dispatch, launch, reference
+from kernels.chips import Tile
 
 # (BLOCK_Q, BLOCK_K, warps, stages) of each attention kernel; BLOCK_Q divides BLOCK_K in dkv.
 TILES = {
@@ -228,9 +229,9 @@ def _torch(backend: str, device: str, arrays) -> Attention:
 def tile(setting: benchmark.Setting, kernel: str, values: tuple[int, int, int, int]):
     """A context in which attention kernel `kernel` is traced with `values` = (BLOCK_Q, BLOCK_K, warps, stages)."""
     block_q, block_kv, warps, stages = values
-    new = {f'attention_{kernel}': launch.Tile({'BLOCK_Q': block_q, 'BLOCK_K': block_kv}, warps, stages)}
-    key = (setting.chip, 'bfloat16', setting.model.head_dim)
-    tiles = launch._INTERPRETED if setting.smoke else launch._ATTENTION[key]
+    new = {f'attention_{kernel}': Tile({'BLOCK_Q': block_q, 'BLOCK_K': block_kv}, warps, stages)}
+    chip = launch.INTERPRETER if setting.smoke else chips.CHIPS[str(setting.chip)]
+    tiles = chip.attention['bfloat16', setting.model.head_dim]
     before = dict(tiles)
     tiles.update(new)
     try:

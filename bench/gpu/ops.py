@@ -17,21 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.gpu import benchmark
-from kernels import dispatch, launch, reference
+from kernels import chips, dispatch, launch, reference
+from kernels.chips import Tile
 
 # Kernel in `launch`'s table -> its op, the pass, and the tiles to try.
 ROW_TILES = {
-    'rms_norm_forward': ('rms_norm + residual', 'forward', [launch.Tile({}, warps) for warps in (1, 2, 4, 8)]),
+    'rms_norm_forward': ('rms_norm + residual', 'forward', [Tile({}, warps) for warps in (1, 2, 4, 8)]),
     'rms_norm_backward': (
         'rms_norm + residual', 'backward',
-        [launch.Tile({}, warps, programs=programs) for warps, programs in itertools.product((4, 8), (2, 4, 8))],
+        [Tile({}, warps, programs=programs) for warps, programs in itertools.product((4, 8), (2, 4, 8))],
     ),
     'rope': (
         'rope', 'forward',
-        [launch.Tile({'BLOCK': block}, warps) for block, warps in itertools.product((32, 64, 128), (2, 4, 8))],
+        [Tile({'BLOCK': block}, warps) for block, warps in itertools.product((32, 64, 128), (2, 4, 8))],
     ),
-    'swiglu_forward': ('swiglu', 'forward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
-    'swiglu_backward': ('swiglu', 'backward', [launch.Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
+    'swiglu_forward': ('swiglu', 'forward', [Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
+    'swiglu_backward': ('swiglu', 'backward', [Tile({'BLOCK': block}, 4) for block in (1024, 2048, 4096)]),
 }  # fmt: skip
 # Relative error in norm of values and gradients in bfloat16. Correct kernels have 2e-3 to 4e-3; a wrong tile or mask
 # gives many times this.
@@ -127,7 +128,7 @@ def sweep_streaming(setting: benchmark.Setting) -> dict:
         sets = [normals(seed, jnp.bfloat16, *ops[name].shapes) for seed in range(copies)]
         calls, moved = {}, 0
         for tile in tiles[:1] if setting.smoke else tiles:
-            with _row_tile(kernel, tile):
+            with _row_tile(setting, kernel, tile):
                 ways = {each: (call, size) for each, call, size in _streaming_calls(ops[name], setting.kernels, sets)}
                 calls[str(tile)], moved = ways[way]
                 benchmark.wait(calls[str(tile)]())  # traced with this tile
@@ -138,14 +139,15 @@ def sweep_streaming(setting: benchmark.Setting) -> dict:
 
 
 @contextlib.contextmanager
-def _row_tile(kernel: str, tile: launch.Tile):
+def _row_tile(setting: benchmark.Setting, kernel: str, tile: Tile):
     """A context in which a memory-bound kernel is traced with another tile."""
-    before = launch._ROWS[kernel]
-    launch._ROWS[kernel] = tile
+    tiles = (launch.INTERPRETER if setting.smoke else chips.CHIPS[str(setting.chip)]).streaming
+    before = tiles[kernel]
+    tiles[kernel] = tile
     try:
         yield
     finally:
-        launch._ROWS[kernel] = before
+        tiles[kernel] = before
 
 
 def _streaming_calls(op: StreamingOp, impl: str, sets):

@@ -1,5 +1,7 @@
 """The attention kernels, in Triton's interpreter, against the reference."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch, launch
+from kernels import chips, dispatch, launch
 from tests.support import kernel_checks
 from tests.support.kernel_checks import normal
 
@@ -74,10 +76,11 @@ def test_extremes(kind, segments):
     kernel_checks.check_extreme('attention', arrays, segment_ids_BT=ids_BT)
 
 
-@pytest.mark.parametrize('chip', launch.CHIPS)
+@pytest.mark.parametrize('chip', chips.CHIPS)
 @pytest.mark.parametrize('H', [64, 128])
 def test_the_chips_tiles_give_the_same(chip, H, monkeypatch):
-    monkeypatch.setattr(dispatch, '_target', lambda impl, _: launch.Target(chip, interpret=True))
+    interpreted = dataclasses.replace(chips.CHIPS[chip], run=launch.interpret)
+    monkeypatch.setattr(dispatch, '_chip', lambda impl, _: interpreted)
     ids_BT = _segments(1, 200)
     kernel_checks.check_bfloat16('attention', _inputs(1, 200, 2, 1, H), segment_ids_BT=ids_BT)
 

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch, launch, reference
+from kernels import dispatch, reference
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec('triton'), reason='Triton is there for Linux on x86-64 and ARM only'
 )
 FLOAT32 = 2e-6  # relative error in norm; float32 rounds by 6e-8, and sums of hundreds of terms by some times that
 _ROUNDING = 2.0**-22  # of one float32 result, such as a loss
-INTERPRETER = launch.Target(interpret=True)
 
 
 def few_examples(count: int):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels import launch
+from kernels import chips
 from tinyllama_jax import errors
 from tinyllama_jax.plan import targets
 
@@ -20,7 +20,7 @@ def test_rates_are_below_what_the_hardware_can_do(name):
     assert target.matmul_flops < target.peak_flops
     assert all(rate < target.matmul_flops for rate in target.attention_flops)
     assert target.network_bandwidth < target.nvlink_bandwidth < target.memory_bandwidth
-    assert 'sm_{}{}'.format(*target.compute_capability) in launch.CHIPS
+    assert 'sm_{}{}'.format(*target.compute_capability) in chips.CHIPS
     gigabytes = int(name.partition('-')[2].removesuffix('gb'))
     assert 0.9 * gigabytes * 1e9 < target.memory_bytes <= gigabytes * 2**30
 
