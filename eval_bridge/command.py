@@ -55,12 +55,19 @@ def evaluate_run(workdir: pathlib.Path | None, config: Config | None, **flags: A
     output = pathlib.Path(given.output) if given.output else None
     folder = workdir / 'eval' if workdir else None
     if not (given.table or given.figure):
+        if given.model:
+            source = opening.Folder(pathlib.Path(given.model))
+        elif workdir:
+            source = opening.Run(workdir, given.step, config)
+        else:
+            raise errors.UsageError('evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER.')
         kept = folder or (output and output.parent)
         evaluator = _make_evaluator(given, given.tasks, kept and kept / 'responses')
-        source = opening.Folder(pathlib.Path(given.model)) if given.model else opening.Run(workdir, given.step, config)
         evaluate_model(evaluator, source, output, folder, parity=given.parity)
         return
     output = output or folder
+    if not output:
+        raise errors.UsageError('--output=DIR, where the results go, is missing.')
     evaluator = _make_evaluator(given, given.tasks or tuple(results.TABLES[given.table or 2]), output / 'responses')
     _require_shown(evaluator.tasks, given.table)
     try:
@@ -99,8 +106,6 @@ def _check_flags(flags: Flags, workdir: pathlib.Path | None) -> None:
         raise errors.UsageError(f'--table={flags.table}: only tables {" and ".join(map(str, results.TABLES))} exist.')
     if flags.figure and flags.figure != 2:
         raise errors.UsageError(f'--figure={flags.figure}: only figure 2 exists.')
-    if several and not (flags.output or workdir):
-        raise errors.UsageError('--output=DIR, where the results go, is missing.')
 
 
 def _require_shown(tasks: Sequence[str], table: int | None) -> None:

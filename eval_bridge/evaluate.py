@@ -239,34 +239,33 @@ def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) 
         raise errors.UsageError('--tasks=NAME,NAME is missing.')
     if include_path is not None and not pathlib.Path(include_path).is_dir():
         raise errors.UsageError(f'--include_path={include_path} is not a folder.')
-    own = [_TASKS, *([] if include_path is None else [pathlib.Path(include_path)])]
+    own: list[pathlib.Path | str] = [_TASKS, *([] if include_path is None else [pathlib.Path(include_path)])]
     folders: set[pathlib.Path] = set()
     while True:
-        paths = [*sorted(folders), *own]
+        paths: list[pathlib.Path | str] = [*sorted(folders), *own]
         manager = _with_generated(lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False))
         missing = _missing(names, manager, folders)
         if not missing:
             return manager
         defined, tags = _official()
-        wanted = {name: defined.get(name) or tags.get(name) for name in missing}
-        if not all(wanted.values()):
+        wanted = [defined.get(name) or tags.get(name, set()) for name in missing]
+        if not all(wanted):
             break
-        folders = folders.union(*wanted.values())
+        folders = folders.union(*wanted)
     known = {*defined, *tags, *manager.task_index}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise errors.UsageError(f'--tasks: there is no task {name!r}; the nearest is {near[0]!r}.')
-    return _with_generated(
-        lm_eval.tasks.TaskManager(include_path=own)
-    )  # only the full index has a tag of several folders
+    # Every name exists, and one is a tag of several folders: only lm-eval's full index has them all.
+    return _with_generated(lm_eval.tasks.TaskManager(include_path=own))
 
 
 def _with_generated(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskManager:
     """Adds the members of the groups `_GENERATED`: GROUP_member is the file _GROUP with the dataset `member`."""
     for group in _GENERATED:
         shared = load_yaml(_TASKS / f'_{group}')
-        for name in manager.task_index[group].cfg['task']:
+        for name in (manager.task_index[group].cfg or {})['task']:
             config = {**shared, 'task': name, 'dataset_name': name.removeprefix(f'{group}_')}
             manager.task_index.setdefault(name, Entry(name, Kind.PY_TASK, yaml_path=None, cfg=config))
     return manager

@@ -51,7 +51,7 @@ class Evaluation:
         self._path, self._begun = folder / 'evaluation.jsonl', False
         train = config.train
         options = {'include_path': train.evaluate_include_path, 'task_data': train.evaluate_task_data}
-        self._options = {name: value for name, value in options.items() if value is not None}
+        self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         try:
             self._options['manager'] = evaluate.task_manager(train.evaluate_tasks, train.evaluate_include_path)
             if tasks := evaluate.running_programs(train.evaluate_tasks, self._options['manager']):

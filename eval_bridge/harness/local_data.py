@@ -107,8 +107,9 @@ def require_files(folder: pathlib.Path | str, tasks: Mapping[str, Mapping[str, A
     missing: dict[str, list[str]] = {}
     kinds = {}
     for task, config in tasks.items():
-        dataset = _dataset(config)
-        for split in _needed_splits(config) if dataset else ():
+        if (dataset := _dataset(config)) is None:
+            continue
+        for split in _needed_splits(config):
             if _find(folder, file := dataset.file(config, split)) is None:
                 missing.setdefault(task, []).append(file)
                 kinds[str(dataset)] = None

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -117,8 +117,8 @@ def write_table(folder: pathlib.Path, table: int, rows: Mapping[str, Mapping[str
     return text
 
 
-def _notes(rows: Mapping[str, Any]) -> list[str]:
-    second = [name for name in published.SECOND_HAND if name.lower() in map(str.lower, rows)]
+def _notes(models: Collection[str]) -> list[str]:
+    second = [name for name in published.SECOND_HAND if name.lower() in map(str.lower, models)]
     notes = ['Per cent ± standard error. In brackets: published (EVAL.md of the TinyLlama repository), difference.']
     return [page.note(text) for text in notes + [f'{name}: published values second-hand.' for name in second]]
 

@@ -33,7 +33,7 @@ class InstructEval(ConfigurableTask):
         """Returns the prompt with as many few-shot examples as fit."""
         for shots in range(num_fewshot, -1, -1):
             prompt = super().fewshot_context(doc, num_fewshot=shots, **options)
-            if self.fits(prompt, self.config.generation_kwargs['max_gen_toks']):
+            if self.fits(prompt, (self.config.generation_kwargs or {})['max_gen_toks']):
                 break
         return prompt
 
