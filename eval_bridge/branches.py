@@ -1,9 +1,9 @@
-"""Continuations that share a context, packed into rows so that the context is read once.
+"""Packs continuations that share a context into rows, so that the context is read once.
 
 A tree is a context (its trunk) with its continuations (its branches). A row of tokens holds several trees, one after
-the other; a token sees what is before it of its own branch and of its own trunk, and positions count on from the trunk,
-so that each branch is read as if it stood alone. Nothing is computed twice, little is padding, and requests of all
-lengths up to `ROW` share one compiled program.
+the other. A token sees the earlier tokens of its own branch and its own trunk, and the positions of a branch count on
+from the trunk, so each branch is read as if it stood alone. Nothing is computed twice, little is padding, and requests
+of all lengths up to `ROW` share one compiled program.
 
 Shapes: B rows, T positions of a row, P predictions, D model, N query heads, K key-value heads, G = N / K, H head dim,
 R = G x queries of a block, S keys.
@@ -19,93 +19,95 @@ import numpy as np
 
 from tinyllama_jax import ops as ops_lib
 
-ROW = 512  # positions of a row, but for trees that are longer
+ROW = 512  # positions of a row; longer trees have longer rows
 _SMALLEST = 64
 _QUERY_BLOCK = 128
-_MOST_BRANCHES = 1 << 10  # of a tree; a branch id is tree x this + branch, 0 for the trunk
+_MOST_BRANCHES = 1 << 10  # in a tree; a branch id is (number of the tree) x this + (number of the branch, 0: trunk)
 _MASKED = -1e30
 
-Row = tuple[list[int], list[int]]  # context ids, at least one; continuation ids
+Request = tuple[list[int], list[int]]  # context ids, at least one; continuation ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A context and the numbers and ids of its continuations."""
+    """A context, and the number and ids of each of its continuations."""
 
     trunk: list[int]
     branches: list[tuple[int, list[int]]]
 
     @property
     def size(self) -> int:
-        """Tokens that are read: of a continuation, all but the last."""
+        """The tokens that are read: all but the last of each continuation."""
         return len(self.trunk) + sum(len(ids) - 1 for _, ids in self.branches)
 
     @property
     def predictions(self) -> int:
-        """Tokens that are scored."""
+        """The tokens that are scored."""
         return sum(len(ids) for _, ids in self.branches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Arrays of one call: what is read, and what is predicted where.
+    """The arrays of one call: the tokens to read, and the tokens to predict.
 
     Attributes:
-      tokens_BT, positions_BT, branch_ids_BT: int32; an id 0 is padding.
-      places_P: position of each prediction, as row x T + column; targets_P: what is to follow there.
+      tokens_BT, positions_BT, branch_ids_BT: int32; branch id 0 is padding.
+      indices_P: where each prediction is made, as row x T + column.
+      targets_P: the token to predict there.
       spans: number of a continuation -> its slice of the predictions.
     """
 
     tokens_BT: np.ndarray
     positions_BT: np.ndarray
     branch_ids_BT: np.ndarray
-    places_P: np.ndarray
+    indices_P: np.ndarray
     targets_P: np.ndarray
     spans: dict[int, slice]
 
 
-def trees(rows: Sequence[Row], longest: int) -> list[Tree]:
-    """The continuations of `rows` by context; trees of more than `longest` tokens are divided where that goes."""
+def trees(requests: Sequence[Request], longest: int) -> list[Tree]:
+    """Returns a tree for each context, and several for one whose tree would have more than `longest` tokens."""
     by_context = defaultdict(list)
-    for number, (context, continuation) in enumerate(rows):
+    for number, (context, continuation) in enumerate(requests):
         by_context[tuple(context)].append((number, continuation))
-    found = []
+    grown_trees = []
     for context, branches in by_context.items():
         tree = Tree(list(context), [])
         for branch in branches:
             grown = Tree(tree.trunk, [*tree.branches, branch])
             too_long = max(grown.size, grown.predictions) > longest
             if tree.branches and (too_long or len(grown.branches) >= _MOST_BRANCHES):
-                found.append(tree)
+                grown_trees.append(tree)
                 grown = Tree(tree.trunk, [branch])
             tree = grown
-        found.append(tree)
-    return found
+        grown_trees.append(tree)
+    return grown_trees
 
 
-def batches(found: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
-    """Packs trees into batches, the longest first, of at most `most_tokens` positions and a multiple of so many rows.
+def batches(trees: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
+    """Packs trees into batches, the longest first.
 
-    What is left over comes in a smaller batch, of one of a few sizes: one more program, and little padding.
+    A batch has at most `most_tokens` positions, and a number of rows that is a multiple of `multiple`. The last batch
+    of a length is smaller and has one of a few sizes: that costs one more program and saves padding.
     """
     by_length = defaultdict(list)
-    for tree in sorted(found, key=lambda tree: -tree.size):
+    for tree in sorted(trees, key=lambda tree: -tree.size):
         by_length[max(ROW, padded(max(tree.size, tree.predictions)))].append(tree)
     for T, group in by_length.items():
-        rows, most = _packed(group, T), _rounded(max(1, most_tokens // T), multiple)
-        quarter = _rounded(-(-most // 4), multiple)
+        rows, most = _pack(group, T), _rounded_up(max(1, most_tokens // T), multiple)
+        quarter = _rounded_up(-(-most // 4), multiple)
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
-            power = _rounded(1 << (len(part) - 1).bit_length(), multiple)
-            yield _batch(part, min(most, power, _rounded(len(part), quarter)), T)
+            power = _rounded_up(1 << (len(part) - 1).bit_length(), multiple)
+            yield _batch(part, min(most, power, _rounded_up(len(part), quarter)), T)
 
 
-def _rounded(count: int, multiple: int) -> int:
+def _rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
 def padded(length: int) -> int:
-    """The least of 64 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
+    """Returns the smallest of 64 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
     size = _SMALLEST
     while size < length:
         if size >= 2 * _SMALLEST and size * 3 // 2 >= length:
@@ -114,12 +116,12 @@ def padded(length: int) -> int:
     return size
 
 
-def _packed(found: Sequence[Tree], T: int) -> list[list[Tree]]:
-    """Rows of trees that together fit T, by first fit: `found` is from the longest to the shortest."""
+def _pack(trees: Sequence[Tree], T: int) -> list[list[Tree]]:
+    """Packs trees, sorted from the longest to the shortest, into rows of T positions by first fit."""
     rows: list[list[Tree]] = []
-    room: list[tuple[int, int]] = []  # tokens and predictions that still go into each
-    first = 0  # rows before this one are as good as full
-    for tree in found:
+    room: list[tuple[int, int]] = []  # tokens and predictions that still fit into each row
+    first = 0  # earlier rows are all but full; skipping them keeps this fast
+    for tree in trees:
         need = tree.size, tree.predictions
         fitting = (i for i in range(first, len(rows)) if room[i][0] >= need[0] and room[i][1] >= need[1])
         row = next(fitting, len(rows))
@@ -135,12 +137,12 @@ def _packed(found: Sequence[Tree], T: int) -> list[list[Tree]]:
 
 def _batch(rows: Sequence[Sequence[Tree]], B: int, T: int) -> Batch:
     tokens_BT, positions_BT, branch_ids_BT = np.zeros((3, B, T), np.int32)
-    places_P, targets_P = np.zeros((2, B * T), np.int32)
+    indices_P, targets_P = np.zeros((2, B * T), np.int32)
     spans, done = {}, 0
     for row, row_trees in enumerate(rows):
         column = 0
         for number, tree in enumerate(row_trees, start=1):
-            last = column + len(tree.trunk) - 1  # the place that predicts every continuation's first token
+            last = column + len(tree.trunk) - 1  # here the first token of every continuation is predicted
             for branch, (_, ids) in enumerate([(None, [*tree.trunk, 0]), *tree.branches]):
                 here = slice(column, column + len(ids) - 1)
                 begin = len(tree.trunk) if branch else 0
@@ -149,30 +151,30 @@ def _batch(rows: Sequence[Sequence[Tree]], B: int, T: int) -> Batch:
                 branch_ids_BT[row, here] = number * _MOST_BRANCHES + branch
                 if branch:
                     span = slice(done, done + len(ids))
-                    places_P[span] = row * T + np.array([last, *range(here.start, here.stop)])
+                    indices_P[span] = row * T + np.array([last, *range(here.start, here.stop)])
                     targets_P[span] = ids
                     spans[tree.branches[branch - 1][0]] = span
                     done = span.stop
                 column = here.stop
-    return Batch(tokens_BT, positions_BT, branch_ids_BT, places_P, targets_P, spans)
+    return Batch(tokens_BT, positions_BT, branch_ids_BT, indices_P, targets_P, spans)
 
 
 class Ops(ops_lib.Ops):
-    """The ops of the model, with attention along branches: its segment ids are a batch's branch ids."""
+    """The ops of a model whose attention follows branches; it takes a batch's branch ids as segment ids."""
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
-        """Grouped-query attention [B, T, N, H] of each token to its own branch and trunk."""
+        """Returns grouped-query attention [B, T, N, H] of each token to its own branch and trunk."""
         return self._on_each_device('attention', attention, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def make_ops(mesh) -> Ops:
-    """Plain JAX's ops, for any head dim, on `mesh` or the default device."""
+    """Returns plain JAX's ops, which take any head dim, on `mesh` or the default device."""
     plain = ops_lib.make_ops(ops_lib.PLAIN, mesh)
     return Ops(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, branch_ids_BT):
-    """Attention of each token to those before it of its own branch and its own trunk, by blocks of queries."""
+    """Returns attention of each token to itself and the earlier ones of its branch and trunk, by blocks of queries."""
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -192,7 +194,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, branch_ids_BT):
 
 
 def _visible(branch_ids_BT, start: int, stop: int):
-    """[B, queries, keys]: whether the queries from `start` to `stop` see each key before `stop`."""
+    """Returns bools [B, queries, keys]: whether the queries `start` to `stop` see each key before `stop`."""
     own_BT1, keys_B1S = branch_ids_BT[:, start:stop, None], branch_ids_BT[:, None, :stop]
     trunk_BT1 = own_BT1 - own_BT1 % _MOST_BRANCHES
     before_TS = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]

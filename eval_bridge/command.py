@@ -136,7 +136,7 @@ class Evaluator:
     def evaluate(self, source: _Source, *, backend: str | None = None, label: str = '', **options) -> dict[str, Any]:
         """Returns the result of one model; a `label` is stamped into it."""
         with contextlib.ExitStack() as stack:
-            opened = stack.enter_context(source.opened(self.protocol, backend or self.backend))
+            opened = stack.enter_context(source.open(self.protocol, backend or self.backend))
             model = opened.model
             if self.kept:
                 key = {name: opened.identity[name] for name in _ANSWERS_DEPEND_ON} | {'protocol': self.protocol.name}
@@ -178,7 +178,7 @@ def evaluate_model(
 
     The result goes to the file `output`, else to step-STEP.json in `folder`. Raises RunError if parity does not hold.
     """
-    source.check(compared=parity)
+    source.check_exists(compared=parity)
     result = evaluator.compare(source) if parity else evaluator.evaluate(source)
     if not output and folder:
         output = folder / f'step-{result["protocol"]["step"]}.json'
@@ -193,7 +193,7 @@ def evaluate_model(
 def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], output: pathlib.Path) -> None:
     """Evaluates `models` (name -> model), writes their results and the paper's table into `output`, and prints it."""
     for source in models.values():  # before the first is evaluated, which takes long
-        source.check()
+        source.check_exists()
     rows = {}
     for number, (name, source) in enumerate(models.items(), start=1):
         print(f'[{number}/{len(models)}] {name}', flush=True)
@@ -207,7 +207,7 @@ def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], 
 def make_figure(evaluator: Evaluator, models: Mapping[float, tuple[str, _Source]], output: pathlib.Path) -> None:
     """Evaluates `models` (training tokens -> name, model) and writes their results and Figure 2 into `output`."""
     for _, source in models.values():  # before the first is evaluated, which takes long
-        source.check()
+        source.check_exists()
     points = {}
     for number, (tokens, (name, source)) in enumerate(sorted(models.items()), start=1):
         print(f'[{number}/{len(models)}] {name}, {tokens:,.0f} tokens', flush=True)

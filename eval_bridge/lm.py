@@ -1,9 +1,9 @@
-"""lm-eval's language-model interface on our model; needs neither torch nor transformers.
+"""Our model behind lm-eval's language-model interface; needs neither torch nor transformers.
 
-Requests are encoded, truncated and scored as lm-eval's own `hf` model does, so both
-give the same log-likelihoods. Continuations of one context are scored together, in rows
-of a few lengths (branches.py), each of which is compiled once; generation takes its prompts
-in batches of one such length.
+Requests are encoded, truncated and scored as lm-eval's own `hf` model does, so both give the same
+log-likelihoods. Continuations of one context are scored together, in rows of a few lengths
+(branches.py), so that few programs are compiled. Prompts of about the same length are generated from
+together.
 
 Shapes: B rows, T positions, P predictions, C predictions of a chunk, D model, V vocabulary.
 """
@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 
 MOST_NEW_TOKENS = 256
-_CPU_TOKENS = 4_096
-_CHUNK = 256  # predictions C whose logits exist at once; rows are a multiple of it
-_MOST_ROWS = 64  # of a batch that is generated
+_CPU_TOKENS = 4_096  # a larger batch is no faster on a CPU, and its last batch has more padding
+_CHUNK = 256  # predictions C whose logits exist at once; divides the positions of every row
+_MOST_PROMPTS = 64  # generated from together
 
 
 class JaxLM(TemplateLM):
@@ -40,10 +41,10 @@ class JaxLM(TemplateLM):
 
     Args:
       params: nested dict of float32 arrays.
-      tokenizer: encode, decode, bos_id and eos_id as of tinyllama_jax.tokenizer.Tokenizer.
-      batch_size: rows of `seq_len` tokens in a batch; shorter rows come in larger batches.
-      add_bos: put BOS before every text; the paper's protocol does not.
-      mesh: devices to spread parameters and rows over; none: the default device.
+      tokenizer: has encode, decode, bos_id and eos_id as tinyllama_jax.tokenizer.Tokenizer does.
+      batch_size: rows of `seq_len` tokens in a batch; a batch of shorter rows has more of them.
+      add_bos: puts BOS before every text; the paper's protocol does not.
+      mesh: the devices to shard parameters and rows over; None: the default device.
       dtype: float32 or bfloat16, of the computation.
     """
 
@@ -59,9 +60,9 @@ class JaxLM(TemplateLM):
         dtype: str = 'float32',
     ):
         super().__init__()
-        # The scan compiles fast, and there are several programs to compile.
+        # A scan over layers compiles fast, and there are several programs to compile.
         self._config = dataclasses.replace(model_config, compute_dtype=dtype, scan_layers=True)
-        self._encoder = tokenizer  # lm-eval takes an attribute `tokenizer` for Hugging Face's
+        self._tokenizer = tokenizer  # lm-eval would take an attribute `tokenizer` for Hugging Face's
         self._mesh = mesh
         self._ops = branches.make_ops(mesh)
         self._params = jax.device_put(params, sharding.shardings(params, mesh) if mesh else None)
@@ -71,35 +72,35 @@ class JaxLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Most tokens the model reads."""
+        """The most tokens that the model reads."""
         return self._config.seq_len
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated where a task names no number; lm-eval's own default."""
+        """The tokens to generate for a task that names no number; lm-eval's own default."""
         return MOST_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
         """The id that ends a text."""
-        return self._encoder.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS where the tokenizer has it, as in lm-eval's hf model."""
-        return self._encoder.bos_id if self._encoder.bos_id >= 0 else self._encoder.eos_id
+        """The context of a text without one: BOS, or EOS if the tokenizer has no BOS, as in lm-eval's hf model."""
+        return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of `string`, after BOS if `add_special_tokens`, by default if the protocol adds it."""
+        """Returns the ids of `string`, after BOS if `add_special_tokens` (by default: as `add_bos`)."""
         bos = self.add_bos if add_special_tokens is None else add_special_tokens
-        return ([self._encoder.bos_id] if bos else []) + self._encoder.encode(string)
+        return ([self._tokenizer.bos_id] if bos else []) + self._tokenizer.encode(string)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether greedy decoding gives it) of each continuation."""
+        """Returns (sum of log-probabilities, whether greedy decoding gives it) of each continuation."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows that leave no token out."""
+        """Returns the log-likelihood of each text, scored in windows that leave no token out."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             pairs = lm_eval_utils.get_rolling_token_windows(
@@ -117,13 +118,18 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
-        rows = [self._row(*request) for request in requests]
-        trees = branches.trees(rows, max(branches.ROW, branches.padded(self.max_length)))
+        trees = branches.trees(
+            [self._truncated(*request) for request in requests],
+            longest=max(branches.ROW, branches.padded(self.max_length)),
+        )
         shards = sharding.batch_shards(self._mesh) if self._mesh else 1
-        results = [(0.0, True)] * len(rows)
-        # disable=None: no bar where stderr is no terminal.
-        with tqdm.tqdm(total=len(rows), desc='Log-likelihoods', disable=disable_tqdm or None) as bar:
-            for batch in branches.batches(trees, self._most_tokens(shards), shards):
+        most_tokens = self.batch_size * self.max_length
+        if not self._ops.chip:
+            most_tokens = min(most_tokens, _CPU_TOKENS * shards)
+        results = [(0.0, True)] * len(requests)
+        # disable=None: no bar unless stderr is a terminal.
+        with tqdm.tqdm(total=len(requests), desc='Log-likelihoods', disable=disable_tqdm or None) as bar:
+            for batch in branches.batches(trees, most_tokens, shards):
                 for number, result in self._score_batch(batch):
                     results[number] = result
                     if requests[number][0] is not None:
@@ -131,43 +137,38 @@ class JaxLM(TemplateLM):
                 bar.update(len(batch.spans))
         return results
 
-    def _most_tokens(self, shards: int) -> int:
-        """Of a batch. A CPU is no faster with more than a few thousand, and the last batch has less padding."""
-        most = self.batch_size * self.max_length
-        return most if self._ops.chip else min(most, _CPU_TOKENS * shards)
-
-    def _row(self, texts, context: list[int], continuation: list[int]) -> branches.Row:
-        """Context and continuation, without what of the context the model cannot read."""
+    def _truncated(self, texts, context: list[int], continuation: list[int]) -> branches.Request:
+        """Returns context and continuation, without the beginning of the context if the model cannot read all."""
         if not continuation:
             raise errors.UsageError(
-                f'a task asks for an empty continuation, of {(texts or [""])[0][-40:]!r} (no text, or no token of its '
-                'own): it has no log-likelihood; mend the data of this task or leave it out.'
+                f'a task asks for the log-likelihood of an empty continuation, after {(texts or [""])[0][-40:]!r} (no '
+                'text, or no token of its own); mend the data of this task or leave the task out.'
             )
         if len(continuation) > self.max_length:
             raise errors.UsageError(
                 f'a continuation of {len(continuation)} tokens does not fit seq_len = {self.max_length}; '
-                'leave this task out.'
+                'leave the task out.'
             )
-        whole = (context + continuation)[-self.max_length - 1 :]
-        return whole[: -len(continuation)], continuation
+        tokens = (context + continuation)[-self.max_length - 1 :]  # the last token is predicted, not read
+        return tokens[: -len(continuation)], continuation
 
     def _score_batch(self, batch: branches.Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """(number of a request, its result)."""
+        """Yields (number of a request, its result)."""
         arrays = batch.tokens_BT, batch.positions_BT, batch.branch_ids_BT
         if self._mesh:
             arrays = jax.device_put(arrays, sharding.batch_sharding(self._mesh))
         count = sum(span.stop - span.start for span in batch.spans.values())
         logprobs_P, greedy_P = jax.device_get(
-            _score(self._params, *arrays, batch.places_P, batch.targets_P, count, config=self._config, ops=self._ops)
+            _score(self._params, *arrays, batch.indices_P, batch.targets_P, count, config=self._config, ops=self._ops)
         )
         for number, span in batch.spans.items():
             yield number, (float(logprobs_P[span].sum(dtype=np.float64)), bool(greedy_P[span].all()))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """A text for each (context, generation arguments), ended before the first stop sequence.
+        """Returns a text for each (context, generation arguments), cut before the first stop sequence.
 
-        Contexts are cut on the left to what leaves room for all tokens asked for. Sampled texts are drawn anew
-        each time the same request comes again.
+        Contexts are truncated on the left to leave room for all tokens asked for. When a sampled request is
+        repeated, each repetition is drawn with another seed.
         """
         texts = [''] * len(requests)
         with tqdm.tqdm(total=len(requests), desc='Generating', disable=disable_tqdm or None) as bar:
@@ -179,20 +180,20 @@ class JaxLM(TemplateLM):
         return texts
 
     def _generation_batches(self, arguments) -> Iterator[tuple[dict, list['_Prompt']]]:
-        """Batches of prompts with equal options and about equal lengths, the longest first."""
+        """Yields batches of prompts with equal options and about equal lengths, the longest first."""
         groups, repeats = defaultdict(list), Counter()
         for index, (context, options) in enumerate(arguments):
             name = json.dumps(options, sort_keys=True)
             groups[name].append(_Prompt(index, self._prompt(context, options), repeats[name, context]))
             repeats[name, context] += 1
         for name, prompts in groups.items():
-            options = dict(lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks))
+            options: dict[str, Any] = {**lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks)}
             buckets = defaultdict(list)
             for prompt in prompts:
                 buckets[generate.rounded(len(prompt.ids))].append(prompt)
             for P, bucket in sorted(buckets.items(), reverse=True):
                 slots = generate.rounded(P + options['max_gen_toks'])
-                count = min(_MOST_ROWS, max(1, self.batch_size * self.max_length // slots))
+                count = min(_MOST_PROMPTS, max(1, self.batch_size * self.max_length // slots))
                 for start in range(0, len(bucket), count):
                     yield options, bucket[start : start + count]
 
@@ -203,12 +204,12 @@ class JaxLM(TemplateLM):
         return (self.tok_encode(context) or [self.prefix_token_id])[count - self.max_length :]
 
     def _generate(self, options: dict, prompts: list['_Prompt']) -> Iterator[tuple[int, str]]:
-        """(index, text) of each prompt, as it ends."""
+        """Yields (index, text) of each prompt as soon as its text ends."""
         blocks = self._generator.batch(
             [prompt.ids for prompt in prompts],
             max_new_tokens=options['max_gen_toks'],
             temperature=options.get('temperature', 1.0) if options.get('do_sample') else 0.0,
-            top_k=options.get('top_k') or None,  # 0 is any, as in transformers
+            top_k=options.get('top_k') or None,  # 0 means all tokens, as in transformers
             top_p=options.get('top_p'),
             seed=[prompt.repeat for prompt in prompts],
             eos_id=self.eot_token_id,
@@ -216,7 +217,7 @@ class JaxLM(TemplateLM):
         stops, waiting = options['until'], dict(enumerate(prompts))
         for rows in blocks:
             for row, prompt in list(waiting.items()):
-                text = self._encoder.decode(rows.tokens[row])
+                text = self._tokenizer.decode(rows.tokens[row])
                 if rows.ended[row] or any(stop and stop in text for stop in stops):
                     rows.ended[row] = True
                     del waiting[row]
@@ -229,7 +230,7 @@ class JaxLM(TemplateLM):
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A context to continue: number of the request, ids, and how often the same request came before."""
+    """A context to continue: the number of its request, its ids, and how often the same request came before."""
 
     index: int
     ids: list[int]
@@ -237,20 +238,21 @@ class _Prompt:
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'ops'))
-def _score(params, tokens_BT, positions_BT, branch_ids_BT, places_P, targets_P, count, *, config: ModelConfig, ops):
-    """Log-probability of each target at its place and whether it is the likeliest token; [P] each, of which `count`."""
-    x_BTD, _ = model.hidden(
-        params, tokens_BT, config, ops=ops, positions_BT=positions_BT, segment_ids_BT=branch_ids_BT
-    )  # fmt: skip
+def _score(params, tokens_BT, positions_BT, branch_ids_BT, indices_P, targets_P, count, *, config: ModelConfig, ops):
+    """Returns each target's log-probability [P] and whether it is the likeliest token [P].
+
+    Only the first `count` are targets; the rest of P is padding.
+    """
+    x_BTD, _ = model.hidden(params, tokens_BT, config, ops=ops, positions_BT=positions_BT, segment_ids_BT=branch_ids_BT)
     x_PD = x_BTD.reshape(-1, x_BTD.shape[-1])
 
     def chunk(number, scored):
         start = number * _CHUNK
-        places_C, targets_C = (jax.lax.dynamic_slice_in_dim(x_P, start, _CHUNK) for x_P in (places_P, targets_P))
-        logits_CV = model.logits(params, x_PD[places_C][None])[0]
+        indices_C, targets_C = (jax.lax.dynamic_slice_in_dim(x_P, start, _CHUNK) for x_P in (indices_P, targets_P))
+        logits_CV = model.logits(params, x_PD[indices_C][None])[0]
         picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-        found = picked_C - jax.nn.logsumexp(logits_CV, axis=-1), jnp.argmax(logits_CV, axis=-1) == targets_C
-        return jax.tree.map(lambda x_P, x_C: jax.lax.dynamic_update_slice_in_dim(x_P, x_C, start, 0), scored, found)
+        new = picked_C - jax.nn.logsumexp(logits_CV, axis=-1), jnp.argmax(logits_CV, axis=-1) == targets_C
+        return jax.tree.map(lambda x_P, x_C: jax.lax.dynamic_update_slice_in_dim(x_P, x_C, start, 0), scored, new)
 
-    nothing = jnp.zeros(places_P.shape, jnp.float32), jnp.zeros(places_P.shape, bool)
-    return jax.lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, chunk, nothing)
+    unscored = jnp.zeros(indices_P.shape, jnp.float32), jnp.zeros(indices_P.shape, bool)
+    return jax.lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, chunk, unscored)

@@ -1,6 +1,6 @@
-"""Models to evaluate: a run's checkpoint, a Llama's folder, or any model that transformers knows.
+"""Opens the model to evaluate: a run's checkpoint, a Llama's folder, or any model that transformers knows.
 
-What is opened comes with its identity: hashes of weights and tokenizer, and how it is computed.
+Each comes with its identity: hashes of weights and tokenizer, and how it is computed.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from lm_eval.api.model import LM
+from lm_eval.api.model import TemplateLM
 
 from eval_bridge import lm
 from eval_bridge.hf import convert
+from eval_bridge.hf import tokenizer as hf_tokenizer
 from eval_bridge.protocols import Protocol
-from tinyllama_jax import errors, sharding, tokenizer
+from tinyllama_jax import errors, sharding
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 from tinyllama_jax.run import workdir
 
@@ -32,155 +34,147 @@ _TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model for lm-eval, and what tells it from every other: plain values, stamped into its results."""
+    """A model for lm-eval, and its identity: plain values, unlike every other model's, stamped into its results."""
 
-    model: LM
+    model: TemplateLM
     identity: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The checkpoint of a workdir at `step`, the newest by default; a `config` given must not contradict it."""
+    """The checkpoint of a workdir at `step` (by default the newest); a `config` given must not contradict it."""
 
     folder: pathlib.Path
     step: int | None = None
     config: Config | None = None
 
-    def check(self, *, compared: bool = False) -> None:
-        """Makes sure, before another is evaluated, that there is a run. Raises UsageError where not."""
-        del compared  # a run is a Llama
+    def check_exists(self, *, compared: bool = False) -> None:
+        """Raises UsageError if there is no run, so that it is known before another model is evaluated."""
+        del compared  # a run is always a Llama
         workdir.read_config(self.folder)
 
     @contextlib.contextmanager
-    def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
-        """The model in JAX, or of an export of it by transformers (`backend` hf). Raises UsageError as workdir.load."""
+    def open(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
+        """Opens the model in JAX, or an export of it in transformers (`backend` hf). Raises as workdir.load does."""
         loaded = workdir.load(self.folder, self.config, self.step)
-        pieces, bos = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.data.bos
+        tokenizer, bos = tokenizer_lib.Tokenizer(loaded.tokenizer_path), loaded.config.data.bos
         identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
         if backend != 'hf':
-            model = _in_jax(loaded.params, loaded.config.model, pieces, protocol, 'float32', bos)
-            yield _described(model, identity, 'jax', pieces.sha256)
+            yield _open_in_jax(loaded.params, loaded.config.model, tokenizer, protocol, 'float32', bos, identity)
             return
         with tempfile.TemporaryDirectory() as folder:
             exported = pathlib.Path(folder) / 'export'
             convert.export(loaded.params, loaded.config.model, loaded.tokenizer_path, exported, add_bos=bos)
-            yield _described(_in_transformers(exported, protocol), identity, 'hf', pieces.sha256)
+            yield _open_in_transformers(exported, protocol, identity, tokenizer.sha256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A Hugging Face folder."""
+    """The model in a Hugging Face folder."""
 
     folder: pathlib.Path
 
-    def check(self, *, compared: bool = False) -> None:
-        """Makes sure, before another is evaluated, that there is a model, one of ours if it is to be compared.
-
-        Raises UsageError where not.
-        """
-        kind = convert.read_config(self.folder).get('model_type')
-        if compared and kind != 'llama':
+    def check_exists(self, *, compared: bool = False) -> None:
+        """Raises UsageError if there is no model, or, when `compared`, none that JAX and transformers both run."""
+        model_type = convert.read_config(self.folder).get('model_type')
+        if compared and model_type != 'llama':
             raise errors.UsageError(
-                f"--parity compares our model with transformers' on the same weights, and {self.folder} is no Llama: "
-                f'its model_type is {kind!r}.'
+                f"--parity compares our model with transformers' on the same weights, and {self.folder} is not a "
+                f'Llama: its model_type is {model_type!r}.'
             )
 
     @contextlib.contextmanager
-    def opened(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
-        """By default a Llama in JAX, and other architectures with transformers. Raises UsageError for a bad folder."""
+    def open(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
+        """Opens a Llama in JAX, another architecture in transformers. Raises UsageError for a bad folder."""
         config = convert.read_config(self.folder)
         identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _WEIGHTS)}
         if backend == 'hf' or (backend is None and config.get('model_type') != 'llama'):
-            pieces = _hash_of_files(self.folder, _TOKENIZERS)
-            yield _described(_in_transformers(self.folder, protocol), identity, 'hf', pieces)
+            yield _open_in_transformers(self.folder, protocol, identity, _hash_of_files(self.folder, _TOKENIZERS))
             return
-        params, shape = convert.import_weights(self.folder)
-        tokens = convert.load_tokenizer(self.folder)
+        params, model_config = convert.import_weights(self.folder)
+        tokenizer, bos = hf_tokenizer.load(self.folder), hf_tokenizer.adds_bos(self.folder)
         stored = str(config.get('dtype') or config.get('torch_dtype') or 'float32')
-        model = _in_jax(params, shape, tokens, protocol, stored, convert.adds_bos(self.folder))
-        yield _described(model, identity, 'jax', tokens.sha256)
+        yield _open_in_jax(params, model_config, tokenizer, protocol, stored, bos, identity)
 
 
-def _in_jax(params, shape, pieces, protocol: Protocol, stored: str, bos: bool) -> lm.JaxLM:
-    _refuse_tokenizer(pieces.path, pieces.vocab_size, shape.vocab_size)
+def _open_in_jax(params, model_config: ModelConfig, tokenizer, protocol, stored: str, bos: bool, identity) -> Opened:
+    """`stored` is the dtype of the weights as stored; `bos`: whether the model's tokenizer adds BOS by default."""
+    _refuse_large_tokenizer(tokenizer.path, tokenizer.vocab_size, model_config.vocab_size)
     dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
-    add_bos = bos if protocol.add_bos is None else protocol.add_bos
-    return lm.JaxLM(
-        params, shape, pieces, batch_size=_BATCH_SIZE, add_bos=add_bos and pieces.bos_id >= 0, mesh=_mesh(shape),
+    model = lm.JaxLM(
+        params,
+        model_config,
+        tokenizer,
+        batch_size=_BATCH_SIZE,
+        add_bos=(bos if protocol.add_bos is None else protocol.add_bos) and tokenizer.bos_id >= 0,
+        mesh=_mesh(model_config),
         dtype=dtype,
-    )  # fmt: skip
+    )
+    computed = {'backend': 'jax', 'dtype': dtype, 'add_bos': model.add_bos, 'max_length': model.max_length}
+    return Opened(model, {**identity, **computed, 'tokenizer_sha256': tokenizer.sha256})
 
 
-def _mesh(shape: ModelConfig) -> Mesh | None:
-    """All devices: rows are divided among them, and weights where their width can be; None for one device."""
+def _mesh(config: ModelConfig) -> Mesh | None:
+    """Returns a mesh of all devices, or None for one; weights are sharded if the devices divide their width."""
     if jax.device_count() == 1:
         return None
-    divided = shape.embed_dim % jax.device_count() == 0
+    divided = config.embed_dim % jax.device_count() == 0
     return sharding.make_mesh(MeshConfig() if divided else MeshConfig(data=-1, fsdp=1))
 
 
-def _in_transformers(folder: pathlib.Path, protocol: Protocol) -> LM:
+def _open_in_transformers(folder: pathlib.Path, protocol: Protocol, identity, tokenizer_sha256: str) -> Opened:
     try:
         import torch
         import transformers
         from lm_eval.models import huggingface
     except ImportError as error:
         raise errors.UsageError(
-            f'{folder} is evaluated with transformers, for which {error.name} is missing; '
-            'pip install -r requirements.txt.'
+            f'{folder} is evaluated with transformers, which needs {error.name}; pip install -r requirements.txt.'
         ) from None
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=protocol.dtype,
             output_loading_info=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # which names them; they are refused below
+            ignore_mismatched_sizes=True,  # the report names them; they are refused below
         )
-    except Exception as error:  # of safetensors and tokenizers too, which raise bare Exception
+    except Exception as error:  # safetensors and tokenizers raise bare Exception
         raise errors.UsageError(f'{folder} cannot be opened by transformers: {errors.first_line(error)}') from None
-    for kind in ('missing_keys', 'mismatched_keys'):  # transformers would make numbers up for them
-        for name in sorted(key if isinstance(key, str) else key[0] for key in found[kind]):
-            raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json makes it.')
+    for kind in ('missing_keys', 'mismatched_keys'):  # transformers would initialise these at random
+        for name in sorted(key if isinstance(key, str) else key[0] for key in report[kind]):
+            raise errors.UsageError(f'{folder}: the weights have no {name} of the shape that config.json gives it.')
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        opened = huggingface.HFLM(
-            pretrained=model, tokenizer=str(folder), backend='causal', add_bos_token=protocol.add_bos,
+        hf_lm = huggingface.HFLM(
+            pretrained=model,
+            tokenizer=str(folder),
+            backend='causal',
+            add_bos_token=protocol.add_bos,
             batch_size=_BATCH_SIZE,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise errors.UsageError(
             f'{folder} has no tokenizer that transformers opens: {errors.first_line(error)}'
         ) from None
-    _refuse_tokenizer(folder, len(opened.tokenizer), model.get_input_embeddings().num_embeddings)
-    return opened
+    assert hf_lm.tokenizer is not None  # its type allows None, for models without text
+    _refuse_large_tokenizer(folder, len(hf_lm.tokenizer), model.get_input_embeddings().num_embeddings)
+    dtype = str(model.dtype).removeprefix('torch.')
+    computed = {'backend': 'hf', 'dtype': dtype, 'add_bos': hf_lm.add_bos_token, 'max_length': hf_lm.max_length}
+    return Opened(hf_lm, {**identity, **computed, 'tokenizer_sha256': tokenizer_sha256})
 
 
-def _refuse_tokenizer(path: pathlib.Path, pieces: int, known: int) -> None:
-    """Raises UsageError for a tokenizer with more pieces than the model; it may have fewer, where rows are padded."""
-    if pieces > known:
+def _refuse_large_tokenizer(path: pathlib.Path, pieces: int, vocab_size: int) -> None:
+    """Raises UsageError for a tokenizer with more pieces than the model; fewer are fine, the rest is padding."""
+    if pieces > vocab_size:
         raise errors.UsageError(
-            f'{path} has {pieces} pieces, but the model knows {known}; it is not the tokenizer that the model was '
-            'trained with.'
+            f'{path} has {pieces} pieces, but the model knows {vocab_size}; it is not the tokenizer that the model '
+            'was trained with.'
         )
 
 
-def _described(model: LM, identity: dict[str, Any], backend: str, tokenizer_sha256: str) -> Opened:
-    if backend == 'jax':
-        dtype, add_bos = model.dtype, model.add_bos
-    else:
-        dtype, add_bos = str(model.model.dtype).removeprefix('torch.'), model.add_bos_token
-    return Opened(
-        model,
-        {
-            **identity, 'backend': backend, 'dtype': dtype, 'add_bos': add_bos, 'max_length': model.max_length,
-            'tokenizer_sha256': tokenizer_sha256,
-        },
-    )  # fmt: skip
-
-
 def _hash_of_arrays(tree) -> str:
-    """SHA-256 of every leaf's path, dtype, shape and bytes."""
+    """Returns the SHA-256 of every leaf's path, dtype, shape and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
@@ -190,7 +184,7 @@ def _hash_of_arrays(tree) -> str:
 
 
 def _hash_of_files(folder: pathlib.Path, patterns: tuple[str, ...]) -> str:
-    """SHA-256 of the names and contents of a folder's files."""
+    """Returns the SHA-256 of the names and contents of a folder's files."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with path.open('rb') as file:

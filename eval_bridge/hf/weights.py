@@ -1,7 +1,8 @@
-"""Named tensors in the files Hugging Face keeps them in: safetensors or PyTorch's .bin, whole or in shards.
+"""Reads and writes the files of a Hugging Face folder: named tensors and JSON.
 
-Tensors are read and written one at a time; writing safetensors needs the memory of
-one tensor. Knows file formats, not models.
+Tensors lie in safetensors or PyTorch's .bin files, whole or in shards. They are read and
+written one at a time; writing safetensors needs the memory of one tensor. This file knows
+file formats, not models.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,19 +28,34 @@ _CODES = {'float32': 'F32', 'bfloat16': 'BF16'}  # safetensors' names
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor to write: its shape, and a function that makes the contiguous array."""
+    """A tensor to write: its shape, and a function that returns the contiguous array."""
 
     shape: tuple[int, ...]
     array: Callable[[], np.ndarray]
 
 
 def require_torch(what: str):
-    """The torch module; raises UsageError saying that `what` needs it where it is not installed."""
+    """Returns the torch module. Raises UsageError, saying that `what` needs torch, if it is not installed."""
     try:
         import torch
     except ImportError:
         raise errors.UsageError(f'{what} needs torch, which is not installed here; use safetensors.') from None
     return torch
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises UsageError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise errors.UsageError(f'{path} cannot be read ({error.strerror}); give a Hugging Face folder.') from None
+    except ValueError:
+        raise errors.UsageError(f'{path} is not valid JSON.') from None
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes `values` as indented JSON."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def write(
@@ -54,14 +71,14 @@ def write(
     else:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
-        (folder / f'{stem}{suffix}.index.json').write_text(json.dumps(index, indent=2) + '\n')
+        write_json(folder / f'{stem}{suffix}.index.json', index)
     write_file = {'safetensors': _write_safetensors, 'pytorch': _write_pytorch}[format]
     for file, names in zip(files, shards, strict=True):
         write_file(folder / file, {name: tensors[name] for name in names}, dtype)
 
 
 def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in runs of at most `limit` bytes (or of one name)."""
+    """Splits the names, in order, into lists of at most `limit` bytes; a larger tensor has a list of its own."""
     shards, room = [], -1
     for name, size in sizes.items():
         if size > room:
@@ -73,8 +90,9 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _write_safetensors(path: pathlib.Path, tensors: dict[str, Tensor], dtype: str) -> None:
-    """The format as a stream: the header's length, the header in JSON, the arrays."""
-    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    """Streams the format: the header's length, the header in JSON, the arrays."""
+    header: dict[str, dict[str, Any]] = {'__metadata__': {'format': 'pt'}}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + math.prod(tensor.shape) * DTYPES[dtype].itemsize
         header[name] = {'dtype': _CODES[dtype], 'shape': tensor.shape, 'data_offsets': [offset, end]}
@@ -89,7 +107,7 @@ def _write_safetensors(path: pathlib.Path, tensors: dict[str, Tensor], dtype: st
 
 def _write_pytorch(path: pathlib.Path, tensors: dict[str, Tensor], dtype: str) -> None:
     torch = require_torch('--format=pytorch')
-    bits = {'float32': np.float32, 'bfloat16': np.int16}[dtype]  # torch does not know numpy's bfloat16
+    bits = {'float32': np.float32, 'bfloat16': np.int16}[dtype]  # torch does not know ml_dtypes' bfloat16
     state = {
         name: torch.from_numpy(np.require(tensor.array(), requirements='W').view(bits)).view(getattr(torch, dtype))
         for name, tensor in tensors.items()
@@ -101,7 +119,7 @@ def _write_pytorch(path: pathlib.Path, tensors: dict[str, Tensor], dtype: str) -
 
 
 def read(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor in a folder's safetensors, else .bin files.
+    """Yields (name, array) of every tensor in a folder's safetensors files, else its .bin files.
 
     Raises UsageError naming the file that is missing or unreadable.
     """
@@ -122,9 +140,9 @@ def _files(folder: pathlib.Path, format: str) -> list[pathlib.Path]:
     if not index.exists():
         return []
     try:
-        names = set(json.loads(index.read_text())['weight_map'].values())
-    except (ValueError, KeyError):
-        raise errors.UsageError(f'{index} is no index of weights.') from None
+        names = set(read_json(index)['weight_map'].values())
+    except (AttributeError, KeyError, TypeError):
+        raise errors.UsageError(f'{index} is not an index of weights: it has no weight_map.') from None
     files = [folder / pathlib.Path(name).name for name in sorted(names)]
     for file in files:
         if not file.exists():
@@ -135,7 +153,7 @@ def _files(folder: pathlib.Path, format: str) -> list[pathlib.Path]:
 def _read_safetensors(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safetensors.safe_open(path, framework='np') as file:
-            for name in file.keys():  # noqa: SIM118 - the file object is no mapping
+            for name in file.keys():  # noqa: SIM118 - the file object is not a mapping
                 yield name, file.get_tensor(name)
     except safetensors.SafetensorError as error:
         raise errors.UsageError(f'{path} cannot be read ({error}); is it complete?') from None
@@ -145,7 +163,7 @@ def _read_pytorch(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     torch = require_torch(f'{path}')
     try:
         tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds, pickle's among them
+    except Exception as error:  # torch raises many kinds, pickle's errors too
         reason = errors.first_line(error)
         raise errors.UsageError(f'{path} cannot be read as weights alone ({reason}).') from None
     for name, tensor in tensors.items():

@@ -36,7 +36,7 @@ def test_what_is_packed_says_what_is_read_and_predicted_where():
     W = branches._MOST_BRANCHES
     ids = [W, W, W, W + 1, W + 3, W + 3, 2 * W, 2 * W + 1, 2 * W + 1, 0]
     assert batch.branch_ids_BT[0, :10].tolist() == ids
-    found = {n: (batch.places_P[span].tolist(), batch.targets_P[span].tolist()) for n, span in batch.spans.items()}
+    found = {n: (batch.indices_P[span].tolist(), batch.targets_P[span].tolist()) for n, span in batch.spans.items()}
     assert found == {0: ([2, 3], [8, 9]), 1: ([2], [10]), 3: ([2, 4, 5], [8, 11, 12]), 2: ([6, 7, 8], [2, 3, 4])}
 
 
@@ -54,11 +54,11 @@ def test_every_request_is_in_one_batch_and_little_is_padding(multiple):
     assert sorted(number for batch in found for number in batch.spans) == list(range(400))
     for batch in found:
         B, T = batch.tokens_BT.shape
-        assert B % multiple == 0 and batch.places_P.shape == (B * T,)
+        assert B % multiple == 0 and batch.indices_P.shape == (B * T,)
         assert len(batch.tokens_BT) <= 8 * branches.ROW // T + multiple
         for number, span in batch.spans.items():
             context, continuation = rows[number]
-            first = batch.places_P[span][0]
+            first = batch.indices_P[span][0]
             assert batch.targets_P[span].tolist() == continuation
             assert batch.tokens_BT.flat[first - len(context) + 1 : first + 1].tolist() == context
     shapes = {batch.tokens_BT.shape for batch in found}

@@ -10,6 +10,7 @@ import pytest
 
 from eval_bridge import command, evaluate, lm
 from eval_bridge.hf import convert
+from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
 from tinyllama_jax import errors
 from tinyllama_jax.run import prompts
@@ -84,7 +85,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def jax_lm(folder):
     params, config = convert.import_weights(folder)
-    return lm.JaxLM(params, config, convert.load_tokenizer(folder))
+    return lm.JaxLM(params, config, hf_tokenizer.load(folder))
 
 
 def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_path):

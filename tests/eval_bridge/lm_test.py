@@ -202,7 +202,7 @@ def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
 def test_what_does_not_fit_is_refused(jax_lm):
     with pytest.raises(errors.UsageError, match='does not fit seq_len = 48'):
         jax_lm._loglikelihood_tokens([(None, [1], [5] * 49)])
-    with pytest.raises(errors.UsageError, match="an empty continuation, of 'def'"):
+    with pytest.raises(errors.UsageError, match="an empty continuation, after 'def'"):
         jax_lm._loglikelihood_tokens([(('def', ''), [1], [])])
     with pytest.raises(errors.UsageError, match='256 new tokens'):
         jax_lm.generate_until(_requests('generate_until', [('x', {'until': ['\n']})]))

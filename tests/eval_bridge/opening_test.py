@@ -8,8 +8,9 @@ import pytest
 
 from eval_bridge import lm, opening, protocols
 from eval_bridge.hf import convert
+from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
 
 
 @pytest.fixture(scope='module')
@@ -19,14 +20,14 @@ def folder(tmp_path_factory):
 
 def test_the_protocol_decides_precision_and_bos(folder):
     for protocol, dtype, add_bos in ((protocols.PAPER, 'float32', False), (protocols.CURRENT, 'bfloat16', True)):
-        with opening.Folder(folder).opened(protocol) as opened:
+        with opening.Folder(folder).open(protocol) as opened:
             assert (opened.identity['dtype'], opened.identity['add_bos']) == (dtype, add_bos)
             assert (opened.model.dtype, opened.model.add_bos) == (dtype, add_bos)
 
 
 def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
     def identity(path):
-        with opening.Folder(path).opened(protocols.PAPER) as opened:
+        with opening.Folder(path).open(protocols.PAPER) as opened:
             return opened.identity
 
     before = identity(folder)
@@ -44,10 +45,10 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder):
-    pieces = tokenizer.Tokenizer(folder / 'tokenizer.model')
-    shape = dataclasses.replace(tiny_export.MODEL, vocab_size=tiny_export.PIECES - 8)
+    tokenizer = hf_tokenizer.load(folder)
+    config = dataclasses.replace(tiny_export.MODEL, vocab_size=tiny_export.PIECES - 8)
     with pytest.raises(errors.UsageError, match='has 400 pieces, but the model knows 392'):
-        opening._in_jax({}, shape, pieces, protocols.PAPER, 'float32', False)
+        opening._open_in_jax({}, config, tokenizer, protocols.PAPER, 'float32', False, {})
 
 
 def test_weights_of_another_shape_are_refused(folder, tmp_path):
@@ -56,19 +57,19 @@ def test_weights_of_another_shape_are_refused(folder, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {'intermediate_size': 96}))
     with (
         pytest.raises(errors.UsageError, match='_proj.weight has the shape'),
-        opening.Folder(tmp_path / 'wide').opened(protocols.PAPER),
+        opening.Folder(tmp_path / 'wide').open(protocols.PAPER),
     ):
         pass
 
 
 def test_rows_and_weights_are_divided_among_the_devices(folder):
     requests = [(None, list(range(3, 3 + length)), [length, 9]) for length in range(1, 30)]
-    with opening.Folder(folder).opened(protocols.PAPER) as opened:
+    with opening.Folder(folder).open(protocols.PAPER) as opened:
         embed = opened.model._params['embed']
         assert embed.sharding.shard_shape(embed.shape) == (tiny_export.PIECES, tiny_export.MODEL.embed_dim // 8)
-        found = opened.model._loglikelihood_tokens(requests)
-        alone = lm.JaxLM(*convert.import_weights(folder), convert.load_tokenizer(folder))
-        for (value, greedy), (expected, same) in zip(found, alone._loglikelihood_tokens(requests), strict=True):
+        results = opened.model._loglikelihood_tokens(requests)
+        alone = lm.JaxLM(*convert.import_weights(folder), hf_tokenizer.load(folder))
+        for (value, greedy), (expected, same) in zip(results, alone._loglikelihood_tokens(requests), strict=True):
             assert (value, greedy) == (pytest.approx(expected, abs=1e-5), same)
 
 
@@ -76,3 +77,15 @@ def test_a_width_that_the_devices_do_not_divide_leaves_the_weights_whole():
     assert dict(opening._mesh(tiny_export.MODEL).shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
     odd = dataclasses.replace(tiny_export.MODEL, embed_dim=36)
     assert dict(opening._mesh(odd).shape) == {'data': 8, 'fsdp': 1, 'tensor': 1}
+
+
+def test_a_model_that_is_not_there_or_not_comparable_is_refused_early(folder, tmp_path):
+    opening.Folder(folder).check_exists(compared=True)
+    with pytest.raises(errors.UsageError, match='config.json cannot be read'):
+        opening.Folder(tmp_path).check_exists()
+    with pytest.raises(errors.UsageError, match='there is no config.json'):
+        opening.Run(tmp_path).check_exists()
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt_neox"}')
+    opening.Folder(tmp_path).check_exists()
+    with pytest.raises(errors.UsageError, match="is not a Llama: its model_type is 'gpt_neox'"):
+        opening.Folder(tmp_path).check_exists(compared=True)

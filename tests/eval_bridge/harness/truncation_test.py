@@ -8,6 +8,7 @@ import pytest
 from eval_bridge import evaluate, lm
 from eval_bridge.harness import responses, truncation
 from eval_bridge.hf import convert
+from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
 
 # lm-eval and datasets warn of their own affairs.
@@ -67,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def encoder(folder):
-    return convert.load_tokenizer(folder)
+    return hf_tokenizer.load(folder)
 
 
 @pytest.fixture(scope='module')
@@ -107,7 +108,7 @@ def _counts(model, task_files):
 
 def test_requests_that_are_cut_are_counted_and_told_of(folder, task_files, expected, tmp_path, capsys):
     params, config = convert.import_weights(folder)
-    model = lm.JaxLM(params, config, convert.load_tokenizer(folder))
+    model = lm.JaxLM(params, config, hf_tokenizer.load(folder))
     for remembered in (0, 72):  # kept answers count too
         keeping = responses.Remembering(model, tmp_path / 'kept.jsonl')
         assert _counts(keeping, task_files) == expected
