@@ -1,4 +1,4 @@
-"""Tasks from local files: every task of Tables 2 and 3, what is missing or malformed, what a task may leave out."""
+"""Tasks from local files: every task of Tables 2 and 3, missing and malformed data, splits that may be missing."""
 
 import gzip
 import json
@@ -10,10 +10,10 @@ from eval_bridge.tables import results
 from tests.support.scripted import Scripted
 from tinyllama_jax import errors
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 CHOICES = {'text': ['one', 'two'], 'label': ['A', 'B']}
-NONE = {'number': '', 'date': {'day': '', 'month': '', 'year': ''}, 'spans': []}
+NO_ANSWER = {'number': '', 'date': {'day': '', 'month': '', 'year': ''}, 'spans': []}
 EXAMPLES = {
     'hellaswag/validation.jsonl': {
         'ind': 0, 'activity_label': 'Work', 'ctx_a': 'A man', 'ctx_b': 'he', 'endings': ['runs.', 'sits.'],
@@ -26,8 +26,8 @@ EXAMPLES = {
     'boolq/validation.jsonl': {'passage': 'text', 'question': 'is it', 'label': 1},
     'piqa/validation.jsonl': {'goal': 'go', 'sol1': 'a', 'sol2': 'bb', 'label': 0},
     'drop/validation.jsonl': {
-        'query_id': '1', 'section_id': '', 'passage': 'p', 'question': 'q?', 'answer': NONE | {'spans': ['s']},
-        'validated_answers': {'number': [''], 'date': [NONE['date']], 'spans': [['s']]},
+        'query_id': '1', 'section_id': '', 'passage': 'p', 'question': 'q?', 'answer': NO_ANSWER | {'spans': ['s']},
+        'validated_answers': {'number': [''], 'date': [NO_ANSWER['date']], 'spans': [['s']]},
     },
 }  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_every_task_of_table_2_runs_from_files(data):
     assert stamp['file'] == 'arc_easy/test.jsonl.gz' and len(stamp['sha256']) == 64
 
 
-def test_examples_come_from_validation_where_there_is_no_training_split_and_that_is_said(data, capsys):
+def test_without_a_training_split_few_shot_examples_come_from_validation_and_that_is_printed(data, capsys):
     result = evaluate.evaluate(Scripted(), ['drop'], task_data=data, limit=1)
     assert result['protocol']['shots_from_validation'] == ['drop']
     assert f'no training split of drop in {data}: few-shot examples are from validation' in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_group_with_missing_members_is_refused_and_the_rest_named(data):
         ('drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl'] | {'answer': {'number': '1'}}],
          'example 1: answer is .* which must have texts: number, date'),
         ('drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl'] | {
-            'validated_answers': {'number': ['1', '2'], 'date': [NONE['date']], 'spans': [[]]},
+            'validated_answers': {'number': ['1', '2'], 'date': [NO_ANSWER['date']], 'spans': [[]]},
         }], 'not lists number, date and spans of one length'),
         ('instructeval_drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl']] * 3,
          'has 3 usable examples: 3 are few-shot examples, and no question is left'),

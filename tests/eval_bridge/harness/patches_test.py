@@ -1,4 +1,4 @@
-"""What is changed of lm-eval's tasks while they run: it ends with them, and refuses documents wherever they are."""
+"""Changes to lm-eval's tasks: they end with the context, add a metric, and refuse bad examples."""
 
 import json
 
@@ -11,7 +11,7 @@ from eval_bridge.tasks import instructeval
 from tests.support.scripted import Scripted
 from tinyllama_jax import errors
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 METHODS = ('process_results', 'fewshot_context', 'doc_to_choice', 'doc_to_target', 'construct_requests', 'download')
 TASK = {
@@ -22,7 +22,7 @@ TASK = {
 
 
 def _evaluate(root, last, **changes):
-    """A task of two documents, of which the second is `last`."""
+    """Evaluates a task of two examples, the second of which is `last`."""
     (root / 'tasks').mkdir()
     first = {'context': 'a', 'choices': ['b', 'cc'], 'answer': 'x' if last.get('answer') == '' else 0}
     (root / 'tasks' / 'data.jsonl').write_text('\n'.join(map(json.dumps, [first, {**first, **last}])))
@@ -30,18 +30,18 @@ def _evaluate(root, last, **changes):
     return evaluate.evaluate(Scripted(), ['tiny'], include_path=root / 'tasks')
 
 
-def test_methods_are_as_before_whatever_happened(tmp_path):
+def test_methods_are_restored_after_a_failure(tmp_path):
     before = [getattr(ConfigurableTask, name) for name in METHODS] + [instructeval.InstructEval.fits]
     with pytest.raises(errors.UsageError):
         _evaluate(tmp_path, {'answer': 5})
     assert [getattr(ConfigurableTask, name) for name in METHODS] + [instructeval.InstructEval.fits] == before
 
 
-def test_the_gold_metric_is_of_the_right_answers(tmp_path):
-    found = _evaluate(tmp_path, {'answer': 1})['results']['tiny']
-    # Scripted's log-likelihood is minus the length: 2 and 3 nats of 2 and 3 bytes, with the space before each.
-    assert found[f'{patches.GOLD},none'] == pytest.approx(1.442695, abs=1e-6)
-    assert found['acc,none'] == 0.5
+def test_the_gold_metric_scores_the_right_answers(tmp_path):
+    scores = _evaluate(tmp_path, {'answer': 1})['results']['tiny']
+    # Scripted's log-likelihood is minus the length: 2 and 3 nats for 2 and 3 bytes, with the space before each.
+    assert scores[f'{patches.GOLD},none'] == pytest.approx(1.442695, abs=1e-6)
+    assert scores['acc,none'] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_the_gold_metric_is_of_the_right_answers(tmp_path):
         ({'answer': ''}, {'output_type': 'loglikelihood', 'doc_to_choice': None, 'target_delimiter': ''}, 'an empty'),
     ],
 )
-def test_a_document_that_would_give_a_wrong_number_is_refused(tmp_path, last, changes, message):
+def test_an_example_that_would_give_a_wrong_number_is_refused(tmp_path, last, changes, message):
     with pytest.raises(errors.UsageError, match=message):
         _evaluate(tmp_path, last, **changes)
 
 
-def test_what_is_not_a_number_is_no_score(tmp_path, monkeypatch):
+def test_nan_from_a_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Scripted, 'loglikelihood', lambda self, requests, **_: [(float('nan'), False)] * len(requests))
     with pytest.raises(errors.RunError, match=r'the task tiny: the model gives what is not a number'):
         _evaluate(tmp_path, {'answer': 1})

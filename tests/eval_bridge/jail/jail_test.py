@@ -1,4 +1,4 @@
-"""The jail's own processes: whose they are, that they end together, what they say when it cannot be set up."""
+"""The jail's own processes: their user, their common end, the reason when the jail cannot be set up."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ def _start(program: str, **changes) -> subprocess.Popen:
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={})
     process.stdin.write(json.dumps(order).encode())
     process.stdin.close()
-    process.stdin = None  # so that communicate() lets it be
+    process.stdin = None  # communicate() would use the closed pipe
     return process
 
 
 def _family(process: int) -> list[int]:
-    """The launcher, its child, and so on."""
-    found = [process]
-    while children := pathlib.Path(f'/proc/{found[-1]}/task/{found[-1]}/children').read_text().split():
-        found.append(int(children[0]))
-    return found
+    """Returns the launcher, its child, its child's child and so on."""
+    family = [process]
+    while children := pathlib.Path(f'/proc/{family[-1]}/task/{family[-1]}/children').read_text().split():
+        family.append(int(children[0]))
+    return family
 
 
 def _sleeping() -> tuple[subprocess.Popen, list[int]]:
@@ -58,7 +58,7 @@ def test_the_program_is_another_user_and_has_no_capability():
     with process:
         deadline = time.monotonic() + 60
         while (status := _status(family[-1]))['CapEff'] != '0' * 16 and time.monotonic() < deadline:
-            time.sleep(0.01)  # it is about to give them up
+            time.sleep(0.01)  # it is about to drop them
         process.kill()
     assert status['CapEff'] == status['CapPrm'] == '0' * 16 and status['NoNewPrivs'] == '1'
     own = os.getuid()
@@ -76,7 +76,7 @@ def test_all_ends_with_the_launcher():
     with process:
         assert process.stdout.read(7) == b'begun: '
         process.kill()
-        assert process.stdout.read() == b''  # which ends when nobody holds it
+        assert process.stdout.read() == b''  # the pipe ends when no process holds it
     deadline = time.monotonic() + 60
     while any(pathlib.Path(f'/proc/{number}').exists() for number in family) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_all_ends_with_the_launcher():
         ({'disk_bytes': -1}, 'mounting tmpfs on /tmp/tmp: Invalid argument'),
     ],
 )
-def test_what_cannot_be_set_up_gives_a_reason_and_no_verdict(changes, reason):
+def test_a_jail_that_cannot_be_set_up_gives_a_reason_and_no_verdict(changes, reason):
     output, said = _start('pass', **changes).communicate()
     assert output == b'' and reason in said.decode()
 

@@ -1,4 +1,4 @@
-"""The jail: hostile programs are kept in and counted as failed, good ones pass, without it nothing runs."""
+"""The jail: hostile programs stay inside and count as failed, good ones pass, without a jail nothing runs."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tinyllama_jax import errors
 
 SHORT = sandbox.Limits(cpu_seconds=1, wall_seconds=4)
-# What each tries; if it could, it would come to its end, or this machine would suffer.
+# What each tries: if it succeeded, it would reach its end, or this machine would suffer.
 HOSTILE = {
     'bombs with forks': 'import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass',
     'outgrows the limit of processes': 'import os, time\nfor _ in range(40):\n    os.fork() or time.sleep(9)',
@@ -68,7 +68,7 @@ def jail():
 
 @pytest.fixture(scope='module')
 def outcomes(jail, tmp_path_factory):
-    """Name -> outcome of every program above, run together, and what they may have done outside."""
+    """Name -> outcome of every program above, run together; checks that none did anything outside."""
     folder = tmp_path_factory.mktemp('home')
     (folder / 'id_rsa').write_text('secret')
     with socket.create_server(('127.0.0.1', 0)) as server, pytest.MonkeyPatch.context() as patch:
@@ -78,13 +78,13 @@ def outcomes(jail, tmp_path_factory):
             'port': server.getsockname()[1], 'process': os.getpid(),
         }  # fmt: skip
         programs = [program.format(**values) for program in HOSTILE.values()]
-        found = dict(zip(HOSTILE, sandbox.run(programs, limits=SHORT), strict=True))
+        outcomes = dict(zip(HOSTILE, sandbox.run(programs, limits=SHORT), strict=True))
         server.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody called
+        with pytest.raises(BlockingIOError):  # no program connected
             server.accept()
-    found |= zip(GOOD, sandbox.run([*GOOD.values()]), strict=True)
+    outcomes |= zip(GOOD, sandbox.run([*GOOD.values()]), strict=True)
     assert [path.name for path in folder.iterdir()] == ['id_rsa']
-    return found
+    return outcomes
 
 
 @pytest.mark.parametrize('name', HOSTILE)
@@ -97,14 +97,14 @@ def test_a_program_passes_that(outcomes, name):
     assert outcomes[name] == sandbox.PASSED
 
 
-def test_root_s_programs_have_no_memory_that_no_limit_counts(jail):
+def test_programs_of_root_get_no_memory_outside_the_limits(jail):
     if os.getuid():
         pytest.skip('only root may forbid System V segments')
     program = 'import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1666) == -1'
     assert sandbox.run([program]) == [sandbox.PASSED]
 
 
-def test_time_is_told_apart(outcomes):
+def test_a_program_that_takes_too_long_is_timed_out(outcomes):
     assert {outcomes[name] for name in ('loops', 'sleeps', 'bombs with forks')} == {sandbox.TIMED_OUT}
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_left_running(outcomes):
 
 
 def _is_jail(path: pathlib.Path) -> bool:
-    """Whether a process is a jail that this one started."""
+    """Whether the process of `path` is a jail that this process started."""
     try:
         parent = int((path.parent / 'stat').read_text().rpartition(')')[2].split()[1])
         return b'jail.py' in path.read_bytes() and parent == os.getpid()
@@ -133,7 +133,7 @@ def test_the_canonical_solutions_pass(jail, test_data_dir):
     }
 
 
-def test_a_jail_that_fails_is_no_failed_program(jail, monkeypatch):
+def test_a_jail_that_fails_does_not_count_as_a_failed_program(jail, monkeypatch):
     monkeypatch.setattr(sys, 'executable', shutil.which('false'))
     with pytest.raises(errors.RunError, match=r'jail could not be set up \(exit status 1\)'):
         sandbox.run(['pass'])

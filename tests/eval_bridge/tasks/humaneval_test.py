@@ -13,7 +13,7 @@ from eval_bridge.tasks import humaneval
 from tests.support.scripted import Scripted
 from tinyllama_jax import errors
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
 DOCS = [
     {
@@ -41,7 +41,7 @@ def _need_jail():
 
 
 def _complete(prompt: str) -> str:
-    """The second is wrong; all go on after their function, which InstructEval cuts away."""
+    """Returns a wrong second function; all have text after their function, which InstructEval cuts off."""
     number = next(number for number, doc in enumerate(DOCS) if doc['prompt'] in prompt)
     return f'\n   return x + {0 if number == 1 else number}\n\nraise SystemExit\n'
 
@@ -69,14 +69,14 @@ def test_instructeval_asks_with_a_preamble_at_a_low_temperature(data):
     assert options == {'until': [], 'max_gen_toks': 512, 'do_sample': True, 'temperature': 0.1, 'top_k': 50}
 
 
-def test_nothing_is_asked_or_run_without_consent(data):
+def test_without_consent_nothing_is_asked_or_run(data):
     model = Scripted()
     with pytest.raises(errors.UsageError, match='give --confirm_run_unsafe_code'):
         evaluate.evaluate(model, ['humaneval'], task_data=data)
     assert not model.asked
 
 
-def test_where_there_is_no_jail_nothing_is_asked(data, monkeypatch):
+def test_without_a_jail_nothing_is_asked(data, monkeypatch):
     monkeypatch.setattr('sys.executable', '/nowhere/python')
     sandbox.require.cache_clear()
     model = Scripted()
@@ -88,7 +88,7 @@ def test_where_there_is_no_jail_nothing_is_asked(data, monkeypatch):
     assert not model.asked
 
 
-def test_our_task_is_lm_eval_s_but_for_who_runs_the_programs():
+def test_our_task_is_lm_eval_s_except_for_who_runs_the_programs():
     theirs, ours = (
         load_yaml(folder / 'humaneval.yaml', resolve_func=False)
         for folder in (

@@ -1,4 +1,4 @@
-"""InstructEval's tasks: what they ask word for word, how they judge, their means, examples that do not fit."""
+"""InstructEval's tasks: their prompts word for word, judging, means, few-shot examples that don't fit."""
 
 import json
 
@@ -8,28 +8,28 @@ from eval_bridge import evaluate
 from eval_bridge.tasks import instructeval
 from tests.support.scripted import Scripted
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets warn of their own affairs
+pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
-_BBH = {'word_sorting': 6, 'navigate': 13}  # rows
+_BBH = {'word_sorting': 6, 'navigate': 13}  # examples
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A folder in the layout of local_data.py."""
+    """A folder of data as local_data.py reads it."""
     root = tmp_path_factory.mktemp('eval')
     for name in ('mmlu', 'bbh', 'drop'):
         (root / name).mkdir()
     for split, count in (('dev', 5), ('test', 3)):
         _write(root / f'mmlu/high_school_physics_{split}.jsonl', [_question(split, number) for number in range(count)])
     for task, count in _BBH.items():
-        rows = [{'input': f'{task} {number}?', 'target': f'({number})'} for number in range(count)]
-        (root / f'bbh/{task}.json').write_text(json.dumps({'canary': 'x', 'examples': rows}))
+        examples = [{'input': f'{task} {number}?', 'target': f'({number})'} for number in range(count)]
+        (root / f'bbh/{task}.json').write_text(json.dumps({'canary': 'x', 'examples': examples}))
     _write(root / 'drop/validation.jsonl', [_passage(number) for number in range(12)])
     return root
 
 
-def _write(path, rows):
-    path.write_text('\n'.join(map(json.dumps, rows)))
+def _write(path, examples):
+    path.write_text('\n'.join(map(json.dumps, examples)))
 
 
 def _question(split, number):
@@ -40,7 +40,7 @@ def _question(split, number):
 
 
 def _passage(number):
-    """Number 5 has two answers, 7 no validated one, 8 a date, 9 a number."""
+    """Question 5 has two answers, 7 no validated one, 8 a date, 9 a number."""
     none = {'number': '', 'date': {'day': '', 'month': '', 'year': ''}, 'spans': []}
     spans = none | {'spans': [f' answer {number} ']}
     second = none | {'spans': ['another']} if number == 5 else spans
@@ -76,17 +76,17 @@ def test_mmlu_asks_five_examples_and_two_tokens(data):
     assert result['protocol']['num_fewshot'] == {'instructeval_mmlu_high_school_physics': 5}
 
 
-def test_examples_that_do_not_fit_are_left_out_from_the_last_on(data):
+def test_few_shot_examples_that_do_not_fit_are_dropped_from_the_last_on(data):
     task = 'instructeval_mmlu_high_school_physics'
     whole = len(_run(data, [task])[1][0][0])
     prompt = _run(data, [task], max_length=whole + 1)[1][0][0]  # but two more tokens are to come
     assert 'dev 3?' in prompt and 'dev 4?' not in prompt and prompt.endswith('D. test0z\nAnswer:')
     prompt = _run(data, [task], max_length=10)[1][0][0]
     assert 'dev' not in prompt and prompt.startswith('The following') and 'test 0?' in prompt
-    assert instructeval.InstructEval.fits('x' * 10_000, 1)  # as it was
+    assert instructeval.InstructEval.fits('x' * 10_000, 1)  # as before
 
 
-def test_bbh_takes_its_first_three_rows_as_examples(data):
+def test_bbh_takes_its_first_three_as_few_shot_examples(data):
     result, asked = _run(data, ['instructeval_bbh_word_sorting'], lambda prompt: '\n(4), I think')
     shots = ''.join(f'word_sorting {n}?\nAnswer: ({n})\n\n' for n in range(3))
     assert [prompt for prompt, _ in asked] == [f'{shots}word_sorting {n}?\nAnswer:' for n in (3, 4, 5)]
@@ -94,7 +94,7 @@ def test_bbh_takes_its_first_three_rows_as_examples(data):
     assert result['results']['instructeval_bbh_word_sorting']['acc,none'] == pytest.approx(1 / 3)
 
 
-def test_bbh_s_score_is_the_plain_mean_over_tasks(data, tmp_path):
+def test_the_score_of_bbh_is_the_plain_mean_over_tasks(data, tmp_path):
     names = evaluate.task_manager(['instructeval_bbh'], None).task_index['instructeval_bbh'].cfg['task']
     assert len(names) == 27
     (tmp_path / 'two.yaml').write_text(
@@ -106,7 +106,7 @@ def test_bbh_s_score_is_the_plain_mean_over_tasks(data, tmp_path):
     assert result['results']['two']['acc,none'] == pytest.approx((1 / 3 + 1 / 10) / 2)
 
 
-def test_the_means_are_as_instructeval_takes_them():
+def test_the_means_are_those_of_instructeval():
     index = evaluate.task_manager(['instructeval_mmlu', 'instructeval_bbh'], None).task_index
     members = index['instructeval_mmlu'].cfg['task']
     assert len(members) == len(set(members)) == 57
@@ -122,7 +122,7 @@ def test_drop_asks_what_has_one_answer_and_no_passage_twice(data):
     shots = [int(text.split()[1].strip('.')) for text in head]
     numbers = [int(prompt.split('\n\n')[3].split()[1].strip('.')) for prompt, _ in asked]
     assert numbers == [number for number in range(12) if number != 5 and number not in shots]
-    assert shots == [7, 11, 0]  # random.seed(0); random.sample([n for n in range(12) if n != 5], 3), as there
+    assert shots == [7, 11, 0]  # random.seed(0); random.sample([n for n in range(12) if n != 5], 3), as in InstructEval
     labels = {number: f'answer {number}' for number in range(12)} | {8: '3 May 1900', 9: '42'}
     shown = ''.join(f'Passage {n}. Question {n}?\nAnswer: {labels[n]}\n\n' for n in shots)
     assert [prompt for prompt, _ in asked] == [f'{shown}Passage {n}. Question {n}?\nAnswer:' for n in numbers]
