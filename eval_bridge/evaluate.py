@@ -67,34 +67,24 @@ def evaluate(
       tasks: names of tasks, groups or tags.
       protocol: decides the number of shots of each task.
       identity: what to stamp about the model.
-      include_path: a folder with the user's own task files; relative data files in tasks are looked up
-        from the current folder, then from the folders that contain `include_path` and `task_data`.
+      include_path: a folder with the user's own task files. Relative data files are looked up from the
+        current folder, then from the folders that contain `include_path` and `task_data`.
       task_data: a folder with the tasks' data (local_data.py); None: the hub's cache, or the hub.
       confirm_run_unsafe_code: run the programs that the model writes, in jails (sandbox.py).
       limit: take only the first `limit` examples of each task.
       log_samples: keep every example with its log-likelihoods under `samples`.
-      output: a JSON file to write; it appears only when it is complete.
+      output: a JSON file to write (`write`).
       manager: the result of `task_manager(tasks, include_path)`, if the caller has it.
 
-    Raises UsageError for an unknown task, for data that is missing, malformed or cannot be loaded, and where
-    `check_tasks` does.
+    Raises UsageError for unknown tasks, for data that is missing, malformed or unreadable, and as `check_tasks` does.
     """
-    logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     manager = manager or task_manager(tasks, include_path)
     check_tasks(tasks, manager, task_data=task_data, confirm_run_unsafe_code=confirm_run_unsafe_code)
     without_training_split = _shots_from_validation(tasks, manager, protocol, task_data)
     data_files: dict[str, Any] = {}
     download = local_data.downloader(ConfigurableTask.download, include_path, task_data, data_files)
-    with (
-        patches.replaced(ConfigurableTask, 'download', download),
-        patches.refusing(),
-        patches.scoring_gold(),
-        patches.fitting(model),
-        # It would take seconds to write a page about the machine.
-        patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),
-    ):
-        options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
+    options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
+    with patches.replaced(ConfigurableTask, 'download', download):
         result = _run_tasks(model, tasks, protocol, **options)
     truncated = truncation.count(model, result['samples'])
     _print_truncated(truncated, model)
@@ -122,7 +112,7 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
         by_shots[protocol.num_fewshot(task)].append(task)
     result: dict[str, Any] = {}
     for shots, names in by_shots.items():
-        for key, value in _simple_evaluate(model, names, num_fewshot=shots, log_samples=True, **options).items():
+        for key, value in _simple_evaluate(model, names, num_fewshot=shots, **options).items():
             if isinstance(value, dict):
                 result.setdefault(key, {}).update(value)
             else:
@@ -135,8 +125,13 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
 
 
 def _simple_evaluate(model, names: Sequence[str], **options) -> dict[str, Any]:
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # add_env_info would take seconds to write a page about the machine.
+    no_env_info = patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None)
     try:
-        return lm_eval.evaluator.simple_evaluate(model=model, tasks=names, **options)
+        with no_env_info, patches.refusing(), patches.scoring_gold(), patches.fitting(model):
+            return lm_eval.evaluator.simple_evaluate(model=model, tasks=names, log_samples=True, **options)
     except jinja2.UndefinedError as error:
         raise errors.UsageError(
             f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
