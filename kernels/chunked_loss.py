@@ -27,11 +27,11 @@ CHUNK = 2_048  # tokens: float32 logits of 262 MB at 32,000 pieces
 class LogitRows(Protocol):
     """The arithmetic on rows of logits; objects must be hashable."""
 
-    def sums(self, logits_CV, targets_C) -> tuple[Any, Any, Any, Any]:
+    def sums(self, logits_CV, targets_C, /) -> tuple[Any, Any, Any, Any]:
         """Returns each row's maximum, sum of exp(logit - maximum), logit at the target (0 if outside V); residuals."""
         ...
 
-    def gradient(self, residuals, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype) -> Any:
+    def gradient(self, residuals, own_top_C, targets_C, top_C, log_C, growth_C, weight_C, dtype, /) -> Any:
         """Returns growth * exp(logits - top - log), minus weight at the target, as [C, V] of `dtype`.
 
         `residuals` and `own_top_C` (this device's maximum) come from `sums`.

@@ -66,21 +66,22 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=No
     attends to its own segment only. Triton: FlashAttention-2 (Dao, 2023). Raises ValueError for
     a shape, dtype, head dim or implementation that it does not take.
     """
-    op, masked = 'attention', segment_ids_BT is not None
+    op = 'attention'
     impl = implementation(op, impl=impl, chip=chip)
     dtype = checks.require_floats(op, 'BTNH', q=q_BTNH)
     dtypes = {'q': dtype, 'k': checks.require_floats(op, 'BSKH', k=k_BSKH, v=v_BSKH)}
     checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
     checks.require_heads(op, q_BTNH, k_BSKH)
-    checks.require_implementation(op, impl, dtype, head_dim=q_BTNH.shape[3], segment_ids=masked)
-    if masked:
+    checks.require_implementation(op, impl, dtype, head_dim=q_BTNH.shape[3], segment_ids=segment_ids_BT is not None)
+    if segment_ids_BT is not None:
         checks.require_integers(op, 'segment ids', segment_ids_BT, q_BTNH.shape[:2], 'BT')
     if impl == 'xla':
         return _plain(chip).attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=segment_ids_BT)
     if impl == 'cudnn':
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation='cudnn')
-    segments = segment_ids_BT.astype(jnp.int32) if masked else None
-    return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segments, _chip(impl, chip))
+    if segment_ids_BT is not None:
+        segment_ids_BT = segment_ids_BT.astype(jnp.int32)
+    return _kernels(op).attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, _chip(impl, chip))
 
 
 def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):

@@ -141,7 +141,9 @@ def usage(launched: Launch, chip: str) -> dict:
         file.write(binary.asm['cubin'])
         file.flush()
         resources = _output_of('cuobjdump', '--dump-resource-usage', file.name)
-        registers, stack, local = (int(re.search(rf'{name}:(\d+)', resources)[1]) for name in ('REG', 'STACK', 'LOCAL'))
+        registers, stack, local = (
+            int(re.findall(rf'{name}:(\d+)', resources)[0]) for name in ('REG', 'STACK', 'LOCAL')
+        )
         # A kernel that spills has a stack. Disassembling takes longer than most compilations, so the others are not.
         code = _output_of('nvdisasm', '-c', file.name) if stack or local else ''
     return {

@@ -7,6 +7,7 @@ implementation, is called inside `jax.shard_map`, which only this file calls.
 import contextlib
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ _PARTITIONS = {
 def every_op(impl: str) -> KernelConfig:
     """The KernelConfig that chooses `impl` for every op that has it; the others stay at their default."""
     fields = (field.name for field in dataclasses.fields(KernelConfig))
-    return KernelConfig(**{name: impl for name in fields if impl in dispatch.OPS.get(name, ())})
+    choices: dict[str, Any] = {op: impl for op in fields if impl in dispatch.OPS.get(op, ())}
+    return KernelConfig(**choices)
 
 
 # What evaluation and generation use: any head dim, one token at a time.
@@ -124,37 +126,43 @@ class Ops:
 
     def _on_each_device(self, op: str, local, *arrays):
         """Runs `local` on each device's part of the arrays, which `_PARTITIONS` splits."""
-        if not self._sharded() or not (partitions_and_results := _PARTITIONS[op]):
+        mesh, partitions = self.mesh, _PARTITIONS[op]
+        if mesh is None or mesh.size == 1 or partitions is None:
             return local(*arrays)
-        partitions, results = partitions_and_results
-        arrays, in_specs = zip(*map(self._laid_out, arrays, partitions), strict=True)
-        out_specs = sharding.split_axes(results, self.mesh)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+        specs, results = partitions
+        laid_out = [self._laid_out(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)]
+        arrays, in_specs = zip(*laid_out, strict=True)
+        out_specs = sharding.split_axes(results, mesh)
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
 
-    def _laid_out(self, x, spec: P):
+    def _laid_out(self, x, spec: P, mesh: Mesh):
         """The argument and its PartitionSpec; under ZeRO-1 a whole weight gets a leading axis of per-device copies."""
         if spec in (EMBEDDING, HEAD) and self._copied():
-            return _copies(x, self.mesh, spec), _copies_spec(self.mesh, spec)
-        return x, sharding.split_axes(spec, self.mesh)
+            return _copies(x, mesh, spec), _copies_spec(mesh, spec)
+        return x, sharding.split_axes(spec, mesh)
 
     def _gathered(self, w, dtype, dim: int):
         """All-gathers a weight over `fsdp` along `dim` in `dtype`; tensor-parallel splits stay."""
         if self._copied():
             return w[0].astype(dtype)
-        split = self.mesh.shape[WEIGHTS_AXIS] > 1
-        return _gather(w, dim if split else None, self._batch_axes(), dtype, self.gradient_dtype or dtype)
+        return _gather(
+            w, dim if self._size(WEIGHTS_AXIS) > 1 else None, self._batch_axes(), dtype, self.gradient_dtype or dtype
+        )
 
     def _sharded(self) -> bool:
         return self.mesh is not None and self.mesh.size > 1
 
+    def _size(self, axis: str) -> int:
+        return self.mesh.shape[axis] if self.mesh else 1
+
     def _copied(self) -> bool:
-        return self.whole_weights and self.mesh.shape[WEIGHTS_AXIS] > 1
+        return self.whole_weights and self._size(WEIGHTS_AXIS) > 1
 
     def _batch_axes(self) -> tuple[str, ...]:
-        return tuple(axis for axis in BATCH if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in BATCH if self._size(axis) > 1)
 
     def _vocab_axis(self) -> str | None:
-        return VOCABULARY_AXIS if self.mesh.shape[VOCABULARY_AXIS] > 1 else None
+        return VOCABULARY_AXIS if self._size(VOCABULARY_AXIS) > 1 else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
