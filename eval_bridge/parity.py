@@ -1,6 +1,6 @@
-"""Whether two models that should be the same one answer alike, before a number of either is believed.
+"""Compares the answers of two implementations of one model, before a number of either is believed.
 
-Made for our model and lm-eval's `hf` model on its export: the same weights, tasks and requests.
+Meant for our model and lm-eval's `hf` model on its export: the same weights, tasks and requests.
 """
 
 import dataclasses
@@ -11,12 +11,15 @@ import numpy as np
 
 from tinyllama_jax import errors
 
-BOUND = 1e-3  # nats, of a log-likelihood in float32
+BOUND = 1e-3  # nats; the largest difference of a float32 log-likelihood that passes
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A question that the two answer differently; `gap` (nats, normalised as the metric is) decided it."""
+    """A question that the two answer differently.
+
+    `gap` is the lead of our choice over theirs in our log-likelihoods (nats, normalised as the metric is).
+    """
 
     task: str
     doc_id: int
@@ -26,63 +29,66 @@ class Difference:
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The parity report of two results of `evaluate` with samples, as plain values for JSON.
+    """Returns the parity report of two results of `evaluate` with samples, as plain values for JSON.
 
-    Raises RunError where the two were not asked the same.
+    Raises RunError if the two were not asked the same.
     """
-    largest, where, requests, texts, different_texts = 0.0, None, 0, 0, 0
+    largest, at, loglikelihoods, texts, differing_texts = 0.0, None, 0, 0, 0
     choices: list[Difference] = []
     for task, sample, other in _pairs(ours, theirs):
-        mine, others = (_answers(each) for each in (sample, other))
-        if isinstance(mine[0], str):
-            texts += len(mine)
-            different_texts += sum(a != b for a, b in zip(mine, others, strict=True))
+        a, b = _answers(sample), _answers(other)
+        if isinstance(a[0], str):
+            texts += len(a)
+            differing_texts += sum(one != another for one, another in zip(a, b, strict=True))
             continue
-        requests += len(mine)
-        differences = np.nan_to_num(np.abs(np.subtract(mine, others)), nan=np.inf)
-        if where is None or differences.max() > largest:
-            largest, where = float(differences.max()), [task, sample['doc_id'], int(differences.argmax())]
-        if len(mine) > 1:
-            choices += _differing(task, sample, mine, others)
+        loglikelihoods += len(a)
+        differences = np.nan_to_num(np.abs(np.subtract(a, b)), nan=np.inf)
+        if at is None or differences.max() > largest:
+            largest, at = float(differences.max()), [task, sample['doc_id'], int(differences.argmax())]
+        if len(a) > 1:
+            choices += _differing_choices(task, sample, a, b)
     return {
-        'max_loglikelihood_difference': largest, 'at': where, 'bound': BOUND, 'holds': largest <= BOUND,
-        'loglikelihoods': requests, 'differing_choices': [dataclasses.asdict(each) for each in choices],
-        'texts': texts, 'differing_texts': different_texts,
-    }  # fmt: skip
+        'max_loglikelihood_difference': largest,
+        'at': at,
+        'bound': BOUND,
+        'holds': largest <= BOUND,
+        'loglikelihoods': loglikelihoods,
+        'differing_choices': [dataclasses.asdict(choice) for choice in choices],
+        'texts': texts,
+        'differing_texts': differing_texts,
+    }
 
 
 def _pairs(ours, theirs):
+    """Yields (task, our sample, their sample of the same document and filter)."""
     for task, samples in ours['samples'].items():
         others = {(sample['doc_id'], sample['filter']): sample for sample in theirs['samples'].get(task, ())}
         for sample in samples:
             other = others.get((sample['doc_id'], sample['filter']))
-            if other is None or _asked(other) != _asked(sample):
+            # Arguments are tuples, or lists once they went through JSON.
+            if other is None or [*map(list, other['arguments'])] != [*map(list, sample['arguments'])]:
                 raise errors.RunError(f'parity: {task}, document {sample["doc_id"]}: the two were not asked the same.')
             yield task, sample, other
 
 
-def _asked(sample: Mapping[str, Any]) -> list:
-    return [list(arguments) for arguments in sample['arguments']]
-
-
 def _answers(sample: Mapping[str, Any]) -> list:
-    """The log-likelihoods, or the texts, that a sample got."""
+    """Returns the log-likelihoods, or the texts, with which a sample was answered."""
     first = [responses[0] for responses in sample['resps']]
     return [answer[0] if isinstance(answer, list | tuple) else answer for answer in first]
 
 
-def _differing(task: str, sample: Mapping[str, Any], mine: Sequence[float], others: Sequence[float]):
-    """The differing choice by likelihood, and by likelihood a character, of one multiple-choice question."""
+def _differing_choices(task: str, sample: Mapping[str, Any], ours: Sequence[float], theirs: Sequence[float]):
+    """Yields how the choices differ by likelihood, and by likelihood a character, in one multiple-choice question."""
     lengths = np.array([max(len(arguments[1]), 1) for arguments in sample['arguments']])
-    for scale in (np.ones(len(mine)), lengths):
-        a, b = np.array(mine) / scale, np.array(others) / scale
+    for scale in (np.ones(len(ours)), lengths):
+        a, b = np.array(ours) / scale, np.array(theirs) / scale
         if a.argmax() != b.argmax():
             gap = float(a[a.argmax()] - a[b.argmax()])
             yield Difference(task, sample['doc_id'], int(a.argmax()), int(b.argmax()), gap)
 
 
 def require(report: Mapping[str, Any]) -> None:
-    """Raises RunError where the bound does not hold."""
+    """Raises RunError if the bound does not hold."""
     if not report['holds']:
         raise errors.RunError(
             f'parity: log-likelihoods differ by up to {report["max_loglikelihood_difference"]:.1e} nats, at '
@@ -91,7 +97,7 @@ def require(report: Mapping[str, Any]) -> None:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report in words."""
+    """Returns the report in words."""
     lines = [
         f'parity: {report["loglikelihoods"]:,} log-likelihoods, largest difference '
         f'{report["max_loglikelihood_difference"]:.1e} nats (bound {report["bound"]:.0e}); '

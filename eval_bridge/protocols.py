@@ -1,23 +1,23 @@
-"""How a number is got: shots, precision, BOS. Numbers of different protocols don't compare.
+"""Evaluation protocols: shots, precision, BOS. Numbers of different protocols don't compare.
 
-`paper` is how the paper's Tables 2 and 3 and Figure 2 were made (sections 3.1 and 3.2, and the original's
-EVAL.md); `current` is what lm-eval does when nothing is said.
+`paper` is the protocol of the paper's Tables 2 and 3 and Figure 2 (sections 3.1 and 3.2, and the original's
+EVAL.md); `current` is lm-eval with its own defaults.
 """
 
 import dataclasses
 
-_SHOTS = {'mmlu': 5, 'bbh_fewshot': 3, 'bbh_cot_fewshot': 3, 'drop': 3}  # of Table 3, and of what they consist of
-_OWN_SHOTS = 'instructeval_'  # tasks with a protocol of their own
+_SHOTS = {'mmlu': 5, 'bbh_fewshot': 3, 'bbh_cot_fewshot': 3, 'drop': 3}  # Table 3's groups and their members
+_OWN_SHOTS = 'instructeval_'  # tasks whose files set their shots
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What decides a score besides the model and the task.
+    """Everything that decides a score besides the model and the task.
 
     Attributes:
-      zero_shot: tasks are zero-shot, those of Table 3 as there; else as their files say.
-      dtype: of the computation, float32; auto: the checkpoint's.
-      add_bos: whether BOS comes before every text; None: as the model's tokenizer is set.
+      zero_shot: tasks are zero-shot, except Table 3's, which have the paper's shots; else a task's file decides.
+      dtype: of the computation: float32, or auto for the dtype of the stored weights.
+      add_bos: whether BOS comes before every text; None: the model's tokenizer decides.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Protocol:
     add_bos: bool | None
 
     def num_fewshot(self, task: str) -> int | None:
-        """Examples before each question of a task or group; None: what its file says."""
+        """Returns the number of examples before each question of a task or group; None: its file decides."""
         if not self.zero_shot or task.startswith(_OWN_SHOTS):
             return None
         return next((shots for name, shots in _SHOTS.items() if task == name or task.startswith(f'{name}_')), 0)

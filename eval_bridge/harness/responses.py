@@ -1,7 +1,7 @@
-"""A model's answers, kept in a file while an evaluation runs: the next one goes on where it was interrupted.
+"""Keeps a model's answers in a file, so that an interrupted evaluation resumes where it stopped.
 
-A file of JSON lines, [hash of a request, answer], for each checkpoint, tokenizer and protocol. What is asked is part
-of the hash, so a task that changed asks anew.
+Each checkpoint, tokenizer and protocol has a file of JSON lines, [hash of a request, answer]. The hash covers the
+text of the request, so a task that changed is asked again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from tinyllama_jax import errors
 
 
 def path(folder: pathlib.Path, identity: dict[str, Any]) -> pathlib.Path:
-    """Where in `folder` the answers are kept of the model and protocol that `identity` describes."""
+    """Returns the file in `folder` for the answers of the model and protocol that `identity` describes."""
     return folder / f'{_hash(identity)[:16]}.jsonl'
 
 
@@ -25,41 +25,42 @@ def _hash(content: Any) -> str:
 
 
 class Remembering(LM):
-    """An lm-eval model that asks `model` only what the file at `path` does not hold yet.
+    """An lm-eval model that asks `model` only for answers that the file at `path` does not hold yet.
 
-    Answers are kept as the model tells them (lm-eval's cache hook), the others when a kind of request is
-    through. Sampled texts are asked for each time. Raises RunError where the file cannot be read or written.
+    An answer is kept as soon as the model passes it to lm-eval's cache hook, at the latest when all requests of
+    its kind are answered. Sampled texts are asked for each time. Raises RunError if the file cannot be read or
+    written.
     """
 
     def __init__(self, model: LM, path: pathlib.Path):
         super().__init__()
         self.model, self.path = model, path
-        self.remembered = 0  # requests that the file answered
+        self.remembered = 0  # requests answered from the file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._known = _read(path)
             self._file = path.open('a', encoding='utf-8')
         except OSError as error:
             raise errors.RunError(f'{path}, the kept answers, cannot be used: {error.strerror}.') from None
-        model.set_cache_hook(self)
+        model.set_cache_hook(self)  # pyrefly: ignore  # lm-eval calls only its add_partial
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._file.close()
 
     def loglikelihood(self, requests, **options) -> list[tuple[float, bool]]:
-        """As the model's."""
+        """Returns what the model's method does."""
         return [tuple(answer) for answer in self._answers('loglikelihood', requests, options)]
 
     def loglikelihood_rolling(self, requests, **options) -> list[float]:
-        """As the model's."""
+        """Returns what the model's method does."""
         return self._answers('loglikelihood_rolling', requests, options)
 
     def generate_until(self, requests, **options) -> list[str]:
-        """As the model's."""
+        """Returns what the model's method does."""
         return self._answers('generate_until', requests, options)
 
     def _answers(self, kind: str, requests, options) -> list:
@@ -73,7 +74,7 @@ class Remembering(LM):
         return [answers[number] if number in answers else self._known[str(key)] for number, key in enumerate(keys)]
 
     def add_partial(self, kind: str, arguments, answer) -> None:
-        """Keeps an answer (lm-eval's name for it)."""
+        """Keeps an answer; lm-eval's models call this as soon as they have it."""
         key = _key(kind, arguments)
         if key is None or key in self._known:
             return
@@ -86,28 +87,28 @@ class Remembering(LM):
 
 
 def _key(kind: str, arguments) -> str | None:
-    """What identifies a request; None for one whose answer is drawn."""
+    """Returns what identifies a request; None for one whose answer is sampled."""
     if kind == 'generate_until' and utils.normalize_gen_kwargs(arguments[1]).get('do_sample'):
         return None
     return _hash([kind, *arguments])
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """The answers in a file; a last line that was cut off is cut away."""
-    known, good = {}, 0
+    """Returns the answers in a file, and removes an incomplete last line from it."""
+    known, complete = {}, 0
     if not path.exists():
         return known
     with path.open('rb') as file:
         for line in file:
             try:
                 key, answer = json.loads(line)
-            except (TypeError, ValueError):  # no pair, or no JSON
+            except (TypeError, ValueError):  # not a pair, or not JSON
                 break
             if not line.endswith(b'\n'):
                 break
             known[key] = answer
-            good += len(line)
-    if good < path.stat().st_size:
+            complete += len(line)
+    if complete < path.stat().st_size:
         with path.open('r+b') as file:
-            file.truncate(good)
+            file.truncate(complete)
     return known

@@ -1,4 +1,4 @@
-"""JaxLM: log-likelihoods against the plain forward pass, truncation, rolling windows, few programs, stop sequences."""
+"""JaxLM: log-likelihoods equal the plain forward pass; truncation, rolling windows, few programs, stop sequences."""
 
 import types
 
@@ -41,18 +41,18 @@ _forward = jax.jit(model.forward, static_argnames='config')
 
 
 def _expected(context, continuation):
-    """Sum of log-probabilities and greediness of ids after ids, one row at a time, without padding to share."""
+    """Returns the sum of log-probabilities and the greediness of a continuation that has a row to itself."""
     tokens = (context + continuation)[-(CONFIG.seq_len + 1) :]
     padded = np.zeros((1, CONFIG.seq_len), np.int32)
     padded[0, : len(tokens) - 1] = tokens[:-1]
     logprobs_TV = np.asarray(jax.nn.log_softmax(_forward(tiny_export.params(), padded, config=CONFIG)[0]), np.float64)
-    places = range(len(tokens) - 1 - len(continuation), len(tokens) - 1)
-    total = sum(logprobs_TV[place, tokens[place + 1]] for place in places)
-    return total, all(logprobs_TV[place].argmax() == tokens[place + 1] for place in places)
+    positions = range(len(tokens) - 1 - len(continuation), len(tokens) - 1)
+    total = sum(logprobs_TV[position, tokens[position + 1]] for position in positions)
+    return total, all(logprobs_TV[position].argmax() == tokens[position + 1] for position in positions)
 
 
 def _ids(encoder, context, continuation):
-    """What the harness makes of a pair: trailing spaces move, the whole is encoded and cut."""
+    """Returns a pair's ids as the harness encodes them: trailing spaces move, both are encoded together and split."""
     kept = context.rstrip()
     if not kept:
         return [encoder.bos_id], encoder.encode(continuation)
@@ -61,9 +61,9 @@ def _ids(encoder, context, continuation):
 
 
 def test_log_likelihoods_equal_the_forward_pass(jax_lm, encoder):
-    found = jax_lm.loglikelihood(_requests('loglikelihood', PAIRS * 15))
-    np.testing.assert_allclose(found[:5], found[-5:], atol=1e-5)
-    for (context, continuation), (logprob, greedy) in zip(PAIRS, found, strict=False):
+    results = jax_lm.loglikelihood(_requests('loglikelihood', PAIRS * 15))
+    np.testing.assert_allclose(results[:5], results[-5:], atol=1e-5)
+    for (context, continuation), (logprob, greedy) in zip(PAIRS, results, strict=False):
         expected = _expected(*_ids(encoder, context, continuation))
         assert (logprob, greedy) == (pytest.approx(expected[0], abs=1e-4), expected[1])
 
@@ -103,14 +103,14 @@ def test_bos_comes_first_when_the_protocol_adds_it(jax_lm, encoder):
     with_bos = lm.JaxLM(tiny_export.params(), CONFIG, encoder, add_bos=True)
     assert with_bos.tok_encode('x') == [encoder.bos_id, *jax_lm.tok_encode('x')]
     assert with_bos.tok_encode('x', add_special_tokens=False) == encoder.encode('x')
-    (found,) = with_bos.loglikelihood(_requests('loglikelihood', PAIRS[:1]))
+    ((logprob, _),) = with_bos.loglikelihood(_requests('loglikelihood', PAIRS[:1]))
     context, continuation = _ids(encoder, *PAIRS[0])
-    assert found[0] == pytest.approx(_expected([encoder.bos_id, *context], continuation)[0], abs=1e-4)
+    assert logprob == pytest.approx(_expected([encoder.bos_id, *context], continuation)[0], abs=1e-4)
 
 
 def test_rolling_windows_score_every_token_once(jax_lm, encoder):
     texts = [('short',), (tiny_export.text()[:400],), ('',)]
-    found = jax_lm.loglikelihood_rolling(_requests('loglikelihood_rolling', texts))
+    logprobs = jax_lm.loglikelihood_rolling(_requests('loglikelihood_rolling', texts))
     ids = encoder.encode(texts[1][0])
     assert len(ids) > 2 * CONFIG.seq_len, 'the text must need several windows'
     stream, S, expected = [encoder.bos_id, *ids], CONFIG.seq_len, 0.0
@@ -118,8 +118,8 @@ def test_rolling_windows_score_every_token_once(jax_lm, encoder):
         stop = min(start + S, len(ids))
         context = stream[max(0, stop - S) : start + 1]
         expected += _expected(context, stream[start + 1 : stop + 1])[0]
-    assert found[1] == pytest.approx(expected, abs=1e-3)
-    assert found[2] == 0.0
+    assert logprobs[1] == pytest.approx(expected, abs=1e-3)
+    assert logprobs[2] == 0.0
 
 
 def test_a_mesh_of_eight_devices_gives_the_same(jax_lm, encoder):
@@ -138,12 +138,12 @@ def test_generation_ends_before_a_stop_sequence(jax_lm):
         (text,) = jax_lm.generate_until(_requests('generate_until', [(PAIRS[0][0], {'until': [], **arguments})]))
         return text
 
-    whole = generated(max_gen_toks=20)
-    assert whole.startswith(generated(max_gen_toks=8).rstrip('\ufffd'))
-    assert generated(max_gen_toks=20, until=['no such text', '']) == whole
-    stop = whole[4:7]
-    assert generated(max_gen_toks=20, until=stop) == whole.split(stop)[0]
-    assert generated(max_gen_toks=20, do_sample=False, temperature=2.0) == whole
+    text = generated(max_gen_toks=20)
+    assert text.startswith(generated(max_gen_toks=8).rstrip('\ufffd'))
+    assert generated(max_gen_toks=20, until=['no such text', '']) == text
+    stop = text[4:7]
+    assert generated(max_gen_toks=20, until=stop) == text.split(stop)[0]
+    assert generated(max_gen_toks=20, do_sample=False, temperature=2.0) == text
 
 
 LONG = tiny_export.text()[:300]  # more tokens than the model reads
@@ -156,19 +156,19 @@ def _texts(model, **options):
 
 
 def test_texts_of_a_batch_are_those_of_single_requests(encoder, jax_lm):
-    told = []
+    kept = []
     single = lm.JaxLM(tiny_export.params(), CONFIG, encoder)
     single._generator = jax_lm._generator
-    single.set_cache_hook(types.SimpleNamespace(add_partial=lambda *what: told.append(what)))
+    single.set_cache_hook(types.SimpleNamespace(add_partial=lambda *answer: kept.append(answer)))
     texts = _texts(single)
     asked = [(context, {'until': ['no such text'], 'max_gen_toks': count}) for context, count in CONTEXTS]
     for request, text in zip(_requests('generate_until', asked), texts, strict=True):
         assert jax_lm.generate_until([request]) == [text]
-        assert ('generate_until', request.args, text) in told
-    assert len(told) == len(asked) and len(set(texts)) == len(texts)
+        assert ('generate_until', request.args, text) in kept
+    assert len(kept) == len(asked) and len(set(texts)) == len(texts)
 
 
-def test_a_request_that_comes_again_is_drawn_again(jax_lm):
+def test_a_repeated_request_is_sampled_again(jax_lm):
     options = {'until': [], 'max_gen_toks': 12, 'do_sample': True, 'temperature': 1.5}
     requests = _requests('generate_until', [('import', options)] * 2 + [('class', options)])
     texts = jax_lm.generate_until(requests)
@@ -185,13 +185,13 @@ def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
     tiny_export.require_torch()
     huggingface = pytest.importorskip('lm_eval.models.huggingface')
     head_DV = tiny_export.params()['lm_head'].copy()
-    # Neither <unk> nor bytes, some of which make no character: the two tokenizers show these differently.
+    # No <unk> and no bytes, which may not make a character: the two tokenizers decode these differently.
     head_DV[:, [0, *range(3, 259)]] = 0
     params = {**tiny_export.params(), 'lm_head': head_DV}
     convert.export(params, CONFIG, encoder.path, tmp_path / 'export')
     theirs = huggingface.HFLM(pretrained=str(tmp_path / 'export'), add_bos_token=False, batch_size=3, device='cpu')
-    kept = [pair for pair in CONTEXTS if pair[0]]  # an empty context is an error there
-    asked = [(context, {'until': [' s'], 'max_gen_toks': count}) for context, count in kept]
+    contexts = [pair for pair in CONTEXTS if pair[0]]  # lm-eval's hf model fails on an empty context
+    asked = [(context, {'until': [' s'], 'max_gen_toks': count}) for context, count in contexts]
     texts = [
         each.generate_until(_requests('generate_until', asked)) for each in (lm.JaxLM(params, CONFIG, encoder), theirs)
     ]

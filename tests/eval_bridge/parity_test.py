@@ -1,4 +1,4 @@
-"""The parity report, on samples by hand."""
+"""The parity report, on samples written by hand."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tinyllama_jax import errors
 
 
 def _result(first, second, *, texts=('a',), context='ctx'):
-    """Two questions of two choices, 'aa' and 'b', with these log-likelihoods; and texts."""
+    """Returns a result of two questions, with the choices 'aa' and 'b' and these log-likelihoods, and of texts."""
     arguments = [(context, 'aa'), (context, 'b')]
     questions = [
         {'doc_id': number, 'filter': 'none', 'arguments': arguments, 'resps': [[(value, False)] for value in values]}
@@ -41,12 +41,12 @@ def test_a_differing_choice_comes_with_the_gap_that_decided_it():
     ours, theirs = _result((-1.0, -1.0004), (-3.0, -1.0)), _result((-1.0004, -1.0), (-3.0, -1.0))
     report = parity.compare(ours, theirs)
     assert report['holds']
-    (choice,) = report['differing_choices']  # by likelihood; a character of 'aa' is half of it, far from 'b'
+    (choice,) = report['differing_choices']  # by likelihood only: a character, 'aa' has half of it, far from 'b'
     assert choice == {'task': 'choose', 'doc_id': 0, 'ours': 0, 'theirs': 1, 'gap': pytest.approx(0.0004)}
     assert 'document 0: 0 and 1, apart by 4.0e-04' in parity.describe(report)
 
 
-def test_other_requests_are_no_parity():
+def test_other_requests_are_not_compared():
     result = _result((-1.0, -2.0), (-3.0, -1.0))
     with pytest.raises(errors.RunError, match='choose, document 0: the two were not asked the same'):
         parity.compare(result, _result((-1.0, -2.0), (-3.0, -1.0), context='other'))

@@ -1,4 +1,4 @@
-"""Kept answers: what is asked again, what a torn file gives, what is never kept."""
+"""Kept answers: what is asked again, how an incomplete file is read, what is never kept."""
 
 import contextlib
 import types
@@ -12,7 +12,7 @@ from tinyllama_jax import errors
 
 
 class _Counting(LM):
-    """Answers with a request's length, tells the answers as they come, and can be interrupted."""
+    """Answers with a request's length, passes each answer to the hook at once, and can be interrupted."""
 
     max_length = 77
 
@@ -44,7 +44,7 @@ def _requests(kind, *arguments):
 
 @pytest.fixture
 def remembering():
-    """Remembering, whose files are closed at the end."""
+    """Returns a function that makes a Remembering, whose file is closed at the end of the test."""
     with contextlib.ExitStack() as stack:
         yield lambda model, path: stack.enter_context(contextlib.closing(responses.Remembering(model, path)))
 
@@ -52,7 +52,7 @@ def remembering():
 PAIRS = _requests('loglikelihood', ('a', 'b'), ('a', 'cc'), ('d', 'b'), ('a', 'b'))
 
 
-def test_an_interrupted_evaluation_goes_on(remembering, tmp_path):
+def test_an_interrupted_evaluation_resumes(remembering, tmp_path):
     path = tmp_path / 'responses' / 'x.jsonl'
     broken = remembering(_Counting(stop_after=2), path)
     with pytest.raises(KeyboardInterrupt):
@@ -65,19 +65,19 @@ def test_an_interrupted_evaluation_goes_on(remembering, tmp_path):
     assert again.max_length == 77
 
 
-def test_a_line_that_was_cut_off_is_asked_again(remembering, tmp_path):
+def test_an_incomplete_line_is_asked_again(remembering, tmp_path):
     path = tmp_path / 'x.jsonl'
-    whole = remembering(_Counting(), path)
-    assert whole.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
-    whole.close()
+    complete = remembering(_Counting(), path)
+    assert complete.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
+    complete.close()
     lines = path.read_bytes().splitlines(keepends=True)
-    for torn_line in (lines[1][:-3], b'5\n', b'["a"]\n'):
-        path.write_bytes(lines[0] + torn_line)
+    for line in (lines[1][:-3], b'5\n', b'["a"]\n'):
+        path.write_bytes(lines[0] + line)
         model = _Counting()
-        torn = remembering(model, path)
-        assert torn.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
+        again = remembering(model, path)
+        assert again.loglikelihood_rolling(_requests('loglikelihood_rolling', ('abc',), ('de',))) == [-3.0, -2.0]
         assert model.asked == [('de',)]
-        torn.close()
+        again.close()
         assert path.read_bytes().splitlines(keepends=True) == lines
 
 

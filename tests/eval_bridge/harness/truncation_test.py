@@ -1,4 +1,4 @@
-"""Requests that the model cannot read whole: counted by task, whoever answers them, and told of."""
+"""Requests too long for the model: counted by task, the same for every backend, and reported on stderr."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from eval_bridge.hf import convert
 from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
 
-# lm-eval and datasets warn of their own affairs.
+# lm-eval and datasets issue warnings of their own.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 CONFIG = dataclasses.replace(tiny_export.MODEL, seq_len=48)
@@ -73,9 +73,9 @@ def encoder(folder):
 
 @pytest.fixture(scope='module')
 def texts(encoder):
-    """For each length in tokens from 35 to 52, a text of just that."""
-    found = {len(encoder.encode(text)): text for text in (tiny_export.text()[:end] for end in range(40, 400))}
-    return [found[length] for length in range(35, 53)]
+    """Returns texts of 35, 36, ... 52 tokens."""
+    by_length = {len(encoder.encode(text)): text for text in (tiny_export.text()[:end] for end in range(40, 400))}
+    return [by_length[length] for length in range(35, 53)]
 
 
 @pytest.fixture(scope='module')
@@ -92,10 +92,10 @@ def task_files(texts, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def expected(encoder, texts):
-    """By hand: of a choice all but the last token is read; a text leaves room for eight."""
-    whole = [len(encoder.encode(text + choice)) for text in texts for choice in (' yes', ' no, at ')]
+    """Returns the counts by hand: all but the last token of a choice is read; a prompt leaves room for eight."""
+    lengths = [len(encoder.encode(text + choice)) for text in texts for choice in (' yes', ' no, at ')]
     return {
-        'choice': sum(length - 1 > 48 for length in whole),
+        'choice': sum(length - 1 > 48 for length in lengths),
         'text': sum(len(encoder.encode(text)) > 40 for text in texts),
         'whole': 0,
     }
@@ -106,7 +106,7 @@ def _counts(model, task_files):
     return result['protocol']['truncated_requests']
 
 
-def test_requests_that_are_cut_are_counted_and_told_of(folder, task_files, expected, tmp_path, capsys):
+def test_truncated_requests_are_counted_and_reported(folder, task_files, expected, tmp_path, capsys):
     params, config = convert.import_weights(folder)
     model = lm.JaxLM(params, config, hf_tokenizer.load(folder))
     for remembered in (0, 72):  # kept answers count too
@@ -114,8 +114,8 @@ def test_requests_that_are_cut_are_counted_and_told_of(folder, task_files, expec
         assert _counts(keeping, task_files) == expected
         keeping.close()
         assert keeping.remembered == remembered
-        told = f'cut on the left: {expected["choice"]} of choice, {expected["text"]} of text.'
-        assert told in capsys.readouterr().err
+        line = f'cut on the left: {expected["choice"]} of choice, {expected["text"]} of text.'
+        assert line in capsys.readouterr().err
     assert 0 < expected['choice'] < 36
     assert 0 < expected['text'] < 18
 

@@ -43,7 +43,7 @@ def _edit(folder, **fields):
 
 
 def _computed(config):
-    """The part of a ModelConfig that decides the function, as import returns it."""
+    """Returns the settings that weights decide, with import's defaults for the others."""
     return dataclasses.replace(config, init='normal', compute_dtype=None)
 
 
@@ -107,7 +107,7 @@ def test_transformers_loads_it_offline(tmp_path):
 
 
 def _published(folder):
-    """Rewrites an export in the form of TinyLlama's repositories on the Hub: .bin, old config, rotary buffers."""
+    """Rewrites an export in the form of TinyLlama's published folders: .bin, old config, rotary buffers."""
     torch = pytest.importorskip('torch')
     tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
     state = {name: torch.from_numpy(array).to(torch.float16) for name, array in tensors.items()}
@@ -115,8 +115,15 @@ def _published(folder):
         state[f'model.layers.{layer}.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
     torch.save(state, folder / 'pytorch_model.bin')
     (folder / 'model.safetensors').unlink()
-    _edit(folder, head_dim='drop', rope_theta='drop', attention_bias='drop', mlp_bias='drop', pretraining_tp=1,
-          transformers_version='4.31.0.dev0')  # fmt: skip
+    _edit(
+        folder,
+        head_dim='drop',
+        rope_theta='drop',
+        attention_bias='drop',
+        mlp_bias='drop',
+        pretraining_tp=1,
+        transformers_version='4.31.0.dev0',
+    )
 
 
 def test_a_folder_as_published_is_imported(copied):

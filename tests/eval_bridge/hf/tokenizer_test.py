@@ -95,9 +95,13 @@ def test_auto_tokenizer_gives_our_ids(tmp_path, add_bos):
 def test_other_kinds_of_tokenizers_are_refused(tmp_path, options, reason):
     settings = {'model_type': 'bpe', 'byte_fallback': True, 'normalization_rule_name': 'identity', **options}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny_export.text().splitlines()), model_prefix=str(tmp_path / 'other'),
-        vocab_size=380, remove_extra_whitespaces=False, minloglevel=2, **settings,
-    )  # fmt: skip
+        sentence_iterator=iter(tiny_export.text().splitlines()),
+        model_prefix=str(tmp_path / 'other'),
+        vocab_size=380,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **settings,
+    )
     with pytest.raises(errors.UsageError, match=reason):
         convert.export(tiny_export.params(), MODEL, tmp_path / 'other.model', tmp_path / 'export')
     assert not (tmp_path / 'export').exists()
