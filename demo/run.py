@@ -59,7 +59,7 @@ def _steps(folder: pathlib.Path, overrides: tuple[str, ...]) -> str:
     items = cloze.build(folder / 'corpus' / SOURCE, folder / cloze.TASK)
     result = folder / 'eval' / f'{cloze.TASK}-{step}.json'
     if not _newer(result, checkpoint):
-        print(f'\n{cloze.TASK}: {items} items from documents held out from training, in {folder / cloze.TASK}')
+        print(f'\n{cloze.TASK}: {items} items from held-out documents, in {folder / cloze.TASK}')
         tasks = (f'--tasks={cloze.TASK}', f'--include_path={folder / cloze.TASK}', '--log_samples')
         command('evaluate', workdir, *tasks, f'--output={result}')
     texts = command('generate', workdir, *(f'--prompt={prompt}' for prompt in PROMPTS), *SAMPLING, capture=True)
@@ -102,7 +102,7 @@ def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
     print(f'{"held-out loss (nats per token)":34}{"model":>16}{"unigram baseline":>20}')
     for source, loss in summary['heldout_loss'].items():
         print(f'  {source:32}{loss:16.3f}{summary["unigram_loss"][source]:20.3f}')
-    print(f'\n{"cloze, held-out documents":34}{"model":>16}{"chance":>20}')
+    print(f'\n{"cloze (1 of 4 continuations)":34}{"model":>16}{"chance":>20}')
     _print_figure(figures, 'acc', 'accuracy', f'{figures["chance_acc"]:.3f}')
     _print_figure(figures, 'gold_bits_per_byte', 'bits per byte', f'{figures["unigram_bits_per_byte"]:.3f} (unigram)')
     for text in _continuations(texts):
@@ -111,8 +111,8 @@ def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
     python = pathlib.Path(sys.executable)
     if python.is_relative_to(pathlib.Path.cwd()):
         python = python.relative_to(pathlib.Path.cwd())
-    for line in _next_commands(folder, summary['step']):
-        print(f'  {python} main.py {line}')
+    for purpose, line in _next_commands(folder, summary['step']).items():
+        print(f'  # {purpose}\n  {python} main.py {line}')
 
 
 def _continuations(texts: str) -> list[str]:
@@ -129,12 +129,15 @@ def _print_figure(figures: dict[str, float], name: str, title: str, chance: str)
     print(f'  {title:32}{value:>16}{chance:>20}')
 
 
-def _next_commands(folder: pathlib.Path, step: int) -> tuple[str, ...]:
-    return (
-        f"generate --workdir={folder} --prompt='import os' --temperature=0.8 --seed=1",
-        f'train --config={CONFIG} --workdir={folder} --config.train.num_steps={2 * step}',
-        f'evaluate --model={folder / "export"} --tasks={cloze.TASK} --include_path={folder / cloze.TASK}',
-    )
+def _next_commands(folder: pathlib.Path, step: int) -> dict[str, str]:
+    """Returns {purpose: arguments of main.py}."""
+    return {
+        'write another text': f"generate --workdir={folder} --prompt='import os' --temperature=0.8 --seed=1",
+        'train twice as long': f'train --config={CONFIG} --workdir={folder} --config.train.num_steps={2 * step}',
+        'evaluate the exported Hugging Face folder': (
+            f'evaluate --model={folder / "export"} --tasks={cloze.TASK} --include_path={folder / cloze.TASK}'
+        ),
+    }
 
 
 if __name__ == '__main__':

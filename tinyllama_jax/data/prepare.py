@@ -21,7 +21,7 @@ import tqdm
 
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
-from tinyllama_jax.config import DataConfig, SourceConfig
+from tinyllama_jax.config import DataConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
@@ -73,20 +73,17 @@ def _settings(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
         tokenizer = {'sha256': tokenizer_lib.Tokenizer(config.tokenizer).sha256}
     else:
         tokenizer = {'pieces': config.tokenizer_pieces}
+    sources = {}
+    for name, splits in inputs.items():
+        names = {split: [[i.format, i.text_field, *i.names] for i in listed] for split, listed in splits.items()}
+        digests = {split: hashlib.sha256(json.dumps(listed).encode()).hexdigest() for split, listed in names.items()}
+        sources[name] = {'drop_sets': sorted(config.sources[name].drop_sets), 'inputs': digests}
     return {
         'tokenizer': tokenizer,
         'bos': config.bos,
         'eos_per_document': config.eos_per_document,
-        'sources': {name: _source_settings(config.sources[name], inputs[name]) for name in inputs},
+        'sources': sources,
     }
-
-
-def _source_settings(source: SourceConfig, splits: Mapping[str, list[readers.Input]]) -> dict[str, Any]:
-    names = {
-        split: hashlib.sha256(json.dumps([[i.format, i.text_field, *i.names] for i in listed]).encode()).hexdigest()
-        for split, listed in splits.items()
-    }
-    return {'drop_sets': sorted(source.drop_sets), 'inputs': names}
 
 
 def _check_unchanged(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
@@ -277,7 +274,11 @@ def _file_entry(task: tasks.Task, result: dict[str, Any]) -> dict[str, Any]:
 
 def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns a source's manifest entry: the counts of its training split, its faults, all splits with their files."""
-    totals = {split: _total(files) for split, files in splits.items()}
+    totals = {}
+    for split, files in splits.items():
+        bad = {'files': sum('bad' in file for file in files), 'records': sum(file['bad_records'] for file in files)}
+        counts = {key: sum(file[key] for file in files) for key in ('documents', 'dropped', 'tokens')}
+        totals[split] = {**counts, 'bad': bad}
     if not totals['train']['documents']:
         raise errors.UsageError(
             f'source {name} has no document to train on ({totals["train"]["dropped"]} dropped, '
@@ -287,11 +288,6 @@ def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any
     records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
     listed = {split: {**totals[split], 'files': files} for split, files in splits.items()}
     return {**totals['train'], 'faults': bad_files + records, 'splits': listed}
-
-
-def _total(files: list[dict[str, Any]]) -> dict[str, Any]:
-    bad = {'files': sum('bad' in file for file in files), 'records': sum(file['bad_records'] for file in files)}
-    return {key: sum(file[key] for file in files) for key in ('documents', 'dropped', 'tokens')} | {'bad': bad}
 
 
 def _finish(path: Path, manifest: dict[str, Any]) -> None:
