@@ -291,7 +291,7 @@ def _member(member: str | dict[str, Any]) -> str:
 def _official() -> tuple[dict[str, set[pathlib.Path]], dict[str, set[pathlib.Path]]]:
     """Returns for lm-eval's own files: name of a task or group -> its folder, and tag -> all its folders.
 
-    A tag's set is empty if the tag is in several folders, of which lm-eval's index would keep one, or if files of other
+    A tag's set is empty if several folders have the tag (lm-eval's index would keep one of them), or if files of other
     folders include one that has it and so may have it too.
     """
     defined: dict[str, set[pathlib.Path]] = {}

@@ -2,7 +2,7 @@
 
     WORKDIR/evaluation.jsonl              one object per evaluation: step, tasks {task: {metric: value}}
     WORKDIR/tensorboard/evaluation        the same
-    WORKDIR/eval/training/step-STEP.json  the whole result, as `evaluate` writes it
+    WORKDIR/eval/training/step-STEP.json  the complete result, as `evaluate` writes it
 
 It follows the paper's protocol, on the first evaluate_limit examples of each task. The parameters stay where they are
 on the run's mesh, and training doesn't change: its losses are the same digits as without.

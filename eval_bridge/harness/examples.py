@@ -75,7 +75,7 @@ def drop(example: Example) -> str | None:
     many = example['validated_answers']
     parts = [many.get(name) for name in names]
     if not all(isinstance(part, list) for part in parts) or len({len(part) for part in parts}) > 1:
-        return f'validated_answers is {many!r}, which are not lists number, date and spans of one length'
+        return f'validated_answers is {many!r}, which must be lists number, date and spans of one length'
     answers = [('answer', example['answer'])]
     answers += [('validated_answers', dict(zip(names, answer, strict=True))) for answer in zip(*parts, strict=True)]
     for field, answer in answers:

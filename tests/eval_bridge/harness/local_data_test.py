@@ -127,7 +127,7 @@ def test_a_group_with_missing_members_is_refused_and_the_rest_named(data):
          'example 1: answer is .* which must have texts: number, date'),
         ('drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl'] | {
             'validated_answers': {'number': ['1', '2'], 'date': [NO_ANSWER['date']], 'spans': [[]]},
-        }], 'not lists number, date and spans of one length'),
+        }], 'must be lists number, date and spans of one length'),
         ('instructeval_drop', 'drop/validation.jsonl.gz', [EXAMPLES['drop/validation.jsonl']] * 3,
          'has 3 usable examples: 3 are few-shot examples, and no question is left'),
         ('mmlu_astronomy', 'mmlu/astronomy_dev.jsonl', [MMLU | {'answer': 4}] * 5, 'answer is 4, which is none of'),
