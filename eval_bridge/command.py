@@ -21,6 +21,7 @@ _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 # What answers depend on, besides the protocol and the request.
 _ANSWERS_DEPEND_ON = ('weights_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length')
 _Source = opening.Run | opening.Folder
+_Points = dict[float, tuple[str, _Source]]  # training tokens -> name, model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +121,13 @@ def _require_shown(tasks: Sequence[str], table: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates every model on the same tasks in the same way.
-
-    Attributes:
-      options: arguments of evaluate.evaluate.
-      kept: the folder that keeps the models' answers; None: they are not kept.
-    """
+    """Evaluates every model on the same tasks in the same way."""
 
     protocol: protocols.Protocol
     backend: str | None
     tasks: Sequence[str]
-    options: Mapping[str, Any]
-    kept: pathlib.Path | None
+    options: Mapping[str, Any]  # of evaluate.evaluate
+    kept: pathlib.Path | None  # the folder that keeps the models' answers
 
     def evaluate(self, source: _Source, *, backend: str | None = None, label: str = '', **options) -> dict[str, Any]:
         """Returns the result of one model; a `label` is stamped into it."""
@@ -204,8 +200,8 @@ def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], 
         print(results.write_table(output, table, rows))
 
 
-def make_figure(evaluator: Evaluator, models: Mapping[float, tuple[str, _Source]], output: pathlib.Path) -> None:
-    """Evaluates `models` (training tokens -> name, model) and writes their results and Figure 2 into `output`."""
+def make_figure(evaluator: Evaluator, models: _Points, output: pathlib.Path) -> None:
+    """Evaluates `models`, and writes their results and Figure 2 into `output`."""
     for _, source in models.values():  # before the first is evaluated, which takes long
         source.check_exists()
     points = {}
@@ -240,10 +236,8 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
     return folders
 
 
-def _by_tokens(
-    folders: Mapping[str, _Source], checkpoints: Mapping[float, tuple[str, _Source]]
-) -> dict[float, tuple[str, _Source]]:
-    """Returns training tokens -> (name, model); a name of a folder ends with its tokens, as ...-105b or ...-1T."""
+def _by_tokens(folders: Mapping[str, _Source], checkpoints: _Points) -> _Points:
+    """Adds folders, whose names end with their training tokens, as ...-105b or ...-1T, to a run's checkpoints."""
     models = dict(checkpoints)
     for name, source in folders.items():
         match = _TOKENS.search(name)
@@ -259,8 +253,8 @@ def _by_tokens(
     return models
 
 
-def _checkpoints(workdir: pathlib.Path, config: Config | None) -> dict[float, tuple[str, _Source]]:
-    """Returns training tokens -> (name, model) for every checkpoint of a run."""
+def _checkpoints(workdir: pathlib.Path, config: Config | None) -> _Points:
+    """Returns every checkpoint of a run by its training tokens."""
     run = workdir_lib.read_config(workdir)
     tokens_per_step = run.train.global_batch_size * run.model.seq_len
     steps = checkpoint.Checkpointer(workdir / 'checkpoints', read_only=True).steps()

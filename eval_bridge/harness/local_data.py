@@ -22,21 +22,13 @@ FORMATS = ('arrow', 'csv', 'json', 'parquet', 'text')  # values of dataset_path 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Where a dataset's files are in the folder, and what each of its examples must have.
+    """Where a dataset's files are in the folder, and what each of its examples must have."""
 
-    Attributes:
-      path: a split's file; {name} is the dataset's configuration, such as astronomy.
-      fields: field -> type.
-      rules: what else must hold for an example (examples.py).
-      inside: the key of the list of examples, in a file that is one JSON object; None for JSON lines.
-      least: split -> least number of examples, where that is more than 1.
-    """
-
-    path: str
-    fields: Mapping[str, Any]
-    rules: Sequence[examples.Rule] = ()
-    inside: str | None = None
-    least: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    path: str  # of a split's file; {name} is the dataset's configuration, such as astronomy
+    fields: Mapping[str, Any]  # field -> type
+    rules: Sequence[examples.Rule] = ()  # what else must hold for an example
+    inside: str | None = None  # the key of the list of examples in a file that is one JSON object; None: JSON lines
+    least: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> least number of examples, if not 1
 
     def file(self, config: Mapping[str, Any], split: str) -> str:
         """Returns the path of a split's file within the folder, for a task file's content."""
