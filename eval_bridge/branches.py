@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax import generate
 from tinyllama_jax import ops as ops_lib
 
 ROW = 512  # positions of a row; longer trees have longer rows
@@ -37,12 +38,12 @@ class Tree:
 
     @property
     def size(self) -> int:
-        """The tokens that are read: all but the last of each continuation."""
+        """How many tokens are read: all but the last of each continuation."""
         return len(self.trunk) + sum(len(ids) - 1 for _, ids in self.branches)
 
     @property
     def predictions(self) -> int:
-        """The tokens that are scored."""
+        """How many tokens are scored."""
         return sum(len(ids) for _, ids in self.branches)
 
 
@@ -65,26 +66,26 @@ class Batch:
     spans: dict[int, slice]
 
 
-def trees(requests: Sequence[Request], longest: int) -> list[Tree]:
+def make_trees(requests: Sequence[Request], longest: int) -> list[Tree]:
     """Returns a tree for each context, and several for one whose tree would have more than `longest` tokens."""
     by_context = defaultdict(list)
     for number, (context, continuation) in enumerate(requests):
         by_context[tuple(context)].append((number, continuation))
-    grown_trees = []
+    trees = []
     for context, branches in by_context.items():
         tree = Tree(list(context), [])
         for branch in branches:
             grown = Tree(tree.trunk, [*tree.branches, branch])
             too_long = max(grown.size, grown.predictions) > longest
             if tree.branches and (too_long or len(grown.branches) >= _MOST_BRANCHES):
-                grown_trees.append(tree)
+                trees.append(tree)
                 grown = Tree(tree.trunk, [branch])
             tree = grown
-        grown_trees.append(tree)
-    return grown_trees
+        trees.append(tree)
+    return trees
 
 
-def batches(trees: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
+def make_batches(trees: Sequence[Tree], most_tokens: int, multiple: int = 1) -> Iterator[Batch]:
     """Packs trees into batches, the longest first.
 
     A batch has at most `most_tokens` positions, and a number of rows that is a multiple of `multiple`. The last batch
@@ -108,12 +109,7 @@ def _rounded_up(count: int, multiple: int) -> int:
 
 def padded(length: int) -> int:
     """Returns the smallest of 64 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
-    size = _SMALLEST
-    while size < length:
-        if size >= 2 * _SMALLEST and size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
+    return generate.rounded(length, smallest=_SMALLEST)
 
 
 def _pack(trees: Sequence[Tree], T: int) -> list[list[Tree]]:

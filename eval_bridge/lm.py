@@ -118,7 +118,7 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
-        trees = branches.trees(
+        trees = branches.make_trees(
             [self._truncated(*request) for request in requests],
             longest=max(branches.ROW, branches.padded(self.max_length)),
         )
@@ -129,7 +129,7 @@ class JaxLM(TemplateLM):
         results = [(0.0, True)] * len(requests)
         # disable=None: no bar unless stderr is a terminal.
         with tqdm.tqdm(total=len(requests), desc='Log-likelihoods', disable=disable_tqdm or None) as bar:
-            for batch in branches.batches(trees, most_tokens, shards):
+            for batch in branches.make_batches(trees, most_tokens, shards):
                 for number, result in self._score_batch(batch):
                     results[number] = result
                     if requests[number][0] is not None:

@@ -149,11 +149,11 @@ def _check(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top
         refuse('top_p', top_p, 'above 0 and at most 1')
 
 
-def rounded(length: int) -> int:
-    """The least of 32 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
-    size = _SMALLEST
+def rounded(length: int, smallest: int = _SMALLEST) -> int:
+    """Returns the smallest of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
+    size = smallest
     while size < length:
-        if size >= 2 * _SMALLEST and size * 3 // 2 >= length:
+        if size >= 2 * smallest and size * 3 // 2 >= length:
             return size * 3 // 2
         size *= 2
     return size

@@ -15,19 +15,21 @@ def test_padded_lengths_are_few():
 
 
 def test_a_context_is_the_trunk_of_its_continuations():
-    first, second = branches.trees(ROWS, 64)
+    first, second = branches.make_trees(ROWS, 64)
     assert (first.trunk, [number for number, _ in first.branches]) == ([5, 6, 7], [0, 1, 3])
     assert (first.size, first.predictions) == (3 + 1 + 0 + 2, 2 + 1 + 3)
     assert (second.trunk, second.branches) == ([1], [(2, [2, 3, 4])])
 
 
 def test_a_tree_is_divided_where_it_is_too_long():
-    sizes = [(tree.size, [number for number, _ in tree.branches]) for tree in branches.trees(ROWS[:2] + ROWS[3:], 5)]
+    sizes = [
+        (tree.size, [number for number, _ in tree.branches]) for tree in branches.make_trees(ROWS[:2] + ROWS[3:], 5)
+    ]
     assert sizes == [(4, [0, 1]), (5, [2])]
 
 
 def test_a_batch_says_what_is_read_and_what_is_predicted_where():
-    (batch,) = branches.batches(branches.trees(ROWS, 64), 4 * branches.ROW)
+    (batch,) = branches.make_batches(branches.make_trees(ROWS, 64), 4 * branches.ROW)
     assert batch.tokens_BT.shape == (1, branches.ROW)
     # The tree of three branches, then that of one.
     assert batch.tokens_BT[0, :9].tolist() == [5, 6, 7, 8, 8, 11, 1, 2, 3]
@@ -51,7 +53,7 @@ def _random_rows(count, longest, rng):
 @pytest.mark.parametrize('multiple', [1, 3])
 def test_every_request_is_in_one_batch_and_little_is_padding(multiple):
     rows = _random_rows(400, 700, np.random.default_rng(0))
-    batches = list(branches.batches(branches.trees(rows, 768), 8 * branches.ROW, multiple))
+    batches = list(branches.make_batches(branches.make_trees(rows, 768), 8 * branches.ROW, multiple))
     assert sorted(number for batch in batches for number in batch.spans) == list(range(400))
     for batch in batches:
         B, T = batch.tokens_BT.shape
@@ -70,7 +72,7 @@ def test_every_request_is_in_one_batch_and_little_is_padding(multiple):
 
 def test_attention_is_that_of_each_branch_alone():
     rng = np.random.default_rng(0)
-    (batch,) = branches.batches(branches.trees([*ROWS, *_random_rows(6, 90, rng)], 512), branches.ROW)
+    (batch,) = branches.make_batches(branches.make_trees([*ROWS, *_random_rows(6, 90, rng)], 512), branches.ROW)
     B, T = batch.tokens_BT.shape
     q_BTNH, k_BTKH, v_BTKH = (rng.normal(size=(B, T, n, 8)).astype(np.float32) for n in (4, 2, 2))
     out_TNH = np.asarray(jax.jit(branches.attention)(q_BTNH, k_BTKH, v_BTKH, batch.branch_ids_BT))[0]
