@@ -119,6 +119,16 @@ class MeshConfig:
     zero: int = 3
 
 
+# What each remat policy saves of a layer beside its input: names in model.py (their bytes stand there) and in the
+# attention kernels; None: everything. Ordered from the least recomputation, and the most memory, to the most.
+REMAT: dict[str, tuple[str, ...] | None] = {
+    'none': None,
+    'names': ('attention_out', 'attention_lse', 'qkv', 'attended', 'mlp'),
+    'attention': ('attention_out', 'attention_lse'),
+    'full': (),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop: how long, how much at once, what is written when."""
@@ -126,10 +136,9 @@ class TrainConfig:
     num_steps: int = 1_430_512
     global_batch_size: int = 1_024  # sequences per optimiser step
     micro_batch_size: int = 8  # sequences per device in one forward pass
-    # What is kept for the backward pass, a layer and token of the 1.1 B model in bfloat16 with our kernels.
-    # none: 58 KiB, nothing is recomputed. names: queries, keys, values, attention with its log-sum-exp and what it adds
-    # to the residual stream, both inputs of SwiGLU: 40 KiB; norms and SwiGLU are recomputed. attention: its output and
-    # log-sum-exp, 8 KiB; all else is. full: 4 KiB, all is recomputed, a third more FLOPs.
+    # What the backward pass finds saved, per layer and token of the 1.1 B model in bfloat16 with our kernels. none:
+    # 58 KiB, everything. names: 40 KiB; norms and SwiGLU are recomputed. attention: 8 KiB, its output and log-sum-exp;
+    # all other ops are recomputed. full: 4 KiB, the layer's input; everything is recomputed, a third more FLOPs.
     remat: str = 'full'
     # Of weights' gradients as they leave their products and are added up between devices; none: the compute dtype.
     # float32 doubles what gradients take and move.
@@ -194,7 +203,7 @@ _CHOICES = {
     ),
     'optimizer.schedule': ('cosine', 'wsd'),
     'optimizer.decay': ('matrices', 'all'),
-    'train.remat': ('full', 'attention', 'names', 'none'),
+    'train.remat': tuple(REMAT),
     'train.gradient_dtype': (None, 'bfloat16', 'float32'),
     'mesh.zero': (1, 3),
     'train.mfu': ('C', 'F', 'N'),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels import checks, dispatch, varying
+from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
 from tinyllama_jax.sharding import BATCH, EMBEDDING, HEAD, HEADS, HIDDEN, TOKENS, VOCABULARY_AXIS, WEIGHTS_AXIS
@@ -266,10 +267,11 @@ def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
             checks.require_implementation(op, impl, compute_dtype(model, ops.chip).name, **needs)
     attention = dict(ops.implementations)['attention']
     # On GPUs only our kernels name their output and log-sum-exp; on CPUs plain JAX does, too.
-    if config.train.remat in ('attention', 'names') and attention not in ('triton', 'interpret') and ops.chip:
+    saved = config_lib.REMAT[config.train.remat] or ()
+    if 'attention_out' in saved and attention not in ('triton', 'interpret') and ops.chip:
         raise errors.UsageError(
-            f'config.train.remat={config.train.remat} keeps what the triton attention names, but attention is '
-            f'{attention} and would be recomputed. Choose full or none.'
+            f'config.train.remat={config.train.remat} saves residuals that only the triton attention names, but '
+            f'attention is {attention} and would be recomputed. Choose full or none.'
         )
     return ops
 

@@ -1,6 +1,7 @@
 """Validation and round trips of the configuration tree."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -64,3 +65,9 @@ def test_the_paper_s_experiment_is_valid(variant):
     config = config_lib.validated(experiment.load_experiment(f'configs/tinyllama_1b.py{variant}'))
     assert config.train.num_steps * config.train.global_batch_size * config.model.seq_len > 2.9e12
     assert config.optimizer.micro_steps_per_step == (8 if variant else 1)
+
+
+def test_remat_policies_are_ordered_by_what_they_save():
+    everything, *others = config_lib.REMAT.values()
+    assert everything is None and others[-1] == ()
+    assert all(set(less) < set(more) for more, less in itertools.pairwise(others))

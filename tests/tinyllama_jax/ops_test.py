@@ -173,7 +173,7 @@ def _kib_kept_per_token(the_ops, capsys, remat='none') -> float:
     def run(x_BTD, weights):
         return nnx.merge(graphdef, nnx.State(weights))(x_BTD, the_ops, positions_BT, attend)[0]
 
-    run = run if remat == 'none' else jax.checkpoint(run, policy=model._REMAT[remat])
+    run = run if remat == 'none' else jax.checkpoint(run, policy=model.remat_policy(remat))
     x_BTD = jax.ShapeDtypeStruct((3, config.seq_len, config.embed_dim), jnp.bfloat16)
     capsys.readouterr()
     jax.ad_checkpoint.print_saved_residuals(run, x_BTD, nnx.to_pure_dict(state))

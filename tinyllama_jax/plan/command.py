@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, flops, sharding, train
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
@@ -227,7 +228,7 @@ def search_steps(config: Config, cluster: Cluster) -> list[Compiled]:
     Those that fit come first, the fastest first.
     """
     tried, shards = [], sharding.batch_shards(sharding.make_mesh(config.mesh, cluster.devices()))
-    for policy in variants.REMAT:
+    for policy in config_lib.REMAT:
         for size in variants.sizes_to_search(config, shards):
             compiled = _compiled_or_none(variants.variant(config, remat=policy, micro_batch_size=size), cluster)
             tried += [compiled] if compiled else []

@@ -12,7 +12,6 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, MeshConfig
 from tinyllama_jax.settings import tree
 
-REMAT = ('none', 'names', 'attention', 'full')  # the least recomputation, and the most memory, first
 _TENSOR = (2, 4)  # sizes of the tensor axis that are tried
 
 
@@ -44,7 +43,8 @@ def least_change(config: Config, fitting: Callable[[Config], Any]) -> Any:
     It may be asked twice about one variant. On a mesh memory falls with the micro-batch and with recomputation: what
     recomputes everything is asked about first, and a mesh is left if even the smallest of these does not fit.
     """
-    policies = REMAT[REMAT.index(config.train.remat) :]
+    policies = list(config_lib.REMAT)  # the least recomputation first
+    policies = policies[policies.index(config.train.remat) :]
     sizes = _divisors(config.train.micro_batch_size)[::-1]
     for mesh in _meshes(config.mesh):
         rows = [[variant(config, mesh, remat=policy, micro_batch_size=size) for policy in policies] for size in sizes]

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from tests.support import tiny
-from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, MeshConfig
 from tinyllama_jax.plan import variants
 from tinyllama_jax.settings import experiment
@@ -25,10 +24,6 @@ def _least(config: Config, fits) -> tuple[Config | None, int]:
         return each if fits(each.mesh, each.train) else None
 
     return variants.least_change(config, fitting), len(asked)
-
-
-def test_every_remat_policy_is_a_variant():
-    assert set(variants.REMAT) == set(config_lib._CHOICES['train.remat'])
 
 
 def test_recomputation_comes_first_and_as_little_of_it_as_will_do():
