@@ -6,7 +6,7 @@ i // rows of a source visits all its training rows once, in an order of its own
 (`permuted`). Nothing is stored and only the keys of the permutations are random,
 so any step is computed in O(1).
 
-Arrays: A accumulation steps, B global rows of one of them, R = seq_len + 1.
+Arrays: A accumulation steps, B global rows in each, R = seq_len + 1.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def permuted(index: np.ndarray, size: int, *key: object) -> np.ndarray:
     """Returns the images of `index` (int64, each below `size`) under the permutation of range(size) keyed by `key`.
 
     A Feistel network on the smallest power of two >= size, applied again until the
-    image is below size (cycle walking): no memory, under two rounds of it on average.
+    image is below size (cycle walking): no memory, under two passes on average.
     """
     bits = max(size - 1, 1).bit_length()
     low = bits // 2

@@ -28,7 +28,7 @@ from tinyllama_jax.settings import tree
 
 _LISTED_RECORDS = 100  # bad records listed per source; all are counted
 _SAMPLE_CHARACTERS = 4_000_000  # for training a tokenizer
-_SAMPLE_FILES = 256  # per source, likewise
+_SAMPLE_FILES = 256  # of each source, for the same
 _LINE_SECONDS = 10.0  # between lines of progress
 
 Inputs = Mapping[str, Mapping[str, list[readers.Input]]]  # source -> split -> inputs
@@ -274,7 +274,7 @@ def _file_entry(task: tasks.Task, result: dict[str, Any]) -> dict[str, Any]:
 
 def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns a source's manifest entry: the counts of its training split, its faults, all splits with their files."""
-    totals = {}
+    totals: dict[str, dict[str, Any]] = {}
     for split, files in splits.items():
         bad = {'files': sum('bad' in file for file in files), 'records': sum(file['bad_records'] for file in files)}
         counts = {key: sum(file[key] for file in files) for key in ('documents', 'dropped', 'tokens')}
@@ -285,9 +285,9 @@ def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any
             f'{totals["train"]["bad"]["records"]} bad records); check --config.data.sources.{name}.path.'
         )
     bad_files = [fault for fault in faults if fault['record'] is None]
-    records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
+    bad_records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
     listed = {split: {**totals[split], 'files': files} for split, files in splits.items()}
-    return {**totals['train'], 'faults': bad_files + records, 'splits': listed}
+    return {**totals['train'], 'faults': bad_files + bad_records, 'splits': listed}
 
 
 def _finish(path: Path, manifest: dict[str, Any]) -> None:

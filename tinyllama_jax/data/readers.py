@@ -38,7 +38,7 @@ class Input:
     root: str  # the source's folder
     names: tuple[str, ...]  # of the files, relative to root
     format: str  # a key of FORMATS
-    text_field: str | None  # the field or column with the text; none: the whole file is the text
+    text_field: str | None  # the field or column with the text; none: the file itself is the text
 
     def paths(self) -> list[Path]:
         """Returns the paths of the files."""
