@@ -1,4 +1,4 @@
-"""What lies in a GPU's memory when a compiled step needs most of it, from XLA's own account of live ranges."""
+"""What a GPU's memory holds at a compiled step's peak, from the files on live ranges and buffers that XLA dumps."""
 
 import re
 from collections.abc import Iterable
@@ -7,35 +7,43 @@ from typing import NamedTuple
 from tinyllama_jax.plan import hlo
 from tinyllama_jax.plan.hlo import Array, Instruction, Program
 
+GIB = 2**30
 PARTS = (
-    'parameters', 'optimiser state', 'gradients', 'saved activations', 'copies of parameters', 'loss', 'other buffers',
-    'batch', 'gaps',
-)  # fmt: skip
+    'parameters',
+    'optimiser state',
+    'gradients',
+    'saved activations',
+    'copies of parameters',
+    'loss',
+    'other buffers',
+    'batch',
+    'gaps',
+)
 _ARGUMENT = re.compile(r'op_name="(\w[^"]*)"')
 _ARGUMENTS = {'state.params': 'parameters', 'state.': 'optimiser state', 'rows': 'batch', 'segment': 'batch'}
 
 
 class Value(NamedTuple):
-    """An array in memory; two that lie at the same place are one, updated."""
+    """An array in memory. Two values at one address are one array before and after an update in place."""
 
     name: str  # of the instruction that makes it
     array: Array
     bytes: int
-    place: tuple[int, int]  # allocation and offset
+    address: tuple[int, int]  # allocation and offset
 
 
 def at_peak(live_ranges: str, assignment: str) -> list[Value]:
-    """The values alive at the peak, one a place; from XLA's dumped files of live ranges and buffer assignment."""
+    """Returns the values alive at the peak, one for each address, from XLA's files of live ranges and buffers."""
     values = _assigned(assignment)
     _, _, rest = live_ranges.partition('(peak):\n')
     names = re.findall(r'\s*(\S+): \d+ bytes \(cumulative', rest.partition('Stack trace')[0])
-    found = sorted((values[name] for name in names if name in values), key=lambda value: value.bytes)
-    return list({value.place: value for value in found}.values())
+    alive = sorted((values[name] for name in names if name in values), key=lambda value: value.bytes)
+    return list({value.address: value for value in alive}.values())
 
 
 def _assigned(assignment: str) -> dict[str, Value]:
-    """Every value of a program by its name{index}."""
-    found, allocation = {}, -1
+    """Returns every value of a program by its name{index}."""
+    values, allocation = {}, -1
     for line in assignment.splitlines():
         if match := re.match(r'allocation (\d+):', line):
             allocation = int(match[1])
@@ -43,29 +51,31 @@ def _assigned(assignment: str) -> dict[str, Value]:
             name, brace, index = match[1].partition('{')
             if not match[4].startswith('('):  # a tuple is a table of addresses
                 (array,) = hlo.arrays(match[4])
-                found[name + (brace + index or '{}')] = Value(name, array, int(match[2]), (allocation, int(match[3])))
-    return found
+                values[name + (brace + index or '{}')] = Value(name, array, int(match[2]), (allocation, int(match[3])))
+    return values
 
 
 def parts(values: Iterable[Value], program: Program, shapes: 'Shapes', peak_bytes: int) -> dict[str, int]:
-    """Bytes of each of `PARTS` at the peak; `gaps` are left between buffers."""
-    found = dict.fromkeys(PARTS, 0)
+    """Returns the bytes of each of `PARTS` at the peak; `gaps` is the memory between buffers."""
+    sizes = dict.fromkeys(PARTS, 0)
     instructions = {
         name: instruction
         for computation in program.computations.values()
         for name, instruction in computation.instructions.items()
     }
     for value in values:
-        found[_part(instructions.get(value.name), value.array, shapes)] += value.bytes
-    found['gaps'] = max(peak_bytes - sum(found.values()), 0)
-    return found
+        sizes[_part(instructions.get(value.name), value.array, shapes)] += value.bytes
+    sizes['gaps'] = max(peak_bytes - sum(sizes.values()), 0)
+    return sizes
 
 
 class Shapes:
-    """The sizes by which parameters and what has their shape are recognised, transposed though they may be."""
+    """The sizes by which a buffer's part is recognised; those of parameters in any order of the axes.
+
+    `parameters`: shapes of parameters, whole and as a device holds them, the axis of the layers first.
+    """
 
     def __init__(self, parameters: Iterable[tuple[int, ...]], layers: int, vocab: int):
-        """Shapes of parameters, whole and as a device holds them, layers first; and two sizes of the model."""
         parameters = list(parameters)
         single = [shape[1:] for shape in parameters if shape[:1] == (layers,)]
         self.parameters = {_key(shape) for shape in parameters + single}
@@ -77,7 +87,7 @@ def _key(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _part(instruction: Instruction | None, array: Array, shapes: Shapes) -> str:
-    """Which of `PARTS` an array belongs to that an instruction made."""
+    """Returns the one of `PARTS` to which an instruction's array belongs."""
     if instruction and instruction.opcode == 'parameter' and (argument := _ARGUMENT.search(instruction.attributes)):
         return next((part for start, part in _ARGUMENTS.items() if argument[1].startswith(start)), 'batch')
     key = _key(array.shape)

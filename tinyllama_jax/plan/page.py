@@ -1,4 +1,4 @@
-"""A plan as an HTML page: its table and a bar chart of GPU-hours beside published ones."""
+"""A plan as an HTML page: tables, and a bar chart of its GPU-hours beside published ones."""
 
 import json
 import pathlib
@@ -12,13 +12,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from tinyllama_jax import files
+from tinyllama_jax.plan.memory import GIB
 from tinyllama_jax.report import page
-
-GIB = 2**30
 
 
 def write(plan: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """Makes FOLDER/plan.json, gpu_hours.png and index.html; returns the path of the last."""
+    """Writes FOLDER/plan.json, gpu_hours.png and index.html; returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(folder / 'plan.json', json.dumps(plan, indent=2) + '\n')
     figure = _draw_gpu_hours(plan['gpu_hours_per_300b_tokens'])
@@ -30,9 +29,9 @@ def write(plan: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
         page.picture('GPU-hours per 300 B tokens', folder / 'gpu_hours.png'),
         page.heading('Memory of a GPU at the peak (GiB)'),
         page.table([(part, f'{size / GIB:.2f}') for part, size in plan['memory'].items() if size]),
-        page.heading('What a GPU sends in a step'),
+        page.heading('Sent by a GPU in a step'),
         page.table(_exchanges(plan)),
-        page.heading('Where a step goes (seconds, estimated)'),
+        page.heading('Time of a step (seconds, estimated)'),
         page.table([(kind, f'{seconds:.3f}') for kind, seconds in plan['seconds_per_step'].items()]),
     ]
     files.write_atomically(folder / 'index.html', page.page('plan', parts))
@@ -67,14 +66,8 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _exchanges(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = [
-        (
-            each['kind'],
-            each['axis'],
-            each['dtype'],
-            f'{each["count_per_step"]:,}',
-            f'{each["bytes_per_step"] / 1e9:.3f}',
-        )
-        for each in plan['collectives']
-    ]
-    return [('kind', 'mesh axes', 'type', 'times', 'GB'), *rows]
+    rows: list[tuple[str, ...]] = [('kind', 'mesh axes', 'type', 'times', 'GB')]
+    for each in plan['collectives']:
+        times, size = f'{each["count_per_step"]:,}', f'{each["bytes_per_step"] / 1e9:.3f}'
+        rows.append((each['kind'], each['axis'], each['dtype'], times, size))
+    return rows

@@ -1,28 +1,30 @@
-"""The GPUs that `plan` knows: what XLA is told of each, and how fast it is, with the source of every figure.
+"""The GPUs that `plan` knows: how XLA describes each and how fast it is, with the source of every figure.
+
+A new GPU is a row in `TARGETS`; a new chip is also a row in kernels/chips.py.
 
 [xla]     XLA's descriptions of these GPUs (openxla/xla, xla/backends/gpu/target_config/specs)
-[sheet]   NVIDIA's data sheets of A100, H100, H200; of NVLink half the total, which counts both directions
+[sheet]   NVIDIA's data sheets of A100, H100, H200; NVLink is half the total, which counts both directions
 [dgx]     NVIDIA's DGX A100 and H100: one adapter of 200 and 400 Gb/s a GPU
 [matmul]  the fastest bf16 product measured (Bekman, ML Engineering, compute/accelerator): on A100 the "maximum
           achievable"; on H200, whose power limit slows long runs down, the "maximum sustainable". H100: the same chip
 [triton]  Triton's tutorial 06 as published, run on an A100: 32 heads of 64, T 2,048, causal
 [fa3]     the charts of FlashAttention-3 (Shah et al., 2024): H100, heads of 64, T 2,048; forward Triton's, causal;
-          backward FlashAttention-2's 264 TFLOP/s without a mask, of which a causal one leaves it 0.78 at that length
-          (96.5 of 124.8 on an RTX 4090, apache/tvm tl_doc/flash_perf.md; 231 of 293 in Triton's tutorial on a B200)
+          backward FlashAttention-2's 264 TFLOP/s without a mask, times 0.78 for a causal one at that length (96.5 of
+          124.8 on an RTX 4090, apache/tvm tl_doc/flash_perf.md; 231 of 293 in Triton's tutorial on a B200)
 
-For heads of 128 nothing as complete was found, and the rates of 64 are taken.
+No source as complete is known for heads of 128: they take the rates of 64.
 """
 
 import dataclasses
 
 from tinyllama_jax import errors, flops
 
-# Of a data sheet's bandwidth what the best programs reach: kernels 0.9 of the memory's (NVIDIA's developer forum,
-# topic 339083), nccl-tests 230 of NVLink's 300 GB/s on A100 and 340 of 450 on H100 (NVIDIA/nccl issues 583, 1218)
-# and 96 of a network's 100 GB/s (NVIDIA/nccl-tests issue 119).
+# The shares of a data sheet's bandwidth that the best programs reach: kernels 0.9 of the memory's (NVIDIA's developer
+# forum, topic 339083), nccl-tests 230 of NVLink's 300 GB/s on A100 and 340 of 450 on H100 (NVIDIA/nccl issues 583,
+# 1218) and 96 of a network's 100 GB/s (NVIDIA/nccl-tests issue 119).
 MEMORY_SHARE, NVLINK_SHARE, NETWORK_SHARE = 0.9, 0.76, 0.96
-# NCCL takes a multiprocessor for each of its blocks, which computing kernels cannot share (NVIDIA/nccl issue 689):
-# two for each NVLink (issue 1703) or adapter (issue 689: 16 on a DGX of 8), at most 32 (issue 1429).
+# NCCL takes a multiprocessor for each of its blocks, which other kernels cannot share (NVIDIA/nccl issue 689): two for
+# each NVLink (issue 1703) or adapter (issue 689: 16 on a DGX of 8), at most 32 (issue 1429).
 CHANNELS_PER_LINK, MOST_CHANNELS = 2, 32
 # Seconds between kernels of a stream: 3.8 us for kernels of 2.9 us (NVIDIA, Getting Started with CUDA Graphs).
 KERNEL_GAP = 0.9e-6
@@ -30,17 +32,17 @@ KERNEL_GAP = 0.9e-6
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One kind of GPU. Rates and bandwidths are per second; bandwidths are of one direction."""
+    """A kind of GPU to plan for. Rates and bandwidths are per second; bandwidths are for one direction."""
 
     device_name: str
     compute_capability: tuple[int, int]
     memory_bytes: int  # [xla]
     memory_bandwidth: float  # [sheet]
     matmul_flops: float  # [matmul]
-    attention_flops: tuple[float, float]  # forward, backward; the latter counted as 2.5 times the forward's FLOPs
+    attention_flops: tuple[float, float]  # forward, backward; a backward pass counts 2.5 times the forward's FLOPs
     nvlink_bandwidth: float  # [sheet]
     network_bandwidth: float  # [dgx] of one GPU's adapter, between nodes
-    description: dict[str, float | int]  # [xla] what else XLA's compiler looks at
+    description: dict[str, float | int]  # [xla] further properties that XLA's compiler reads
 
     @property
     def peak_flops(self) -> float:
@@ -49,12 +51,12 @@ class Target:
 
     @property
     def multiprocessors(self) -> int:
-        """How many there are."""
+        """The number of multiprocessors."""
         return int(self.description['core_count'])
 
     @property
     def nvlinks(self) -> int:
-        """Of 25 GB/s in one direction, on all of these chips [sheet]."""
+        """The number of NVLinks: each carries 25 GB/s in one direction, on all of these chips [sheet]."""
         return round(self.nvlink_bandwidth / 25e9)
 
 
@@ -94,24 +96,23 @@ TARGETS = {
 
 
 def find(name: str | None) -> Target:
-    """The target of a name of `TARGETS`; raises UsageError for another one."""
+    """Returns the target of that name in `TARGETS`; raises UsageError for another name."""
     if name not in TARGETS:
         raise errors.usage(f'--target={name or ""}', f'choose one of {", ".join(TARGETS)}')
     return TARGETS[name]
 
 
 def xla_description(target: Target) -> str:
-    """The GPU as XLA's compiler reads it: a GpuTargetConfigProto in text form."""
+    """Returns the GPU as XLA's compiler reads it: a GpuTargetConfigProto in text form."""
     major, minor = target.compute_capability
     features = 'ACCELERATED_FEATURES' if major >= 9 else 'NONE'
     own = ''.join(f'  {name}: {value}\n' for name, value in target.description.items())
-    return _DESCRIPTION.format(
-        name=target.device_name, memory=target.memory_bytes, bandwidth=int(target.memory_bandwidth),
-        major=major, minor=minor, features=features, own=own,
-    )  # fmt: skip
+    size, bandwidth = target.memory_bytes, int(target.memory_bandwidth)
+    versions = {'major': major, 'minor': minor, 'features': features}
+    return _DESCRIPTION.format(name=target.device_name, memory=size, bandwidth=bandwidth, own=own, **versions)
 
 
-# What these GPUs have in common; a version of CUDA that the stacks of requirements.txt both know.
+# The properties that these GPUs share, with versions of CUDA that both stacks of requirements.txt know.
 _DESCRIPTION = """gpu_device_info {{
 {own}  threads_per_block_limit: 1024
   threads_per_warp: 32

@@ -1,7 +1,7 @@
 """Variants of a run that need less memory: more recomputation, smaller micro-batches, other meshes.
 
-What one needs, and whether it can run at all, only its compiled program tells (plan.py): here is
-which ones to compile, and in which order, so that few have to be.
+Only a compiled program shows how much memory a variant needs and whether it runs at all. This file chooses which
+variants are compiled, and in which order, so that they are few.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ _TENSOR = (2, 4)  # sizes of the tensor axis that are tried
 
 
 def variant(config: Config, mesh: MeshConfig | None = None, **train_settings) -> Config:
-    """`config` on this mesh (none: its own), with these settings of `config.train`."""
+    """Returns `config` with other settings of `config.train`, on another mesh if one is given."""
     train = dataclasses.replace(config.train, **train_settings)
     return dataclasses.replace(config, mesh=mesh or config.mesh, train=train)
 
 
 def flags(old: Config, new: Config) -> str:
-    """What a user adds to the command line to get from one configuration to another."""
+    """Returns the flags that turn one configuration into another."""
     changes = tree.differences(config_lib.to_dict(old), config_lib.to_dict(new), 'config')
     return ' '.join(f'--{field}={value}' for field, (_, value) in changes.items())
 
 
 def sizes_to_search(config: Config, shards: int) -> list[int]:
-    """Micro-batches that divide what a GPU has of the batch, from half the configured one to four times it.
+    """Returns the micro-batches that divide a GPU's share of the batch, from half to four times the configured one.
 
-    If there is none among them, the largest two; none at all if the batch does not divide by the mesh's shards.
+    If there are none, returns the two largest that divide; none if the batch is not a multiple of `shards`.
     """
     batch, size = config.train.global_batch_size, config.train.micro_batch_size
     divisors = _divisors(batch // shards) if batch % shards == 0 else []
@@ -38,18 +38,18 @@ def sizes_to_search(config: Config, shards: int) -> list[int]:
 
 
 def least_change(config: Config, fitting: Callable[[Config], Any]) -> Any:
-    """The first of `fitting`'s answers that is not None, over changes of remat policy, then micro-batch, then mesh.
+    """Returns the first answer of `fitting` that is not None, over changes of remat policy, micro-batch, then mesh.
 
-    It may be asked twice about one variant. On a mesh memory falls with the micro-batch and with recomputation: what
-    recomputes everything is asked about first, and a mesh is left if even the smallest of these does not fit.
+    On a mesh memory falls with the micro-batch and with recomputation: the largest and the smallest micro-batch are
+    tried with most recomputation first, and a mesh is left if neither fits. May call `fitting` twice on a variant.
     """
     policies = list(config_lib.REMAT)  # the least recomputation first
     policies = policies[policies.index(config.train.remat) :]
     sizes = _divisors(config.train.micro_batch_size)[::-1]
     for mesh in _meshes(config.mesh):
-        rows = [[variant(config, mesh, remat=policy, micro_batch_size=size) for policy in policies] for size in sizes]
-        if fitting(rows[0][-1]) is not None or fitting(rows[-1][-1]) is not None:
-            row = next(row for row in rows if fitting(row[-1]) is not None)
+        grid = [[variant(config, mesh, remat=policy, micro_batch_size=size) for policy in policies] for size in sizes]
+        if fitting(grid[0][-1]) is not None or fitting(grid[-1][-1]) is not None:
+            row = next(row for row in grid if fitting(row[-1]) is not None)
             return next(answer for each in row if (answer := fitting(each)) is not None)
     return None
 
@@ -59,7 +59,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _meshes(mesh: MeshConfig) -> Iterator[MeshConfig]:
-    """The mesh; all else split over every GPU; and with layers split too."""
+    """Yields the mesh; a mesh that splits everything over all GPUs; meshes that split layers (tensor) too."""
     yield mesh
     split = MeshConfig(data=1, fsdp=-1, tensor=max(mesh.tensor, 1), zero=3)
     if split != mesh:
