@@ -1,4 +1,4 @@
-"""What the kernels need to know about each chip: multiprocessors, shared memory, tile shapes.
+"""What is known about each chip: multiprocessors, shared memory, tile shapes of kernels, peaks of its GPUs.
 
 A new chip is a row in `CHIPS`, and for `plan` a row in tinyllama_jax/plan/targets.py.
 """
@@ -41,6 +41,7 @@ class Chip:
     multiprocessors: int
     shared_bytes: int  # at most, for one block (CUDA C++ Programming Guide, table 30)
     attention: dict[tuple[str, int], dict[str, Tile]]  # (dtype, head dim): tiles of the attention kernels
+    peak_flops: dict[str, float] = dataclasses.field(default_factory=dict)  # GPU: dense bf16 FLOP/s (data sheets)
     streaming: dict[str, Tile] = dataclasses.field(default_factory=lambda: STREAMING)
     run: Callable | None = None  # runs a kernel in place of jax-triton (`launch.call`)
 
@@ -67,6 +68,7 @@ _FLOAT32 = {  # for checks, not for speed: tensor cores have no float32
 }
 _A100 = Chip(
     'sm_80',
+    peak_flops={'A100': 312e12},
     multiprocessors=108,
     shared_bytes=163 * 1024,
     attention=_FLOAT32
@@ -77,8 +79,9 @@ _A100 = Chip(
         ('bfloat16', 128): attention_tiles(forward=(128, 64, 8, 2), dq=(64, 64, 8, 2), dkv=(32, 64, 8, 2)),
     },
 )
-_H100 = Chip(  # and H200
+_H100 = Chip(
     'sm_90',
+    peak_flops={'H100': 989e12, 'H200': 989e12, 'GH200': 989e12},
     multiprocessors=132,
     shared_bytes=227 * 1024,
     attention=_FLOAT32

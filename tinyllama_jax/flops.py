@@ -8,10 +8,13 @@ compare with another's (L layers, d = heads x head_dim, T sequence length):
     N  6 all parameters + 12 L d T   as the original's and many others' scripts
 """
 
+import re
+
+from kernels import chips
 from tinyllama_jax.config import ModelConfig
 
-# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by a part of jax's device_kind.
-PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}
+# Dense bf16 FLOP/s of one GPU by its name, such as H100.
+PEAK_FLOPS = {name: peak for chip in chips.CHIPS.values() for name, peak in chip.peak_flops.items()}
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
@@ -33,8 +36,9 @@ def flops_per_token(model: ModelConfig, convention: str) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bf16 FLOP/s of a device, or None for one the table does not know (CPUs)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    """Returns the peak bf16 FLOP/s of a device by jax's device_kind, or None for one without a known peak (CPUs)."""
+    names = re.findall(r'[A-Z]+\d+', device_kind)  # NVIDIA GB200: GB200, not B200
+    return next((PEAK_FLOPS[name] for name in names if name in PEAK_FLOPS), None)
 
 
 def mfu(model: ModelConfig, convention: str, tokens_per_second: float, device_kind: str, devices: int) -> float | None:

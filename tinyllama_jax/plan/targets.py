@@ -1,6 +1,6 @@
 """The GPUs that `plan` knows: how XLA describes each and how fast it is, with the source of every figure.
 
-A new GPU is a row in `TARGETS`; a new chip is also a row in kernels/chips.py.
+A new GPU is a row in `TARGETS`; a new chip is also a row in kernels/chips.py, which has the peaks.
 
 [xla]     XLA's descriptions of these GPUs (openxla/xla, xla/backends/gpu/target_config/specs)
 [sheet]   NVIDIA's data sheets of A100, H100, H200; NVLink is half the total, which counts both directions
@@ -46,8 +46,10 @@ class Target:
 
     @property
     def peak_flops(self) -> float:
-        """Dense bf16 [sheet]."""
-        return flops.PEAK_FLOPS[self.device_name.split()[1][:4]]
+        """Dense bf16 FLOP/s [sheet]. Raises ValueError if kernels/chips.py has no peak for the GPU."""
+        if peak := flops.peak_flops(self.device_name):
+            return peak
+        raise ValueError(f'{self.device_name} has no peak_flops in kernels/chips.py')
 
     @property
     def multiprocessors(self) -> int:
