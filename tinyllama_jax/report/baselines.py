@@ -1,7 +1,4 @@
-"""What a model is compared with: a unigram model of its own training tokens, and chance.
-
-Also bits per byte of texts, with the standard error.
-"""
+"""What a model is compared with: a unigram model of its own training tokens, and chance; bits per byte of texts."""
 
 import dataclasses
 import math
@@ -11,43 +8,44 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_jax import tokenizer
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
+from tinyllama_jax.tokenizer import Tokenizer
 
-_MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
+_MOST_TOKENS = 1 << 22  # that are counted: enough for a few thousandths of a nat
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One multiple-choice sample: the texts of the choices, the right one."""
+    """One multiple-choice sample."""
 
     texts: Sequence[str]
-    right: int
+    right: int  # index of the right text
+
+    @property
+    def answer(self) -> str:
+        """The right text."""
+        return self.texts[self.right]
 
 
 @dataclasses.dataclass(frozen=True)
 class Unigram:
-    """Token frequencies of the training rows, add-one smoothed.
+    """Token frequencies of the training rows, add-one smoothed."""
 
-    Attributes: losses (source -> nats per token on its held-out rows, by the
-    source's own frequencies), logprobs_V (nats, of all sources together).
-    """
-
-    losses: Mapping[str, float]
-    logprobs_V: np.ndarray
-    pieces: tokenizer.Tokenizer
+    losses: Mapping[str, float]  # source: nats per token on its held-out rows, by the source's own frequencies
+    logprobs_V: np.ndarray  # nats, of all sources together
+    tokenizer: Tokenizer
 
     def bits_per_byte(self, samples: Sequence[Choice]) -> float:
-        """Bits per byte of the right answers under `logprobs_V`."""
-        nats = sum(-self.logprobs_V[self.pieces.encode(_right(sample).lstrip())].sum() for sample in samples)
-        return float(nats / math.log(2) / sum(_size(sample) for sample in samples))
+        """Returns the bits per byte of the right answers under `logprobs_V`."""
+        nats = sum(-self.logprobs_V[self.tokenizer.encode(sample.answer.lstrip())].sum() for sample in samples)
+        return float(nats / math.log(2) / sum(len(sample.answer.encode()) for sample in samples))
 
 
 def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Path) -> Unigram:
     """Counts the tokens of the run's first training steps (at most some four million) and scores held-out rows.
 
-    Raises UsageError where there is no store that fits `config`.
+    Raises UsageError if there is no store that fits `config`.
     """
     data = pipeline.make_dataset(config, store.TokenStore(store_path))
     counts_NV = np.ones((len(data.sources), config.model.vocab_size))
@@ -62,7 +60,7 @@ def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Pa
         for name, counts_V in zip(data.sources, counts_NV, strict=True)
         if len(rows_NR := data.validation(name)[0])
     }
-    return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer.Tokenizer(tokenizer_path))
+    return Unigram(losses, _logprobs(counts_NV.sum(0)), Tokenizer(tokenizer_path))
 
 
 def _logprobs(counts_V: np.ndarray) -> np.ndarray:
@@ -70,18 +68,17 @@ def _logprobs(counts_V: np.ndarray) -> np.ndarray:
 
 
 def choices(samples: Iterable[Mapping[str, Any]]) -> list[Choice]:
-    """The multiple-choice samples among those lm-eval logged for a task."""
-    found = []
+    """Returns the multiple-choice samples among those that lm-eval logged for a task."""
+    multiple_choice = []
     for sample in samples:
         arguments, scores, right = sample['arguments'], sample['filtered_resps'], sample['target']
         if isinstance(right, int) and len(arguments) == len(scores) > max(1, right):
-            texts = [continuation for _, continuation in arguments]
-            found.append(Choice(texts, right))
-    return found
+            multiple_choice.append(Choice([continuation for _, continuation in arguments], right))
+    return multiple_choice
 
 
 def bits_per_byte(samples: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """(bits per byte of texts together, its standard error over them, as of a ratio of sums).
+    """Returns (bits per byte of all texts together, its standard error as a ratio of sums).
 
     A sample is the log-likelihood (nats) and the size (bytes) of a text.
     """
@@ -91,11 +88,3 @@ def bits_per_byte(samples: Sequence[tuple[float, int]]) -> tuple[float, float]:
     residuals = bits - ratio * sizes
     variance = (residuals**2).sum() / max(len(samples) - 1, 1) / len(samples)
     return float(ratio), float(math.sqrt(variance) / sizes.mean())
-
-
-def _right(sample: Choice) -> str:
-    return sample.texts[sample.right]
-
-
-def _size(sample: Choice) -> int:
-    return len(_right(sample).encode())

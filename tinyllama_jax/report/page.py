@@ -1,4 +1,4 @@
-"""The pieces of a self-contained HTML page: tables, notes, pictures inside."""
+"""The parts of a self-contained HTML page: headings, notes, tables, embedded pictures."""
 
 import base64
 import html
@@ -13,23 +13,23 @@ th {font-weight: 600} tr + tr {border-top: 1px solid #ddd} .note {color: #805000
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole file, of parts that the functions below make."""
+    """Returns the text of an HTML file; the functions below make its parts."""
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>{_STYLE}'
     return f'{head}{"".join(parts)}</html>\n'
 
 
 def heading(text: str, level: int = 2) -> str:
-    """A heading; level 1 is the page's own."""
+    """Returns a heading; level 1 is for the page's title."""
     return f'<h{level}>{html.escape(text)}</h{level}>'
 
 
 def note(text: str) -> str:
-    """A remark that stands out."""
+    """Returns a paragraph that stands out."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text; the first column names them."""
+    """Returns a table of text; the first column holds the rows' names."""
 
     def cells(row: Sequence[str]) -> str:
         first, *rest = (html.escape(cell) for cell in row)
@@ -39,6 +39,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(title: str, path: pathlib.Path) -> str:
-    """A heading and a PNG file, which the page then holds itself."""
+    """Returns a heading and a PNG file as an embedded picture."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'{heading(title)}<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'

@@ -1,12 +1,12 @@
 """One page about a run, from its workdir's files: pictures, tables and a summary for programs.
 
-    WORKDIR/report/index.html     self-contained: the pictures are inside
+    WORKDIR/report/index.html     self-contained: it embeds the pictures
     WORKDIR/report/*.png          the same pictures
     WORKDIR/report/summary.json   step, tokens, parameters, heldout_loss, unigram_loss, tasks, ...
 
 The page also shows WORKDIR/eval/figure2.png, which `evaluate --figure=2` makes.
 
-Losses are in nats per token. What a workdir does not have is left out with a word.
+Losses are in nats per token. A note on the page stands for each part that the workdir has no files for.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use('Agg')
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,17 +32,17 @@ from tinyllama_jax.run import metrics, workdir
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What was read of a workdir; `notes` says what is missing and why."""
+    """The content of a workdir's files."""
 
     folder: pathlib.Path
-    record: Mapping[str, Any]  # config.json
+    start: Mapping[str, Any]  # of config.json: command, commit, versions, devices
     config: Config
-    training: Sequence[Mapping[str, Any]]
-    validation: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[Mapping[str, Any]]  # by step
-    in_training: Sequence[Mapping[str, Any]]  # evaluation.jsonl
+    training: Sequence[Mapping[str, Any]]  # entries of metrics.jsonl
+    validation: Sequence[Mapping[str, Any]]  # entries of validation.jsonl
+    evaluations: Sequence[Mapping[str, Any]]  # results of `evaluate`, the newest step last
+    in_training: Sequence[Mapping[str, Any]]  # entries of evaluation.jsonl
     unigram: baselines.Unigram | None
-    notes: Sequence[str]
+    notes: Sequence[str]  # what is missing, and why
 
     @property
     def step(self) -> int:
@@ -53,14 +54,14 @@ class _Run:
 
 
 def report_run(folder: pathlib.Path, config: Config | None) -> None:
-    """Writes a workdir's report and prints where it is; see `report`."""
+    """Runs `main.py report`: writes a workdir's report and prints the path of its page."""
     print(report(folder, config))
 
 
 def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.Path:
     """Writes FOLDER/report/ and returns the path of its index.html.
 
-    Raises UsageError where there is no run, or a `config` given is not the run's.
+    Raises UsageError if the folder has no run, or if `config` is given and is not the run's.
     """
     if config is not None:
         workdir.refuse_contradiction(pathlib.Path(folder), config)
@@ -83,7 +84,7 @@ def _read(folder: pathlib.Path) -> _Run:
     training = metrics.read_records(folder / 'metrics.jsonl')
     if not training:
         raise errors.UsageError(
-            f'--workdir={folder}: there is no metrics.jsonl with a logged step; '
+            f'--workdir={folder}: it has no metrics.jsonl with a logged step; '
             f'run main.py train --config=FILE --workdir={folder} first.'
         )
     config, notes = workdir.read_config(folder), []
@@ -98,15 +99,15 @@ def _read(folder: pathlib.Path) -> _Run:
     if not validation:
         notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
     if not evaluations:
-        notes.append(f'Nothing was evaluated yet: main.py evaluate --workdir={folder} --tasks=NAMES does it.')
-    record = workdir.read_record(folder)
-    return _Run(folder, record, config, training, validation, evaluations, in_training, unigram, notes)
+        notes.append(f'Nothing was evaluated yet; run main.py evaluate --workdir={folder} --tasks=NAMES.')
+    start = workdir.read_record(folder) or {}
+    return _Run(folder, start, config, training, validation, evaluations, in_training, unigram, notes)
 
 
 def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What `evaluate` wrote about checkpoints of this run, by step."""
-    found = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
-    results = [result for result in found if isinstance(result, dict)]  # a table is a list
+    """Reads the results of `evaluate` on checkpoints of this run, sorted by step."""
+    results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
+    results = [result for result in results if isinstance(result, dict)]  # a table is a list
     return sorted((result for result in results if 'step' in result.get('protocol', {})), key=_step_of)
 
 
@@ -115,13 +116,13 @@ def _step_of(evaluation: Mapping[str, Any]) -> int:
 
 
 def _summary(run: _Run) -> dict[str, Any]:
-    """The content of summary.json."""
+    """Returns the content of summary.json."""
     summary = {
         'step': run.step,
         'tokens': run.step * run.tokens_per_step,
         'parameters': sum(flops.parameter_counts(run.config.model).values()),
         'training_loss': run.training[-1]['loss'],
-        'tokens_per_second': statistics.median(record['tokens_per_second'] for record in run.training),
+        'tokens_per_second': statistics.median(entry['tokens_per_second'] for entry in run.training),
         'heldout_loss': run.validation[-1]['loss'] if run.validation else {},
         'unigram_loss': run.unigram.losses if run.unigram else {},
         'tasks': {},
@@ -133,7 +134,7 @@ def _summary(run: _Run) -> dict[str, Any]:
 
 
 def _task_figures(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
-    """metric -> value and metric_stderr -> standard error, with what the logged samples give besides."""
+    """Returns {metric: value, metric_stderr: standard error}, with baselines computed from the logged samples."""
     figures = {
         name.removesuffix(',none'): value
         for name, value in evaluation['results'][task].items()
@@ -148,30 +149,30 @@ def _task_figures(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[s
 
 
 def _draw_training(run: _Run) -> Figure:
-    figure, (top, bottom) = plt.subplots(
-        2, sharex=True, figsize=(9, 6), height_ratios=(3, 1), layout='constrained'
-    )  # fmt: skip
-    steps = [record['step'] for record in run.training]
-    top.plot(steps, [record['loss'] for record in run.training], color='0.45', linewidth=1, label='training batch')
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(9, 6), height_ratios=(3, 1), layout='constrained')
+    steps = [entry['step'] for entry in run.training]
+    top.plot(steps, [entry['loss'] for entry in run.training], color='0.45', linewidth=1, label='training batch')
     _plot_validation(run, top)
     top.set_ylabel('loss (nats per token)')
     top.legend()
-    bottom.plot(steps, [record['learning_rate'] for record in run.training], color='tab:green')
+    bottom.plot(steps, [entry['learning_rate'] for entry in run.training], color='tab:green')
     bottom.set_ylabel('learning rate')
     bottom.set_ylim(bottom=0)
     bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
     _step_axis(run, bottom)
-    _tokens_axis(run, top)
+    top.grid(alpha=0.3)
+    scale = run.tokens_per_step / 1e6
+    above = top.secondary_xaxis('top', functions=(lambda x: np.multiply(x, scale), lambda x: np.divide(x, scale)))
+    above.set_xlabel('training tokens (millions)')
     return figure
 
 
 def _draw_throughput(run: _Run) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 3.2), layout='constrained')
-    speeds = [record['tokens_per_second'] for record in run.training]
-    axes.plot([record['step'] for record in run.training], speeds, color='tab:purple', linewidth=1)
-    axes.axhline(
-        statistics.median(speeds), color='0.6', linestyle=':', label=f'median {statistics.median(speeds):,.0f}'
-    )
+    speeds = [entry['tokens_per_second'] for entry in run.training]
+    axes.plot([entry['step'] for entry in run.training], speeds, color='tab:purple', linewidth=1)
+    median = statistics.median(speeds)
+    axes.axhline(median, color='0.6', linestyle=':', label=f'median {median:,.0f}')
     axes.set_ylabel('tokens per second')
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -194,7 +195,7 @@ def _draw_validation(run: _Run) -> Figure | None:
 
 def _plot_validation(run: _Run, axes: Axes) -> None:
     for i, source in enumerate(run.validation[-1]['loss'] if run.validation else ()):
-        points = [(record['step'], record['loss'][source]) for record in run.validation if source in record['loss']]
+        points = [(entry['step'], entry['loss'][source]) for entry in run.validation if source in entry['loss']]
         axes.plot(*zip(*points, strict=True), color=f'C{i}', marker='o', markersize=4, label=f'{source}, held out')
 
 
@@ -220,7 +221,7 @@ def _draw_evaluations(run: _Run) -> Figure | None:
 
 
 def _accuracy(run: _Run, evaluation: Mapping[str, Any], task: str) -> tuple[int, float, float, float | None] | None:
-    """(step, accuracy, standard error, chance) of a task; normalised by length where the task reports that."""
+    """Returns (step, accuracy, standard error, chance) of a task, normalised by length if the task reports that."""
     figures = _task_figures(run, evaluation, task)
     name = 'acc_norm' if 'acc_norm' in figures else 'acc'
     if name not in figures:
@@ -234,7 +235,7 @@ def _draw_in_training(run: _Run) -> Figure | None:
     figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
     for i, task in enumerate(run.in_training[-1]['tasks']):
         name = _main_metric(run.in_training[-1]['tasks'][task])
-        points = [(record['step'], record['tasks'][task]) for record in run.in_training if task in record['tasks']]
+        points = [(entry['step'], entry['tasks'][task]) for entry in run.in_training if task in entry['tasks']]
         points = [(step, values[name], values.get(_stderr(name), 0.0)) for step, values in points if name in values]
         steps, values, stderrs = zip(*points, strict=True)
         axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=f'{task}, {name}')
@@ -245,12 +246,12 @@ def _draw_in_training(run: _Run) -> Figure | None:
 
 
 def _main_metric(values: Mapping[str, float]) -> str:
-    """The metric to show of a task: accuracy if it has one, normalised if it has that."""
+    """Returns the metric to draw: normalised accuracy, else accuracy, else the task's first metric."""
     return next((name for name in ('acc_norm', 'acc') if name in values), next(iter(values)))
 
 
 def _stderr(metric: str) -> str:
-    """The name of a metric's standard error: it stands before the filter, which follows a slash."""
+    """Returns the name of a metric's standard error: the suffix goes before the filter, which follows a slash."""
     name, separator, extraction = metric.partition('/')
     return f'{name}_stderr{separator}{extraction}'
 
@@ -259,13 +260,6 @@ def _step_axis(run: _Run, axes: Axes) -> None:
     axes.set_xlim(0, run.step * 1.02)
     axes.set_xlabel('optimiser step')
     axes.grid(alpha=0.3)
-
-
-def _tokens_axis(run: _Run, axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    scale = run.tokens_per_step / 1e6
-    above = axes.secondary_xaxis('top', functions=(lambda step: step * scale, lambda tokens: tokens / scale))
-    above.set_xlabel('training tokens (millions)')
 
 
 _PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
@@ -278,7 +272,7 @@ _PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
 
 
 def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> str:
-    """The HTML."""
+    """Returns the page's HTML."""
     parts = [page.heading(run.folder.resolve().name, 1), page.table(_facts(run, summary))]
     parts += map(page.note, run.notes)
     if run.validation:
@@ -286,7 +280,7 @@ def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.
     if summary['tasks']:
         parts += [page.heading('Evaluation'), page.table(_task_rows(summary['tasks']))]
     parts += [page.picture(title, path) for title, path in pictures.items()]
-    if (figure := run.folder / 'eval' / 'figure2.png').exists():  # of `evaluate --figure=2`
+    if (figure := run.folder / 'eval' / 'figure2.png').exists():
         parts.append(page.picture("The paper's Figure 2, of this run's checkpoints", figure))
     return page.page(str(run.folder), parts)
 
@@ -297,10 +291,10 @@ def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ('trained', f'{summary["step"]:,} of {run.config.train.num_steps:,} steps, {summary["tokens"]:,} tokens'),
         ('training loss', f'{summary["training_loss"]:.4f} nats per token'),
         ('speed', f'{summary["tokens_per_second"]:,.0f} tokens per second (median)'),
-        ('devices', str(run.record.get('devices'))),
-        ('command', str(run.record.get('command'))),
-        ('commit', str(run.record.get('commit'))),
-        ('versions', ', '.join(f'{name} {version}' for name, version in run.record.get('versions', {}).items())),
+        ('devices', str(run.start.get('devices'))),
+        ('command', str(run.start.get('command'))),
+        ('commit', str(run.start.get('commit'))),
+        ('versions', ', '.join(f'{name} {version}' for name, version in run.start.get('versions', {}).items())),
     ]
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.support import corpora
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
 from tinyllama_jax.config import Config, ModelConfig, TrainConfig
 from tinyllama_jax.data import pipeline, prepare, store
 from tinyllama_jax.report import baselines
+from tinyllama_jax.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -30,7 +31,7 @@ def run(tmp_path_factory):
 def test_unigram_losses_equal_an_independent_count(run):
     config, path = run
     data = pipeline.make_dataset(config, store.TokenStore(path))
-    found = baselines.unigram(config, path, corpora.tokenizer_path())
+    unigram = baselines.unigram(config, path, corpora.tokenizer_path())
     for number, name in enumerate(data.sources):
         counts = collections.Counter()
         for step in range(config.train.num_steps):
@@ -42,15 +43,15 @@ def test_unigram_losses_equal_an_independent_count(run):
         losses = [
             -math.log((counts[token] + 1) / total) for row in data.validation(name)[0] for token in row[1:].tolist()
         ]
-        assert found.losses[name] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
-        assert found.losses[name] < math.log(corpora.PIECES)
-    assert np.exp(found.logprobs_V).sum() == pytest.approx(1)
+        assert unigram.losses[name] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+        assert unigram.losses[name] < math.log(corpora.PIECES)
+    assert np.exp(unigram.logprobs_V).sum() == pytest.approx(1)
 
 
 def test_unigram_counts_no_more_than_it_must(run, monkeypatch):
     config, path = run
     long = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=10**9))
-    monkeypatch.setattr(baselines, '_MOST_TOKENS', 5 * 8 * 32)  # what the short run has in all
+    monkeypatch.setattr(baselines, '_MOST_TOKENS', 5 * 8 * 32)  # all of the short run's
     tokens = corpora.tokenizer_path()
     assert baselines.unigram(long, path, tokens).losses == baselines.unigram(config, path, tokens).losses
 
@@ -75,9 +76,9 @@ def test_standard_error_agrees_with_a_bootstrap():
 
 
 def test_unigram_bits_per_byte_by_hand():
-    pieces = tokenizer.Tokenizer(corpora.tokenizer_path())
-    uniform = baselines.Unigram({}, np.full(corpora.PIECES, -math.log(corpora.PIECES)), pieces)
-    ids = pieces.encode('if 1984')
+    tokenizer = Tokenizer(corpora.tokenizer_path())
+    uniform = baselines.Unigram({}, np.full(corpora.PIECES, -math.log(corpora.PIECES)), tokenizer)
+    ids = tokenizer.encode('if 1984')
     expected = len(ids) * math.log2(corpora.PIECES) / len(b' if 1984')
     assert uniform.bits_per_byte([baselines.Choice([' no', ' if 1984'], 1)]) == pytest.approx(expected)
 

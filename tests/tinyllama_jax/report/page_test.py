@@ -1,4 +1,4 @@
-"""Pages hold everything themselves and escape what they are given."""
+"""A page embeds its pictures and escapes text."""
 
 from tinyllama_jax.report import page
 
@@ -11,9 +11,9 @@ def test_a_page_escapes_text_and_holds_its_pictures(tmp_path):
         page.table([('x', '<y>')]),
         page.picture('P', tmp_path / 'a.png'),
     ]
-    found = page.page('<title>', parts)
-    assert found.startswith('<!doctype html>') and found.endswith('</html>\n')
-    assert '<title>&lt;title&gt;</title>' in found and '<h1>&lt;run&gt;</h1>' in found
-    assert '<p class="note">a &amp; b</p>' in found
-    assert '<tr><th>x</th><td>&lt;y&gt;</td></tr>' in found
-    assert '<img alt="P" src="data:image/png;base64,iVBORw==">' in found
+    text = page.page('<title>', parts)
+    assert text.startswith('<!doctype html>') and text.endswith('</html>\n')
+    assert '<title>&lt;title&gt;</title>' in text and '<h1>&lt;run&gt;</h1>' in text
+    assert '<p class="note">a &amp; b</p>' in text
+    assert '<tr><th>x</th><td>&lt;y&gt;</td></tr>' in text
+    assert '<img alt="P" src="data:image/png;base64,iVBORw==">' in text

@@ -1,4 +1,4 @@
-"""The report from files in the formats that train and evaluate write."""
+"""The report of a run, from files in the formats that train and evaluate write."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ CONFIG = Config(
 )
 
 
-def _write_lines(path, records):
-    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+def _write_lines(path, entries):
+    path.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
 
 
 def _write_training(folder, config=CONFIG):
     workdir.write_record(folder, config, 'main.py train --config=<file>')
-    records = [
+    entries = [
         {
             'step': step,
             'loss': 6 - step / 10,
@@ -38,7 +38,7 @@ def _write_training(folder, config=CONFIG):
         | {'mfu': None, 'data_seconds': 0.1, 'checkpoint_seconds': 0.0}
         for step in range(5, 21, 5)
     ]
-    _write_lines(folder / 'metrics.jsonl', records)
+    _write_lines(folder / 'metrics.jsonl', entries)
     with open(folder / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 25, "loss"')  # a kill in the middle of a line
 
@@ -64,7 +64,7 @@ def _evaluation(step, accuracy, bits_per_byte):
 
 @pytest.fixture(scope='module')
 def full(tmp_path_factory):
-    """A workdir with everything, its report, and the summary."""
+    """The page and the summary of a workdir that has every file."""
     folder = tmp_path_factory.mktemp('runs') / 'a<b>run'
     data = corpora.config(folder)
     prepare.prepare(data, folder / 'store')
@@ -95,7 +95,7 @@ def test_the_summary_holds_the_figures(full):
     assert all(3 < loss < 7 for loss in summary['unigram_loss'].values())
 
 
-def test_the_newest_evaluation_is_the_one_summed_up(full):
+def test_the_summary_shows_the_newest_evaluation(full):
     cloze = full[1]['tasks']['cloze']
     assert (cloze['step'], cloze['acc'], cloze['acc_stderr'], cloze['chance_acc']) == (20, 0.75, 0.05, 0.5)
     assert (cloze['gold_bits_per_byte'], cloze['gold_bits_per_byte_stderr']) == (1.5, 0.1)
@@ -123,7 +123,7 @@ def test_the_pictures_are_pictures(full):
         assert pixels[..., :3].std() > 0.05, f'{path.name} is empty'
 
 
-def test_what_is_missing_is_left_out_with_a_word(tmp_path):
+def test_a_note_names_what_is_missing(tmp_path):
     _write_training(tmp_path)
     text = report.report(tmp_path).read_text()
     assert 'The unigram baseline is left out' in text
