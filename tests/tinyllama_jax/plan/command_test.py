@@ -63,7 +63,7 @@ def test_json_is_one_object_and_the_page_holds_a_chart(run, tmp_path):
 
 @large
 def test_what_does_not_fit_ends_with_3_and_the_change_that_helps(run):
-    """A million tokens a micro-batch."""
+    """A micro-batch of a million tokens."""
     status, out, said = run(
         '--target=a100-40gb', '--topology=1x1', '--config.train.remat=names', '--config.model.num_layers=2',
         '--config.model.seq_len=1024', '--config.train.micro_batch_size=1024', '--config.train.global_batch_size=1024',

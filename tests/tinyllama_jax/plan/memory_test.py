@@ -1,4 +1,4 @@
-"""The parts of a program's memory, from files as XLA writes them."""
+"""The parts of a program's memory, from files in XLA's format."""
 
 from tinyllama_jax.plan import hlo, memory
 
@@ -48,7 +48,7 @@ LIVE_RANGES = """HloLiveRange (max 20):
 """
 
 
-def test_what_is_alive_at_the_peak_is_told_apart():
+def test_each_value_alive_at_the_peak_counts_for_its_part():
     values = memory.at_peak(LIVE_RANGES, ASSIGNMENT)
     assert {value.name for value in values} == {
         'logits', 'sum.1', 'param.1', 'param.2', 'gathered', 'fusion.3', 'rows.1',
@@ -57,7 +57,7 @@ def test_what_is_alive_at_the_peak_is_told_apart():
     assert memory.parts(values, PROGRAM, shapes, 6000) == {
         'parameters': 1024,
         'optimiser state': 1024,
-        'gradients': 1024,  # one, although the loop's parameter and the sum lie at its place
+        'gradients': 1024,  # one: the loop's parameter and the sum are at the same address
         'saved activations': 128,
         'copies of parameters': 256,
         'loss': 1600,

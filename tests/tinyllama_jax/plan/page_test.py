@@ -1,4 +1,4 @@
-"""The page of a plan: its files, and every figure that a reader looks for."""
+"""The page of a plan: its files and its figures."""
 
 import json
 
@@ -53,4 +53,4 @@ def test_the_page_shows_the_plan(tmp_path):
         '34,722',
     ):
         assert shown in text, shown
-    assert 'gaps' not in text  # nothing is not shown
+    assert 'gaps' not in text  # parts of 0 bytes are left out

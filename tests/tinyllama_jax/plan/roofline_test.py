@@ -24,10 +24,10 @@ backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{"lhs_contract
 "rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}}}}"""
 
 
-def test_a_matrix_product_takes_its_flops_and_its_last_wave_and_then_writes():
+def test_a_matrix_product_takes_whole_waves_of_tiles_and_then_writes():
     flops, tiles = 2 * 16384 * 2048 * 5632, 128 * 44  # of 128 x 128
     waves = -(-tiles // 108)
-    written = 16384 * 5632 * 2 / BANDWIDTH  # the library's working space is not
+    written = 16384 * 5632 * 2 / BANDWIDTH  # without the library's workspace
     seconds = _estimate(PRODUCT.format(dtype='bf16')).seconds
     expected = flops / 271.2e12 * waves * 108 / tiles + written + GAP
     assert seconds['matrix products'] == pytest.approx(expected, rel=1e-6)
@@ -54,6 +54,21 @@ def test_a_plain_dot_is_a_product_too():
 ROOT %y = bf16[8,4096,4096]{2,1,0} dot(%x, %x), lhs_batch_dims={0}, lhs_contracting_dims={2}"""
     seconds = _estimate(lines).seconds['matrix products']
     assert seconds == pytest.approx(8 * 2 * 4096**3 / 271.2e12, rel=0.08)
+
+
+def test_a_product_of_f8_operands_reads_their_bytes_and_takes_the_flops_of_bf16():
+    lines = PRODUCT.format(dtype='f8e4m3fn').replace('ROOT %y = (f8e4m3fn', 'ROOT %y = (bf16')
+    seconds = _estimate(lines).seconds['matrix products']
+    assert seconds == pytest.approx(_estimate(PRODUCT.format(dtype='bf16')).seconds['matrix products'])
+    machine = dataclasses.replace(MACHINE, target=dataclasses.replace(A100, matmul_flops=1e18))
+    read = 16384 * 2048 + 2048 * 5632
+    moved = read + 2 * 16384 * 5632 + 4194304  # and the library's workspace
+    assert _estimate(lines, machine=machine).total == pytest.approx(moved / BANDWIDTH + GAP, rel=1e-3)
+
+
+def test_a_call_of_jax_triton_without_a_kernel_raises():
+    with pytest.raises(ValueError, match='custom-call y has no .*backend_config'):
+        _estimate('ROOT %y = f32[4]{0} custom-call(), custom_call_target="triton_kernel_call"')
 
 
 def test_a_product_of_a_thin_matrix_takes_the_bytes():
@@ -99,16 +114,16 @@ SENT = 15 * 1024 * 2048 * 4
 
 def test_an_exchange_hides_behind_what_is_scheduled_within_it():
     work = 2 * 8192 * 2048 * 4 / BANDWIDTH + GAP
-    exchange = SENT / (8 * 0.96 * 25e9)  # two nodes: every one of a node's eight adapters carries its part
-    found = _estimate(GATHER.replace('GROUPS', '[1,16]<=[16]'))
+    exchange = SENT / (8 * 0.96 * 25e9)  # two nodes: each of a node's eight adapters carries its part
+    estimate = _estimate(GATHER.replace('GROUPS', '[1,16]<=[16]'))
     assert exchange > work
-    assert found.seconds['exchange'] == pytest.approx(exchange - work)
-    assert found.hidden == pytest.approx(work)
-    assert found.total == pytest.approx(exchange + work)
+    assert estimate.seconds['exchange'] == pytest.approx(exchange - work)
+    assert estimate.hidden == pytest.approx(work)
+    assert estimate.total == pytest.approx(exchange + work)
 
 
 def test_an_exchange_leaves_products_fewer_multiprocessors():
-    """Between two nodes NCCL takes two of 108 for each of eight adapters, and only while it runs."""
+    """Between two nodes NCCL takes two of 108 for each of eight adapters while it runs."""
     product = """%x = f32[1024,2048]{1,0} parameter(0)
 %big = bf16[8192,8192]{1,0} parameter(1)
 %start = (f32[1024,2048]{1,0}, f32[16384,2048]{1,0}) all-gather-start(%x), replica_groups=[1,16]<=[16], dimensions={0}
@@ -116,15 +131,15 @@ def test_an_exchange_leaves_products_fewer_multiprocessors():
 %done = f32[16384,2048]{1,0} all-gather-done(%start)
 ROOT %end = (bf16[8192,8192]{1,0}) tuple(%work)"""
     alone = _estimate('\n'.join(line for line in product.splitlines() if 'gather' not in line)).total
-    found, exchange = _estimate(product), SENT / (8 * 0.96 * 25e9)
-    assert found.hidden == pytest.approx(exchange) and found.seconds['exchange'] == 0
-    assert found.total == pytest.approx(alone + exchange * 16 / 108)
+    estimate, exchange = _estimate(product), SENT / (8 * 0.96 * 25e9)
+    assert estimate.hidden == pytest.approx(exchange) and estimate.seconds['exchange'] == 0
+    assert estimate.total == pytest.approx(alone + exchange * 16 / 108)
 
 
 def test_within_a_node_nvlink_carries_an_exchange_and_between_single_gpus_their_own_adapter():
     def exchange(groups):
-        found = _estimate(GATHER.replace('GROUPS', groups))
-        return found.hidden + found.seconds['exchange']
+        estimate = _estimate(GATHER.replace('GROUPS', groups))
+        return estimate.hidden + estimate.seconds['exchange']
 
     size = 1024 * 2048 * 4
     assert exchange('[2,8]<=[16]') == pytest.approx(7 * size / (0.76 * 300e9))

@@ -1,4 +1,4 @@
-"""Which variants of a run are tried, and in which order; what fits is played by a rule, which plan_test compiles."""
+"""Which variants of a run are tried, and in which order. A rule says what fits; command_test compiles it."""
 
 import dataclasses
 
@@ -16,49 +16,49 @@ def _config(mesh: MeshConfig = MeshConfig(), *, batch: int = 1_024, size: int = 
 
 
 def _least(config: Config, fits) -> tuple[Config | None, int]:
-    """The least change with which a rule of (mesh, train) is met, and how many different variants were looked at."""
-    asked = set()
+    """Returns the least change that meets the rule fits(mesh, train), and how many different variants were tried."""
+    tried = set()
 
     def fitting(each: Config) -> Config | None:
-        asked.add((each.mesh, each.train))
+        tried.add((each.mesh, each.train))
         return each if fits(each.mesh, each.train) else None
 
-    return variants.least_change(config, fitting), len(asked)
+    return variants.least_change(config, fitting), len(tried)
 
 
 def test_recomputation_comes_first_and_as_little_of_it_as_will_do():
-    found, asked = _least(_config(), lambda _, train: train.remat in ('attention', 'full'))
-    assert found == _config(remat='attention')
-    assert variants.flags(_config(), found) == '--config.train.remat=attention'
-    assert asked <= 5
+    changed, tried = _least(_config(), lambda _, train: train.remat in ('attention', 'full'))
+    assert changed == _config(remat='attention')
+    assert variants.flags(_config(), changed) == '--config.train.remat=attention'
+    assert tried <= 5
 
 
 @pytest.mark.parametrize(('size', 'wanted'), [(27, 9), (8, 4), (10, 10), (7, 1)])
-def test_then_micro_batches_of_which_each_divides_the_former_largest_first(size, wanted):
+def test_then_smaller_micro_batches_that_divide_the_configured_one_the_largest_first(size, wanted):
     config = _config(batch=1_890, size=size, remat='full')
-    found, _ = _least(config, lambda _, train: train.micro_batch_size <= wanted)
-    assert found == variants.variant(config, micro_batch_size=wanted)
+    changed, _ = _least(config, lambda _, train: train.micro_batch_size <= wanted)
+    assert changed == variants.variant(config, micro_batch_size=wanted)
 
 
 def test_then_all_is_split_over_every_gpu():
     copies = _config(MeshConfig(data=-1, fsdp=1, zero=1), remat='full')
-    found, asked = _least(copies, lambda mesh, _: mesh.fsdp == -1 and mesh.zero == 3)
-    assert found == dataclasses.replace(copies, mesh=MeshConfig())
+    changed, tried = _least(copies, lambda mesh, _: mesh.fsdp == -1 and mesh.zero == 3)
+    assert changed == dataclasses.replace(copies, mesh=MeshConfig())
     flags = '--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.zero=3'
-    assert variants.flags(copies, found) == flags
+    assert variants.flags(copies, changed) == flags
     typed = copies
     for flag in flags.split():
         typed = experiment.override(typed, *flag.removeprefix('--config.').split('='))
-    assert typed == found
-    assert asked <= 6
+    assert typed == changed
+    assert tried <= 6
 
 
 def test_then_layers_are_split_too():
-    found, _ = _least(_config(remat='full'), lambda mesh, _: mesh.tensor == 4)
-    assert found.mesh == MeshConfig(tensor=4)
+    changed, _ = _least(_config(remat='full'), lambda mesh, _: mesh.tensor == 4)
+    assert changed.mesh == MeshConfig(tensor=4)
 
 
-def test_where_nothing_fits_each_mesh_s_largest_and_smallest_are_looked_at():
+def test_if_nothing_fits_the_largest_and_the_smallest_variant_of_each_mesh_are_tried():
     assert _least(_config(), lambda *_: False) == (None, 6)
 
 
@@ -73,5 +73,5 @@ def test_where_nothing_fits_each_mesh_s_largest_and_smallest_are_looked_at():
         (100, 8, 4, []),
     ],
 )
-def test_a_search_goes_over_what_divides_a_gpu_s_batch(batch, shards, size, wanted):
+def test_a_search_tries_micro_batches_that_divide_a_gpu_s_share(batch, shards, size, wanted):
     assert variants.sizes_to_search(_config(batch=batch, size=size), shards) == wanted
