@@ -6,8 +6,8 @@ docs/plan.md says how to read the answers and how far to trust them.
 import json as json_lib
 import pathlib
 
-from tinyllama_jax import errors, sharding
 from tinyllama_jax import config as config_lib
+from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config
 from tinyllama_jax.plan import compile as compile_lib
 from tinyllama_jax.plan import report, variants
