@@ -20,6 +20,7 @@ from tinyllama_jax.run import workdir as workdir_lib
 _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 # What answers depend on, besides the protocol and the request.
 _ANSWERS_DEPEND_ON = ('weights_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length')
+_NO_MODEL = 'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER (--models for a table or figure).'
 _Source = opening.Run | opening.Folder
 _Points = dict[float, tuple[str, _Source]]  # training tokens -> name, model
 
@@ -61,7 +62,7 @@ def evaluate_run(workdir: pathlib.Path | None, config: Config | None, **flags: A
         elif workdir:
             source = opening.Run(workdir, given.step, config)
         else:
-            raise errors.UsageError('evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER.')
+            raise errors.UsageError(_NO_MODEL)
         kept = folder or (output and output.parent)
         evaluator = _make_evaluator(given, given.tasks, kept and kept / 'responses')
         evaluate_model(evaluator, source, output, folder, parity=given.parity)
@@ -69,13 +70,15 @@ def evaluate_run(workdir: pathlib.Path | None, config: Config | None, **flags: A
     output = output or folder
     if not output:
         raise errors.UsageError('--output=DIR, where the results go, is missing.')
+    models: dict[str, _Source] = dict(_named(given.models or ([given.model] if given.model else [])))
+    if not (models or workdir):
+        raise errors.UsageError(_NO_MODEL)
     evaluator = _make_evaluator(given, given.tasks or tuple(results.TABLES[given.table or 2]), output / 'responses')
     _require_shown(evaluator.tasks, given.table)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.UsageError(f'--output={output} cannot be made a folder: {error.strerror}.') from None
-    models: dict[str, _Source] = dict(_named(given.models or ([given.model] if given.model else [])))
     if given.table:
         if workdir:
             models[workdir.resolve().name] = opening.Run(workdir, given.step, config)
@@ -202,6 +205,8 @@ def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], 
 
 def make_figure(evaluator: Evaluator, models: _Points, output: pathlib.Path) -> None:
     """Evaluates `models`, and writes their results and Figure 2 into `output`."""
+    if not models:
+        raise errors.UsageError('--figure=2: the run has no checkpoint yet; give --models=NAME=FOLDER,... or train it.')
     for _, source in models.values():  # before the first is evaluated, which takes long
         source.check_exists()
     points = {}

@@ -167,11 +167,16 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
     assert (run / 'eval' / 'figure2.html').exists() and (run / 'eval' / 'step-0.json').exists()
     with pytest.raises(errors.UsageError, match='step-0 and x-0b have the same training tokens'):
         _evaluate(task_files, run, tasks=['piqa'], models=[f'x-0b={llama}'], figure=2)
+    shutil.copytree(run, tmp_path / 'new', ignore=shutil.ignore_patterns('checkpoints'))
+    with pytest.raises(errors.UsageError, match='--figure=2: the run has no checkpoint yet'):
+        _evaluate(task_files, tmp_path / 'new', tasks=['piqa'], figure=2)
 
 
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
+        ({}, r'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER'),
+        ({'table': 2, 'output': 'x'}, r'evaluate needs --workdir=DIR, .* \(--models for a table or figure\)'),
         ({'models': ['a']}, '--models=.* belongs to --table or --figure'),
         ({'table': 2}, '--output=DIR'),
         ({'table': 4, 'output': 'x'}, '--table=4: only tables 2 and 3 exist'),
