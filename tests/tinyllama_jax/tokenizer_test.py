@@ -8,7 +8,8 @@ import sentencepiece
 from hypothesis import strategies as st
 
 from tests.support import corpora
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
+from tinyllama_jax import tokenizer as tokenizer_lib
 
 # What cuts, what looks like a space, special pieces, digits, byte fallback, NUL.
 AWKWARD = st.lists(
@@ -18,8 +19,8 @@ TEXTS = st.one_of(AWKWARD.map(''.join), st.text(st.characters(exclude_categories
 
 
 @pytest.fixture(scope='module')
-def model():
-    return tokenizer.Tokenizer(corpora.tokenizer_path())
+def tokenizer():
+    return tokenizer_lib.Tokenizer(corpora.tokenizer_path())
 
 
 def plain(path) -> sentencepiece.SentencePieceProcessor:
@@ -37,24 +38,24 @@ def train_variant(path, **options):
 
 
 @hypothesis.given(text=TEXTS)
-def test_ids_are_sentencepieces(model, text):
-    assert model._memo is not None
-    assert model.encode(text) == plain(model.path).encode(text)
+def test_ids_are_sentencepieces(tokenizer, text):
+    assert tokenizer._memo is not None
+    assert tokenizer.encode(text) == plain(tokenizer.path).encode(text)
 
 
-def test_ids_of_texts_and_back(model):
+def test_ids_of_texts_and_back(tokenizer):
     for text in corpora.texts(20, seed=1):
-        ids = model.encode(text)
-        assert ids == plain(model.path).encode(text)
-        assert model.decode(ids) == text
+        ids = tokenizer.encode(text)
+        assert ids == plain(tokenizer.path).encode(text)
+        assert tokenizer.decode(ids) == text
 
 
 def test_a_full_memo_changes_nothing(monkeypatch):
-    monkeypatch.setattr(tokenizer, '_MEMO_ENTRIES', 3)
-    model = tokenizer.Tokenizer(corpora.tokenizer_path())
+    monkeypatch.setattr(tokenizer_lib, '_MEMO_ENTRIES', 3)
+    tokenizer = tokenizer_lib.Tokenizer(corpora.tokenizer_path())
     for text in corpora.texts(3, seed=2):
-        assert model.encode(text) == plain(model.path).encode(text)
-    assert len(model._memo) <= 3
+        assert tokenizer.encode(text) == plain(tokenizer.path).encode(text)
+    assert len(tokenizer._memo) <= 3
 
 
 @pytest.mark.parametrize(
@@ -72,80 +73,80 @@ def test_a_full_memo_changes_nothing(monkeypatch):
 )
 def test_other_models_are_not_cut(tmp_path, options):
     path = train_variant(tmp_path / 'variant.model', **options)
-    model = tokenizer.Tokenizer(path)
-    assert model._memo is None
+    tokenizer = tokenizer_lib.Tokenizer(path)
+    assert tokenizer._memo is None
     for text in corpora.texts(5, seed=3):
-        assert model.encode(text) == plain(path).encode(text)
+        assert tokenizer.encode(text) == plain(path).encode(text)
 
 
 def test_a_model_without_dummy_prefix_is_cut_right(tmp_path):
     path = train_variant(tmp_path / 'variant.model', add_dummy_prefix=False)
-    model = tokenizer.Tokenizer(path)
-    assert model._memo is not None
+    tokenizer = tokenizer_lib.Tokenizer(path)
+    assert tokenizer._memo is not None
     for text in [*corpora.texts(5, seed=3), 'e', ' e', '\n']:
-        assert model.encode(text) == plain(path).encode(text)
+        assert tokenizer.encode(text) == plain(path).encode(text)
 
 
 @pytest.mark.parametrize(('bos', 'eos'), [(False, 1), (True, 0), (True, 1), (False, 0), (False, 2)])
-def test_special_tokens_of_a_document(model, bos, eos):
-    ids = model.encode_document('the end </s>', bos=bos, eos_per_document=eos)
+def test_special_tokens_of_a_document(tokenizer, bos, eos):
+    ids = tokenizer.encode_document('the end </s>', bos=bos, eos_per_document=eos)
     assert ids.dtype == np.uint16
-    assert np.sum(ids == model.bos_id) == bos
-    assert np.sum(ids == model.eos_id) == eos  # the literal </s> is plain text
-    assert ids[bos : len(ids) - eos].tolist() == model.encode('the end </s>')
+    assert np.sum(ids == tokenizer.bos_id) == bos
+    assert np.sum(ids == tokenizer.eos_id) == eos  # the literal </s> is plain text
+    assert ids[bos : len(ids) - eos].tolist() == tokenizer.encode('the end </s>')
 
 
 def test_a_model_without_eos_is_refused_only_if_one_is_wanted(tmp_path):
-    model = tokenizer.Tokenizer(train_variant(tmp_path / 'variant.model', eos_id=-1))
-    assert len(model.encode_document('e', bos=True, eos_per_document=0))
+    tokenizer = tokenizer_lib.Tokenizer(train_variant(tmp_path / 'variant.model', eos_id=-1))
+    assert len(tokenizer.encode_document('e', bos=True, eos_per_document=0))
     with pytest.raises(errors.UsageError, match='no EOS'):
-        model.encode_document('e', bos=False, eos_per_document=1)
+        tokenizer.encode_document('e', bos=False, eos_per_document=1)
 
 
-def test_awkward_texts_go_through(model):
-    assert model.encode('') == []
-    assert model.encode('a\ud800b') == model.encode('a\ufffdb')
-    assert model.encode('\ud83d\ude00') == model.encode('😀')  # a pair that JSON's escapes left apart
-    assert model.decode(model.encode('a\0b')) == 'a\0b'
+def test_awkward_texts_go_through(tokenizer):
+    assert tokenizer.encode('') == []
+    assert tokenizer.encode('a\ud800b') == tokenizer.encode('a\ufffdb')
+    assert tokenizer.encode('\ud83d\ude00') == tokenizer.encode('😀')  # a pair that JSON's escapes left apart
+    assert tokenizer.decode(tokenizer.encode('a\0b')) == 'a\0b'
     long = 'the quick fox ' * 700_000
-    assert len(model.encode(long)) > 1_000_000
-    assert len(model.encode('x1' * 100_000)) == len(plain(model.path).encode('x1' * 100_000))
+    assert len(tokenizer.encode(long)) > 1_000_000
+    assert len(tokenizer.encode('x1' * 100_000)) == len(plain(tokenizer.path).encode('x1' * 100_000))
 
 
 def test_missing_and_invalid_files(tmp_path):
     with pytest.raises(errors.UsageError, match=r'config\.data\.tokenizer=.*absent.*cannot be read'):
-        tokenizer.Tokenizer(tmp_path / 'absent.model')
+        tokenizer_lib.Tokenizer(tmp_path / 'absent.model')
     for content in (b'', b'{"model": "BPE"}', corpora.tokenizer_path().read_bytes()[:1000]):
         (tmp_path / 'bad.model').write_bytes(content)
         with pytest.raises(errors.UsageError, match=r'bad\.model.*not a SentencePiece model'):
-            tokenizer.Tokenizer(tmp_path / 'bad.model')
+            tokenizer_lib.Tokenizer(tmp_path / 'bad.model')
 
 
-def test_training_is_llamas_and_deterministic(tmp_path, model):
-    tokenizer.train_tokenizer(corpora.texts(200, seed=99), tmp_path / 'again.model', corpora.PIECES)
-    again = tokenizer.Tokenizer(tmp_path / 'again.model')
-    assert again.sha256 == model.sha256
-    processor = plain(model.path)
-    assert (model.vocab_size, processor.unk_id(), model.bos_id, model.eos_id) == (corpora.PIECES, 0, 1, 2)
+def test_training_is_llamas_and_deterministic(tmp_path, tokenizer):
+    tokenizer_lib.train_tokenizer(corpora.texts(200, seed=99), tmp_path / 'again.model', corpora.PIECES)
+    again = tokenizer_lib.Tokenizer(tmp_path / 'again.model')
+    assert again.sha256 == tokenizer.sha256
+    processor = plain(tokenizer.path)
+    assert (tokenizer.vocab_size, processor.unk_id(), tokenizer.bos_id, tokenizer.eos_id) == (corpora.PIECES, 0, 1, 2)
     assert processor.pad_id() == -1
     assert processor.id_to_piece(3) == '<0x00>'
-    pieces = [processor.id_to_piece(i) for i in range(259, model.vocab_size)]
+    pieces = [processor.id_to_piece(i) for i in range(259, tokenizer.vocab_size)]
     assert not any(any(c.isdigit() for c in piece) and len(piece) > 1 for piece in pieces)
     assert processor.encode('e', out_type=str)[0].startswith('\u2581')
-    assert model.decode(model.encode('🦙\n')) == '🦙\n'
+    assert tokenizer.decode(tokenizer.encode('🦙\n')) == '🦙\n'
 
 
 def test_too_many_pieces_for_the_texts(tmp_path):
     with pytest.raises(errors.UsageError, match='tokenizer_pieces=5000'):
-        tokenizer.train_tokenizer(['a few words'], tmp_path / 'x.model', 5000)
+        tokenizer_lib.train_tokenizer(['a few words'], tmp_path / 'x.model', 5000)
     assert not list(tmp_path.iterdir())
 
 
 def test_llama_on_real_text(test_data_dir):
-    model = tokenizer.Tokenizer(test_data_dir / 'tokenizer' / 'tokenizer.model')
-    assert (model.vocab_size, model.bos_id, model.eos_id) == (32_000, 1, 2)
-    assert model._memo is not None
+    tokenizer = tokenizer_lib.Tokenizer(test_data_dir / 'tokenizer' / 'tokenizer.model')
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 1, 2)
+    assert tokenizer._memo is not None
     published = json.loads((test_data_dir / 'tokenizer' / 'llama_encoded.json').read_text())
-    assert [1, *model.encode(published['text'])] == published['token_ids']
+    assert [1, *tokenizer.encode(published['text'])] == published['token_ids']
     for text in corpora.texts(20, seed=5):
-        assert model.encode(text) == plain(model.path).encode(text)
+        assert tokenizer.encode(text) == plain(tokenizer.path).encode(text)
