@@ -1,4 +1,4 @@
-"""Each op stated once in plain JAX: the truth every faster implementation is held to.
+"""Each op stated once in plain JAX, to which tests hold every faster implementation.
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value
 heads, G = N / K, H head dim, F feed-forward, V vocabulary.
@@ -15,7 +15,7 @@ _MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 
 def _wide(dtype):
-    """What is computed in: float32, or float64 for float64 inputs."""
+    """The dtype to compute in: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -33,7 +33,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
 
 
 def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
-    """One query of each row over the visible slots of a key-value cache, heads before slots; returns [B, 1, N, H]."""
+    """Attention of one query per row over the visible slots of a key-value cache; returns [B, 1, N, H].
+
+    The cache has heads before slots, [B, K, S, H].
+    """
     B, _, N, H = q_B1NH.shape
     K = k_BKSH.shape[1]
     product = functools.partial(jnp.einsum, precision=precision(k_BKSH), preferred_element_type=_wide(q_B1NH.dtype))
@@ -62,7 +65,7 @@ def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
 def linear(x, w, gradient_dtype=None):
     """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; w is rounded to it.
 
-    w's gradient leaves its matrix product, and is added up between devices, in `gradient_dtype` (x's by default).
+    w's gradient leaves its matrix product, and is reduced between devices, in `gradient_dtype` (x's dtype by default).
     """
     return _linear_fwd(x, w, gradient_dtype)[0]
 
@@ -85,14 +88,14 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def precision(x):
-    """Of x's dtype, for its products: by themselves GPUs make those of float32 of TensorFloat-32."""
+    """The precision to ask for in products of x: true float32 for float32 (GPUs default to TF32)."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019).
 
-    With `residual_BTD`: (that of the sum x + residual, the sum).
+    With `residual_BTD`: (the norm of x + residual, x + residual).
     """
     if residual_BTD is not None:
         x_BTD = x_BTD + residual_BTD
@@ -113,14 +116,14 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
 
 
 def rotary_angles(positions_BT, half: int, *, base, scaling=1.0, dtype=jnp.float32):
-    """Cosine and sine, [B, T, 1, half], of the angles that `rope` turns by."""
+    """Cosines and sines, [B, T, 1, half], of the angles that `rope` turns by."""
     frequency_h = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle_BT1h = (positions_BT.astype(dtype) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
     return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
 
 
 def turned(x_BTNH, cos_BT1h, sin_BT1h):
-    """The pairs (x[i], x[i + H/2]) turned by the angles with these cosines and sines."""
+    """Turns the pairs (x[i], x[i + H/2]) by the angles with these cosines and sines."""
     a_BTNh, b_BTNh = jnp.split(x_BTNH.astype(cos_BT1h.dtype), 2, axis=-1)
     turned_BTNH = jnp.concatenate(
         (a_BTNh * cos_BT1h - b_BTNh * sin_BT1h, b_BTNh * cos_BT1h + a_BTNh * sin_BT1h), axis=-1
@@ -134,11 +137,11 @@ def swiglu(gate_BTF, up_BTF):
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
-    """(loss, {'nll', 'z_loss'}), float32 scalars: what is minimised, and the two parts that it is the sum of.
+    """(loss, {'nll', 'z_loss'}), float32 scalars: the loss to minimise is the sum of the two parts.
 
     nll: mean negative log-likelihood, in nats, of `targets_BT` under softmax(x @ head).
     z_loss: `z_loss` times the mean squared log of the softmax's denominator (PaLM, section 5).
-    With `weights_BT` the means are weighted (0 leaves a position out). Only the loss has a gradient.
+    `weights_BT` weights the means (0 leaves a position out). Only the loss has a gradient.
     """
     logits_BTV = jnp.einsum(
         'btd,dv->btv', x_BTD, head_DV, precision=precision(x_BTD), preferred_element_type=_wide(x_BTD.dtype)

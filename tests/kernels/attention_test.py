@@ -21,7 +21,7 @@ def _inputs(B, T, N, K, H, *, scale=1.0):
 
 
 def _floor(arrays) -> float:
-    """Where a position sees only itself, or equal keys, its gradients' terms cancel: this is what they amount to."""
+    """The size of the gradients' terms, which cancel where a position sees only itself or equal keys."""
     return 0.3 * arrays[0].size ** 0.5
 
 

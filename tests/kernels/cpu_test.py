@@ -1,4 +1,4 @@
-"""The fast ops against the plain ones: values, gradients, odd lengths, both dtypes, a mesh, remat, scan."""
+"""The ops for CPUs against the reference: values, gradients, odd lengths, both dtypes, a mesh, remat, scan."""
 
 import functools
 
@@ -22,7 +22,7 @@ def _normal(seed: int, *shape: int, dtype='float32'):
 
 
 def _assert_close(got, want, tolerance: float, *, floor: float = 1e-9):
-    """`floor` is the least value that errors are taken relative to."""
+    """Errors are relative to the largest value, or to `floor` if that is larger."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

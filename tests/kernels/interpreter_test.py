@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 as numpy rounds it, and a process left as it was."""
+"""The patched interpreter: bfloat16 is rounded as numpy does, and the patches are undone."""
 
 import ml_dtypes
 import numpy as np

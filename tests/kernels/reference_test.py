@@ -1,4 +1,4 @@
-"""The plain ops against float64 numpy on small arrays."""
+"""The reference against float64 numpy on small arrays."""
 
 import jax
 import jax.numpy as jnp

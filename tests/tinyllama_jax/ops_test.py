@@ -1,4 +1,4 @@
-"""The ops under a mesh: eight devices give what one does, and the model's step holds the kernels that it should."""
+"""The ops under a mesh: eight devices give what one does, and the train step has the kernels that it should."""
 
 import dataclasses
 import math
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels import dispatch
 from tests.support import kernel_checks, tiny
 from tests.support.kernel_checks import normal
+from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, model, ops, sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import KernelConfig, MeshConfig, ModelConfig
@@ -232,6 +234,18 @@ def test_the_table_names_every_op():
         'linear xla, embed xla'
     )
     assert ops.make_ops(KernelConfig(swiglu='interpret')).table().startswith('ops on CPU: attention xla')
+
+
+@pytest.mark.parametrize('op', [field.name for field in dataclasses.fields(KernelConfig) if field.name in dispatch.OPS])
+def test_the_config_allows_the_implementations_that_an_op_has(op):
+    for impl in (None, *dispatch.OPS[op]):
+        config_lib.validated(dataclasses.replace(tiny.CONFIG, kernels=KernelConfig(**{op: impl})))
+    others = {impl for implementations in dispatch.OPS.values() for impl in implementations} - set(dispatch.OPS[op])
+    for impl in (*others, 'cuda'):
+        with pytest.raises(
+            errors.UsageError, match=rf"config\.kernels\.{op}: '{impl}' is not one of none, xla, triton"
+        ):
+            config_lib.validated(dataclasses.replace(tiny.CONFIG, kernels=KernelConfig(**{op: impl})))
 
 
 def test_every_op_chooses_an_implementation_for_the_ops_that_have_it():
