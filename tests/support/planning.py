@@ -11,11 +11,10 @@ from tinyllama_jax.settings import experiment
 
 # The 1.1 B model is compiled on one of the two stacks; programs are read on both.
 large = pytest.mark.skipif(sys.version_info >= (3, 12), reason='takes long, and is done on Python 3.11')
-SMALL = [
-    'model.vocab_size=512', 'model.seq_len=128', 'model.num_layers=3', 'model.embed_dim=512', 'model.num_heads=8',
-    'model.num_kv_heads=4', 'model.hidden_dim=1536', 'train.global_batch_size=64', 'train.micro_batch_size=2',
-    'train.remat=names',
-]  # fmt: skip
+SMALL = """
+    model.vocab_size=512 model.seq_len=128 model.num_layers=3 model.embed_dim=512 model.num_heads=8 model.num_kv_heads=4
+    model.hidden_dim=1536 train.global_batch_size=64 train.micro_batch_size=2 train.remat=names
+""".split()
 
 
 def config(*overrides: str) -> Config:

@@ -16,9 +16,15 @@ from tinyllama_jax.plan.memory import GIB
 
 
 def plan_run(
-    workdir: pathlib.Path | None, config: Config, *, target: str | None, topology: str | None, search: bool = False,
-    json: bool = False, output: str | None = None,
-) -> None:  # fmt: skip
+    workdir: pathlib.Path | None,
+    config: Config,
+    *,
+    target: str | None,
+    topology: str | None,
+    search: bool = False,
+    json: bool = False,
+    output: str | None = None,
+) -> None:
     """Runs `main.py plan` and prints the plan. Raises UsageError, or DoesNotFit with a change that makes it fit."""
     cluster = compile_lib.make_cluster(target, topology)
     tried = search_steps(config, cluster) if search else []

@@ -229,14 +229,9 @@ class Collective:
     shapes: tuple[tuple[int, ...], ...]  # of the operands
 
     @property
-    def group_size(self) -> int:
-        """The number of devices in a group."""
-        return len(self.groups[0])
-
-    @property
     def sent_bytes(self) -> float:
         """The bytes that each device sends in a ring; an all-reduce is a reduce-scatter and an all-gather."""
-        n, size = self.group_size, self.operand_bytes
+        n, size = len(self.groups[0]), self.operand_bytes
         return {
             'all-gather': size * (n - 1),
             'all-reduce': 2 * size * (n - 1) / n,

@@ -30,9 +30,9 @@ _FREE = {
 _TILES = ((256, 128), (128, 256), (128, 128))
 _FUSIONS = ('fusion', 'fusion-start')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
-# FLOPs of each kernel over those of a forward pass. A forward pass has two matrix products. Published rates count five
+# FLOPs of each attention kernel over those of a forward pass, which has two matrix products. Published rates count five
 # for a backward pass; our two kernels compute three and four (kernels/attention.py).
-_BACKWARD = {'attention_dq': 2.5 * 3 / 7, 'attention_dkv': 2.5 * 4 / 7}
+_ATTENTION = {'attention_forward': 1.0, 'attention_dq': 2.5 * 3 / 7, 'attention_dkv': 2.5 * 4 / 7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +207,6 @@ def _filled(M: int, N: int, count: int, multiprocessors: int) -> float:
     return max(share(*tile) for tile in _TILES)
 
 
-def _attention_share(instruction: Instruction) -> float:
-    """Returns the FLOPs of an attention kernel over those of a forward pass; 0 for another instruction."""
-    called = _called_library(instruction)
-    if 'cudnn' in called and 'fmha' in called:
-        return 2.5 if 'Backward' in called else 1.0
-    name = triton_kernel(instruction) if called == 'triton_kernel_call' else ''
-    return 1.0 if name == 'attention_forward' else _BACKWARD.get(name, 0.0)
-
-
 def triton_kernel(instruction: Instruction) -> str:
     """Returns the name of the kernel that a jax-triton call launches, without its suffix _kernel.
 
@@ -233,7 +224,11 @@ def _attention_seconds(instruction: Instruction, computation: Computation, machi
 
     The queries are the largest operand. Other instructions take 0 seconds.
     """
-    share = _attention_share(instruction)
+    called, share = _called_library(instruction), 0.0
+    if 'cudnn' in called and 'fmha' in called:
+        share = 2.5 if 'Backward' in called else 1.0
+    elif called == 'triton_kernel_call':
+        share = _ATTENTION.get(triton_kernel(instruction), 0.0)
     if not share:
         return 0.0
     arrays = [array for operand in computation.operands(instruction) for array in operand.results]

@@ -233,8 +233,8 @@ def _draw_in_training(run: _Run) -> Figure | None:
     if not run.in_training:
         return None
     figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
-    for i, task in enumerate(run.in_training[-1]['tasks']):
-        name = _main_metric(run.in_training[-1]['tasks'][task])
+    for i, (task, newest) in enumerate(run.in_training[-1]['tasks'].items()):
+        name = next((metric for metric in ('acc_norm', 'acc') if metric in newest), next(iter(newest)))
         points = [(entry['step'], entry['tasks'][task]) for entry in run.in_training if task in entry['tasks']]
         points = [(step, values[name], values.get(_stderr(name), 0.0)) for step, values in points if name in values]
         steps, values, stderrs = zip(*points, strict=True)
@@ -243,11 +243,6 @@ def _draw_in_training(run: _Run) -> Figure | None:
     axes.legend()
     _step_axis(run, axes)
     return figure
-
-
-def _main_metric(values: Mapping[str, float]) -> str:
-    """Returns the metric to draw: normalised accuracy, else accuracy, else the task's first metric."""
-    return next((name for name in ('acc_norm', 'acc') if name in values), next(iter(values)))
 
 
 def _stderr(metric: str) -> str:

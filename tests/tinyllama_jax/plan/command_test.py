@@ -64,10 +64,9 @@ def test_json_is_one_object_and_the_page_holds_a_chart(run, tmp_path):
 @large
 def test_what_does_not_fit_ends_with_3_and_the_change_that_helps(run):
     """A micro-batch of a million tokens."""
-    status, out, said = run(
-        '--target=a100-40gb', '--topology=1x1', '--config.train.remat=names', '--config.model.num_layers=2',
-        '--config.model.seq_len=1024', '--config.train.micro_batch_size=1024', '--config.train.global_batch_size=1024',
-    )  # fmt: skip
+    model = ['--config.model.num_layers=2', '--config.model.seq_len=1024', '--config.train.remat=names']
+    batch = ['--config.train.micro_batch_size=1024', '--config.train.global_batch_size=1024']
+    status, out, said = run('--target=a100-40gb', '--topology=1x1', *model, *batch)
     assert status == 3 and 'DOES NOT FIT' in out
     assert 'do not fit into 34.0 GiB a GPU; it fits (' in said
     assert '--config.train.remat=attention' in said or '--config.train.remat=full' in said
@@ -94,12 +93,9 @@ def test_what_does_not_fit_ends_with_3_and_the_change_that_helps(run):
             ('--target=a100-40gb', '--topology=1x8', '--config.train.micro_batch_size=64'),
             'config.train.global_batch_size: 64 is not a multiple of micro_batch_size x batch shards = 64 x 8',
         ),
-        (
-            ('--target=a100-40gb', '--topology=1x1', '--config.model.head_dim=32'),
-            'config.kernels.attention',
-        ),
+        (('--target=a100-40gb', '--topology=1x1', '--config.model.head_dim=32'), 'config.kernels.attention'),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_status_2(run, arguments, message):
     status, out, said = run(*arguments)
     assert (status, out) == (2, '')
@@ -109,11 +105,9 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, message):
 @large
 def test_copies_that_do_not_fit_are_split_over_all_gpus(run):
     """The state of 3 B parameters does not fit into one A100-40G; an eighth of it does."""
-    status, _, said = run(
-        '--target=a100-40gb', '--topology=1x8', '--config.mesh.data=-1', '--config.mesh.fsdp=1',
-        '--config.model.num_layers=40', '--config.model.hidden_dim=49152', '--config.train.remat=full',
-        '--config.train.micro_batch_size=1',
-    )  # fmt: skip
+    model = ['--config.model.num_layers=40', '--config.model.hidden_dim=49152', '--config.mesh.data=-1']
+    others = ['--config.mesh.fsdp=1', '--config.train.remat=full', '--config.train.micro_batch_size=1']
+    status, _, said = run('--target=a100-40gb', '--topology=1x8', *model, *others)
     assert status == 3 and said.endswith(' GiB) with --config.mesh.data=1 --config.mesh.fsdp=-1.')
 
 
@@ -134,10 +128,9 @@ def test_xla_flags_of_the_environment_win():
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_all_gather_combine_threshold_bytes=1'.strip()
     settings = [f'--config.{setting}' for setting in SMALL]
     command = [sys.executable, 'main.py', 'plan', '--config=configs/tinyllama_1b.py', *settings, '--json']
-    done = subprocess.run(
-        [*command, '--target=a100-40gb', '--topology=1x2'],
-        cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, 'XLA_FLAGS': flags},
-    )  # fmt: skip
+    command += ['--target=a100-40gb', '--topology=1x2']
+    environment = {**os.environ, 'XLA_FLAGS': flags}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     plan = json.loads(done.stdout)
     assert plan['xla_flags'] == flags and f'XLA_FLAGS={flags}' in report.text(plan)
     gathered = sum(row['count_per_step'] for row in plan['collectives'] if row['kind'] == 'all-gather')

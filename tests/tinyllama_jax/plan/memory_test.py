@@ -50,9 +50,7 @@ LIVE_RANGES = """HloLiveRange (max 20):
 
 def test_each_value_alive_at_the_peak_counts_for_its_part():
     values = memory.at_peak(LIVE_RANGES, ASSIGNMENT)
-    assert {value.name for value in values} == {
-        'logits', 'sum.1', 'param.1', 'param.2', 'gathered', 'fusion.3', 'rows.1',
-    }  # fmt: skip
+    assert {value.name for value in values} == set('logits sum.1 param.1 param.2 gathered fusion.3 rows.1'.split())
     shapes = memory.Shapes([(2, 8, 16), (2, 4, 16)], layers=2, vocab=100)
     assert memory.parts(values, PROGRAM, shapes, 6000) == {
         'parameters': 1024,
