@@ -46,7 +46,7 @@ class Flags:
     output: str | None = None
 
 
-def evaluate_run(workdir: pathlib.Path | None, config: Config | None, **flags: Any) -> None:
+def evaluate_run(config: Config | None, workdir: pathlib.Path | None, **flags: Any) -> None:
     """Evaluates one model, a checkpoint of `workdir` or the folder --model, or makes --table or --figure of several.
 
     `flags` are the fields of `Flags`. Raises UsageError for what cannot be evaluated, RunError where parity does not

@@ -59,6 +59,8 @@ DEMO = '--config=configs/demo.py'
         (('import', '--workdir=x'), '--input=DIR'),
         (('generate', '--workdir=x'), '--prompt=TEXT is missing'),
         (('evaluate', '--workdir=x'), '--tasks=NAME,NAME is missing'),
+        (('evaluate', '--tasks=piqa'), 'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER'),
+        (('plan', DEMO), '--topology=: write NODESxGPUS'),
         (('report', '--workdir=x'), 'main.py train'),
         (('train', '--workdir=x', DEMO, '--limit=3'), '--limit is a flag of evaluate, not of train; leave it out.'),
         (('export', '--workdir=x', '--output=y', '--prompt=z'), '--prompt is a flag of generate, not of export'),
@@ -105,7 +107,7 @@ def _stopped(arguments, ready, then=lambda: None) -> None:
 @pytest.mark.skipif(not pathlib.Path('/proc').exists(), reason='needs Linux')
 @pytest.mark.parametrize('command', commands.COMMANDS)
 def test_ctrl_c_while_modules_are_imported_is_one_line_and_status_130(command, tmp_path):
-    flags = [DEMO] if command in ('prepare', 'train', 'check', 'plan') else []
+    flags = [DEMO] if commands.COMMANDS[command].needs_config else []
     _stopped(
         [command, f'--workdir={tmp_path}', *flags],
         ready=lambda pid: '/numpy/' in pathlib.Path(f'/proc/{pid}/maps').read_text(),
@@ -117,7 +119,7 @@ def imported(tmp_path_factory):
     """(Hugging Face folder, workdir that it was imported to)"""
     folder = tmp_path_factory.mktemp('imported')
     source = tiny_export.write_export(folder)
-    convert.import_run(str(source), folder / 'run', None, 'main.py import')
+    convert.import_run(None, folder / 'run', input=str(source), command='main.py import')
     return source, folder / 'run'
 
 
@@ -157,13 +159,14 @@ def test_ctrl_c_at_work_is_one_line_and_status_130(command, waits_for, imported,
     assert not (tmp_path / 'NEW').exists()
 
 
-def test_the_table_of_flags_is_whole_and_the_help_agrees():
+def test_the_table_of_flags_is_complete_and_the_help_names_the_commands():
     own = {flag.name: flag.help for flag in flags.FLAGS.get_flags_for_module(main)}
-    taken = {name for _, names in commands.COMMANDS.values() for name in names.split()}
+    taken = {name for command in commands.COMMANDS.values() for name in command.flags.split()}
     assert taken | {'config', 'workdir', 'help'} == own.keys()
     for name in taken:
-        takers = {command for command, (_, names) in commands.COMMANDS.items() if name in names.split()}
-        assert set(re.findall(rf'\b({"|".join(commands.COMMANDS)})(?=[,:])', own[name])) == takers, name
+        assert own[name].startswith(', '.join(commands.takers(name)) + ': '), name
+    assert own['step'] == 'evaluate, export, generate: the checkpoint to use; the newest by default.'
+    assert own['workdir'] == 'The folder of the run.'
 
 
 def test_flags_that_others_rely_on_exist():

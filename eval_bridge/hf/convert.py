@@ -291,7 +291,7 @@ def _rope(values: dict[str, Any], path: pathlib.Path) -> tuple[float, float]:
     return float(base), float(rope['factor']) if kind == 'linear' else 1.0
 
 
-def export_run(folder: pathlib.Path, config: Config | None, *, step: int | None, output: str | None, **options) -> None:
+def export_run(config: Config | None, folder: pathlib.Path, *, step: int | None, output: str | None, **options) -> None:
     """Exports a workdir's checkpoint (by default the newest) to the new folder `output`; see `export`."""
     if not output:
         raise errors.UsageError('--output=DIR, the folder to write, is missing.')
@@ -301,12 +301,15 @@ def export_run(folder: pathlib.Path, config: Config | None, *, step: int | None,
     print(f'exported step {loaded.step} to {output}')
 
 
-def import_run(source: str | None, folder: pathlib.Path, config: Config | None, command: str) -> None:
-    """Makes a workdir at step 0 from a Hugging Face folder; a `config` given must describe the same model.
+def import_run(
+    config: Config | None, folder: pathlib.Path, *, input: str | None, model: str | None = None, command: str
+) -> None:
+    """Makes a workdir at step 0 from the folder `input` (or `model`); a `config` given must describe the same model.
 
     What the weights do not decide (seq_len, initialisation, how the model is computed) comes from the config.
     If the folder has no tokenizer.model, says on stderr where to put one: a tokenizer.json cannot be converted.
     """
+    source = input or model
     if not source:
         raise errors.UsageError('--input=DIR, a Hugging Face Llama folder, is missing.')
     params, imported = import_weights(pathlib.Path(source))

@@ -85,12 +85,12 @@ def others(tmp_path_factory):
 def run(tmp_path_factory, llama):
     """A workdir with the Llama's weights at step 0."""
     folder = tmp_path_factory.mktemp('run') / 'run'
-    convert.import_run(str(llama), folder, None, 'main.py import')
+    convert.import_run(None, folder, input=str(llama), command='main.py import')
     return folder
 
 
 def _evaluate(task_files, folder=None, **options):
-    command.evaluate_run(folder, None, include_path=task_files, **options)
+    command.evaluate_run(None, folder, include_path=task_files, **options)
 
 
 def test_the_result_of_a_run_is_stamped_and_its_answers_are_kept(task_files, run, capsys):

@@ -160,19 +160,19 @@ def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what
 ):
     source, run = shutil.copytree(folder, tmp_path / 'source'), tmp_path / 'run'
     (source / 'tokenizer.model').unlink()  # tokenizer.json stays
-    convert.import_run(str(source), run, None, 'main.py import')
+    convert.import_run(None, run, input=str(source), command='main.py import')
     said = capsys.readouterr().err
     assert said.startswith(f'import: {run} has no tokenizer: copy the SentencePiece file')
     assert f'to {run}/tokenizer.model' in said
 
     def export():
-        convert.export_run(run, None, step=None, output=str(tmp_path / 'export'))
+        convert.export_run(None, run, step=None, output=str(tmp_path / 'export'))
 
     def evaluation():
         options = {'model': None, 'step': None, 'tasks': ['tiny_cloze'], 'include_path': tasks, 'output': None}
-        command.evaluate_run(run, None, **options)
+        command.evaluate_run(None, run, **options)
 
-    for use in (export, evaluation, lambda: prompts.generate_run(run, None, prompt=['a'], max_new_tokens=1)):
+    for use in (export, evaluation, lambda: prompts.generate_run(None, run, prompt=['a'], max_new_tokens=1)):
         with pytest.raises(errors.UsageError, match=re.escape(said.removeprefix('import: ').strip())):
             use()
     shutil.copyfile(folder / 'tokenizer.model', run / 'tokenizer.model')

@@ -355,14 +355,14 @@ def test_resumed_one_step_before_a_validation_only_what_compiles_is_given_time_f
 
 
 def test_an_imported_run_goes_on_with_settings_of_its_own(store, tmp_path, short_run):
-    convert.export_run(short_run, None, step=None, output=str(tmp_path / 'hf'), dtype='float32', format='safetensors')
-    convert.import_run(str(tmp_path / 'hf'), tmp_path / 'run', None, 'main.py import')
+    convert.export_run(None, short_run, step=None, output=str(tmp_path / 'hf'), dtype='float32', format='safetensors')
+    convert.import_run(None, tmp_path / 'run', input=str(tmp_path / 'hf'), command='main.py import')
     config = _config(store, num_steps=2, checkpoint_every_steps=1)
     train.train(dataclasses.replace(config, seed=9), tmp_path / 'run')
     first, imported = _losses(short_run)[0], _losses(tmp_path / 'run')[0]
     assert imported < first  # two steps of training came along
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_eps=1e-6))
-    convert.import_run(str(tmp_path / 'hf'), tmp_path / 'again', None, 'main.py import')
+    convert.import_run(None, tmp_path / 'again', input=str(tmp_path / 'hf'), command='main.py import')
     with pytest.raises(errors.UsageError, match='config.model.norm_eps is 1e-06'):
         train.train(other, tmp_path / 'again')
 

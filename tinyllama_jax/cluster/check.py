@@ -28,7 +28,7 @@ _SLOW_HOST = {'cpu': 0.25, 'gpu': 0.8}  # of the usual speed; a step waits for t
 _CHECKPOINT_SECONDS = 600.0
 
 
-def check(config: Config, workdir: pathlib.Path, *, plan: str | None, members: Members) -> None:
+def check_run(config: Config, workdir: pathlib.Path, *, plan: str | None, members: Members) -> None:
     """Measures and prints a table.
 
     Raises RunError naming what would hold the run up, UsageError for what cannot run.

@@ -21,7 +21,7 @@ import tqdm
 
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
-from tinyllama_jax.config import DataConfig
+from tinyllama_jax.config import Config, DataConfig
 from tinyllama_jax.data import corpus, readers, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
@@ -32,6 +32,11 @@ _SAMPLE_FILES = 256  # of each source, for the same
 _LINE_SECONDS = 10.0  # between lines of progress
 
 Inputs = Mapping[str, Mapping[str, list[readers.Input]]]  # source -> split -> inputs
+
+
+def prepare_run(config: Config, workdir: Path) -> None:
+    """Makes the store that a run reads; see `prepare`."""
+    prepare(config.data, config.data.store_path(workdir))
 
 
 def prepare(config: DataConfig, path: str | Path) -> dict[str, Any]:

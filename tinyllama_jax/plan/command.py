@@ -16,8 +16,8 @@ from tinyllama_jax.plan.memory import GIB
 
 
 def plan_run(
-    workdir: pathlib.Path | None,
     config: Config,
+    workdir: pathlib.Path | None,
     *,
     target: str | None,
     topology: str | None,

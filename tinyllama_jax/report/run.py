@@ -53,7 +53,7 @@ class _Run:
         return self.config.train.global_batch_size * self.config.model.seq_len
 
 
-def report_run(folder: pathlib.Path, config: Config | None) -> None:
+def report_run(config: Config | None, folder: pathlib.Path) -> None:
     """Runs `main.py report`: writes a workdir's report and prints the path of its page."""
     print(report(folder, config))
 

@@ -12,8 +12,8 @@ _MOST_ROWS = 32  # prompts that are continued at once
 
 
 def generate_run(
-    folder: pathlib.Path,
     config: Config | None,
+    folder: pathlib.Path,
     *,
     prompt: Sequence[str],
     prompts: str | None = None,

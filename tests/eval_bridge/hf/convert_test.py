@@ -256,7 +256,7 @@ source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2], 'output')
     'program',
     [
         "convert.export(*convert.import_weights(source), source / 'tokenizer.model', output)",
-        "convert.import_run(str(source), output, None, '')",
+        "convert.import_run(None, output, input=str(source), command='')",
     ],
 )
 def test_ctrl_c_leaves_nothing_half_made(folder, tmp_path, program):

@@ -21,7 +21,7 @@ CONFIG = dataclasses.replace(
 
 
 def _check(folder, config=CONFIG, plan=None):
-    check.check(config, folder, plan=plan, members=cluster.alone(config.train))
+    check.check_run(config, folder, plan=plan, members=cluster.alone(config.train))
 
 
 def _plan(path, *, seconds, **bytes_per_step):
