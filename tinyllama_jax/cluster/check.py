@@ -1,8 +1,8 @@
-"""Whether a cluster is fit for a run, in a minute and before the real job: `main.py check`.
+"""The command `check`: tests in a minute, before the real job, whether a cluster is fit for a run.
 
-Says of each host its driver, devices, speed, files and clock, and of each mesh axis the bandwidth of its collectives
-beside what a step needs: by the planner's account (`--plan`), or else by the parameters and gradients of the
-configuration. That hosts agree in code and versions has been seen to when they joined (cluster.py).
+Prints the driver, devices, speed, file rates and clock of each host, and the bandwidth of the collectives of each mesh
+axis beside the bytes that a step needs: those of a plan (`--plan`), else an estimate from the configuration's
+parameters and gradients. Differences in code and versions were refused when the processes joined (members.py).
 """
 
 import json
@@ -22,16 +22,16 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.process import versions
 
 _SIZES = {'cpu': (1 << 20, 4 << 20), 'gpu': (256 << 20, 512 << 20)}  # bytes of a collective, and of a file
-_MFU = 0.5  # of a step whose time no plan says
-_SKEW_SECONDS = 1.0  # logs of hosts further apart cannot be read beside one another
-_SLOW_HOST = {'cpu': 0.25, 'gpu': 0.8}  # of the usual speed; a step waits for the slowest. CPUs have others to serve
+_MFU = 0.5  # assumed for the time of a step without a plan
+_SKEW_SECONDS = 1.0  # with clocks further apart, logs of several hosts cannot be read side by side
+_SLOW_HOST = {'cpu': 0.25, 'gpu': 0.8}  # of the median speed; a step waits for the slowest. CPUs may be shared
 _CHECKPOINT_SECONDS = 600.0
 
 
 def check_run(config: Config, workdir: pathlib.Path, *, plan: str | None, members: Members) -> None:
-    """Measures and prints a table.
+    """Measures the cluster and prints tables.
 
-    Raises RunError naming what would hold the run up, UsageError for what cannot run.
+    Raises RunError that names what would slow the run down, and UsageError for what cannot run.
     """
     members.agree(libraries=driver.libraries())
     mesh = sharding.make_mesh(config.mesh)
@@ -49,17 +49,17 @@ def check_run(config: Config, workdir: pathlib.Path, *, plan: str | None, member
 
 
 def _check_hosts(workdir: pathlib.Path, config: Config, platform: str, members: Members) -> list[str]:
-    """Prints a line for each process; returns what is wrong."""
+    """Prints a line for each process; returns the faults."""
     skews = measure.clock_skews(members)
     written, read = measure.files(workdir, _SIZES.get(platform, _SIZES['gpu'])[1], members)
     own = [driver.version(), jax.local_device_count(), written, read, measure.slowest_device(members)]
-    rows, faults = members.gather('hosts', own), []
+    measured, faults = members.gather('hosts', own), []
     checkpoint = 12 * sum(flops.parameter_counts(config.model).values())  # float32 parameters and both moments
-    seconds = checkpoint / sum(row[2] for row in rows)
-    usual = sorted(row[4] for row in rows)[len(rows) // 2]
-    table = [('process', 'host', 'driver', 'devices', 'write', 'read', 'slowest device', 'clock')]
-    for number, (host, row, skew) in enumerate(zip(members.hosts, rows, skews, strict=True)):
-        version, devices, writes, reads, rate = row
+    seconds = checkpoint / sum(values[2] for values in measured)
+    usual = sorted(values[4] for values in measured)[len(measured) // 2]
+    table: list[tuple] = [('process', 'host', 'driver', 'devices', 'write', 'read', 'slowest device', 'clock')]
+    for number, (host, values, skew) in enumerate(zip(members.hosts, measured, skews, strict=True)):
+        version, devices, writes, reads, rate = values
         speed = f'{rate / 1e12:.3g} TFLOP/s'
         table.append((number, host, version or '-', devices, _rate(writes), _rate(reads), speed, f'{skew:+.3f} s'))
         if abs(skew) > _SKEW_SECONDS:
@@ -69,13 +69,13 @@ def _check_hosts(workdir: pathlib.Path, config: Config, platform: str, members: 
     if seconds > _CHECKPOINT_SECONDS:
         faults.append(f'{workdir} takes {seconds:,.0f} s to write a checkpoint of {_size(checkpoint)}')
     if members.primary:
-        _print(table)
+        _print_table(table)
         print(f'a checkpoint of {_size(checkpoint)} takes {seconds:.3g} s to write to {workdir}', flush=True)
     return faults
 
 
 def _check_collectives(size: int, needs: Sequence[dict], step_seconds: float | None, mesh, members) -> list[str]:
-    """Prints a line for each collective on each axis; returns which take longer than a step."""
+    """Prints a line for each collective on each axis; returns a fault for each axis that takes longer than a step."""
     table, faults = [('axis', 'collective', 'of', 'bandwidth', 'a step needs', 'takes')], []
     for axis, count in mesh.shape.items():
         if count == 1:
@@ -83,7 +83,12 @@ def _check_collectives(size: int, needs: Sequence[dict], step_seconds: float | N
         total = 0.0
         for kind in measure.KINDS:
             rate, compiled = measure.collective(kind, axis, size, mesh, members)
-            need = sum(row['bytes_per_step'] for row in needs if (_slowest(row['axis']), row['kind']) == (axis, kind))
+            # A plan names several axes as `data+fsdp`; the first, between nodes, is the slowest.
+            need = sum(
+                entry['bytes_per_step']
+                for entry in needs
+                if (entry['axis'].partition('+')[0], entry['kind']) == (axis, kind)
+            )
             total += need / rate
             name = kind if compiled == kind else f'{kind} (as {compiled})'
             table.append((axis, name, _size(size), _rate(rate), _size(need), f'{need / rate:.3g} s'))
@@ -93,14 +98,14 @@ def _check_collectives(size: int, needs: Sequence[dict], step_seconds: float | N
                 'keep that axis within a node, or mend the network'
             )
     if members.primary:
-        _print(table)
+        _print_table(table)
         if step_seconds:
             print(f'a step takes {step_seconds:.3g} s without waiting for them', flush=True)
     return faults
 
 
 def _planned(path: str) -> tuple[list[dict[str, Any]], float | None]:
-    """(collectives, seconds of a step) as `main.py plan --json` wrote them to a file."""
+    """Returns (collectives, seconds of a step) from a file that `main.py plan --json` wrote."""
     try:
         plan = json.loads(pathlib.Path(path).read_text())
         return plan['collectives'], plan['tokens_per_step'] / plan['estimated_tokens_per_second']
@@ -109,10 +114,11 @@ def _planned(path: str) -> tuple[list[dict[str, Any]], float | None]:
 
 
 def _expected(config: Config, mesh) -> tuple[list[dict[str, Any]], float | None]:
-    """The same by the parameters alone: gathered for the forward and the backward pass, their gradients reduced.
+    """Estimates (collectives, seconds of a step) from the parameters alone.
 
-    Both once for each micro-batch (ZeRO-1 gathers once a step), in bytes of the compute dtype and of the gradients'.
-    Activations that a step exchanges are in a plan only.
+    Weights are all-gathered for the forward and again for the backward pass, in the compute dtype, and gradients are
+    reduced in theirs, once for each micro-batch; ZeRO-1 gathers once a step. Only a plan has the activations that a
+    step exchanges. The seconds are None for a device whose peak is unknown.
     """
     train, kind = config.train, mesh.devices.flat[0].device_kind
     micro_steps = max(train.global_batch_size // (train.micro_batch_size * sharding.batch_shards(mesh)), 1)
@@ -121,29 +127,21 @@ def _expected(config: Config, mesh) -> tuple[list[dict[str, Any]], float | None]
     reduced = jnp.dtype(train.gradient_dtype or compute).itemsize * micro_steps
     needs = []
     for leaf in jax.tree.leaves(step_lib.abstract_state(config, mesh).params):
-        axes = [axis for entry in leaf.sharding.spec if entry for axis in _names(entry)]
+        entries = [entry for entry in leaf.sharding.spec if entry]
+        axes = [axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)]
         for axis in sharding.BATCH:
             n = mesh.shape[axis]
             sent = leaf.size / math.prod(mesh.shape[other] for other in axes if other != axis) * (n - 1) / n
             if axis in axes:
-                found = {'all-gather': gathers * jnp.dtype(compute).itemsize * sent, 'reduce-scatter': reduced * sent}
+                counts = {'all-gather': gathers * jnp.dtype(compute).itemsize * sent, 'reduce-scatter': reduced * sent}
             else:
-                found = {'all-reduce': 2 * reduced * sent}
-            needs += [{'axis': axis, 'kind': name, 'bytes_per_step': count} for name, count in found.items()]
+                counts = {'all-reduce': 2 * reduced * sent}
+            needs += [{'axis': axis, 'kind': name, 'bytes_per_step': count} for name, count in counts.items()]
     peak = flops.peak_flops(kind)
     if peak is None:
         return needs, None
     work = train.global_batch_size * config.model.seq_len * flops.flops_per_token(config.model, 'C')
     return needs, work / (peak * _MFU * mesh.size)
-
-
-def _slowest(axes: str) -> str:
-    """The first, between nodes, of the axes that a plan names as `data+fsdp`."""
-    return axes.partition('+')[0]
-
-
-def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry
 
 
 def _size(count: float) -> str:
@@ -155,8 +153,7 @@ def _rate(value: float) -> str:
     return f'{_size(value)}/s'
 
 
-def _print(table: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as their widest entry."""
+def _print_table(table: Sequence[Sequence[Any]]) -> None:
     widths = [max(len(str(row[i])) for row in table) for i in range(len(table[0]))]
     for row in table:
         print('  '.join(str(entry).ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip(), flush=True)

@@ -1,4 +1,4 @@
-"""What a cluster can do, measured in seconds: collectives, files, clocks, the devices one by one."""
+"""Measures a cluster for `check`: collectives, files, clocks and the speed of each device."""
 
 import os
 import pathlib
@@ -16,13 +16,13 @@ from tinyllama_jax import errors
 from tinyllama_jax.cluster.members import Members
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce')
-_SECONDS = 1.0  # of repetitions of one measurement
-_PRODUCTS = 9
+_SECONDS = 1.0  # a measurement is repeated for so long
+_PRODUCTS = 9  # repetitions of a device's matrix product
 _MATMUL = {'cpu': (256, jnp.float32), 'gpu': (4_096, jnp.bfloat16)}  # platform -> size, dtype
 
 
 def _seconds(run: Callable, members: Members, name: str) -> float:
-    """The median time of `run`, repeated for about a second and equally often by all, of the slowest process."""
+    """Returns the slowest process's median time of `run`, which all repeat equally often for about a second."""
     _timed(run)
     once = max(members.gather(f'{name} once', _timed(run)))
     times = [_timed(run) for _ in range(int(min(max(_SECONDS / once, 3), 50)))]
@@ -30,31 +30,33 @@ def _seconds(run: Callable, members: Members, name: str) -> float:
 
 
 def collective(kind: str, axis: str, size: int, mesh: Mesh, members: Members) -> tuple[float, str]:
-    """(bytes a second over each device's links, what XLA compiled it to) of a collective on `size` bytes along an axis.
+    """Measures a collective on `size` bytes along an axis.
 
-    The bytes are those that each of n devices must send in the best case: (n - 1) / n of the gathered or reduced
-    array, twice that for an all-reduce (NCCL's tests call it bus bandwidth).
+    Returns (bytes a second, the collective that XLA compiled it to). The bytes are those that each of n devices must at
+    least send: (n - 1) / n of the gathered or reduced array, twice that for an all-reduce (NCCL's tests call the rate
+    bus bandwidth).
     """
     devices = mesh.shape[axis]
     columns = size // 4 // devices * devices
-    split, whole = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
+    sharded, replicated = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
     if kind == 'all-gather':
-        shape, function, out = (columns,), lambda x: x, whole
+        shape, function, out = (columns,), lambda x: x, replicated
     else:
-        shape, function, out = (devices, columns), lambda x: x.sum(0), split if kind == 'reduce-scatter' else whole
-    array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=split)()
-    compiled = jax.jit(function, in_shardings=split, out_shardings=out).lower(array).compile()
-    found = re.findall(r'(all-gather|reduce-scatter|all-reduce)(?:-start)?\(', compiled.as_text() or '')
+        out = sharded if kind == 'reduce-scatter' else replicated
+        shape, function = (devices, columns), lambda x: x.sum(0)
+    array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=sharded)()
+    compiled = jax.jit(function, in_shardings=sharded, out_shardings=out).lower(array).compile()
+    names = re.findall(r'(all-gather|reduce-scatter|all-reduce)(?:-start)?\(', compiled.as_text() or '')
     sent = columns * 4 * (devices - 1) / devices * (2 if kind == 'all-reduce' else 1)
     seconds = _seconds(lambda: compiled(array), members, f'{kind} {axis}')
-    return sent / seconds, ' + '.join(dict.fromkeys(found))
+    return sent / seconds, ' + '.join(dict.fromkeys(names))
 
 
 def files(folder: pathlib.Path, size: int, members: Members) -> tuple[float, float]:
-    """(written, read) bytes a second of this process, with all at it at once.
+    """Returns the bytes a second at which this process (writes, reads) files while all others do.
 
-    Each writes a file into `folder` and reads its neighbour's. Raises UsageError in all where one does not see that:
-    the folder is not the same for all.
+    Each process writes a file into `folder` and reads its neighbour's. Raises UsageError in all processes if one does
+    not see its neighbour's file: the hosts do not share the folder.
     """
     number = members.place.process_id
     own, others = (folder / f'check-{i}.tmp' for i in (number, (number + 1) % members.count))
@@ -67,12 +69,12 @@ def files(folder: pathlib.Path, size: int, members: Members) -> tuple[float, flo
         rates = members.gather('read', _read(others, size))
     finally:
         own.unlink(missing_ok=True)
-    members.gather('removed', None)  # one that raises ends the others at once
+    members.gather('removed', None)  # a process that raises ends the others at once
     if None in rates:
-        blind = rates.index(None)
-        neighbour = (blind + 1) % members.count
+        reader = rates.index(None)
+        neighbour = (reader + 1) % members.count
         raise errors.UsageError(
-            f'process {blind} on {members.hosts[blind]} does not see in {folder} what process {neighbour} on '
+            f'process {reader} on {members.hosts[reader]} does not see in {folder} what process {neighbour} on '
             f'{members.hosts[neighbour]} has written there; --workdir must be a folder that all hosts share.'
         )
     return written, rates[number]
@@ -88,13 +90,13 @@ def _write(path: pathlib.Path, content: bytes) -> float:
 
 
 def _read(path: pathlib.Path, size: int) -> float | None:
-    """Bytes a second; None where there is no such file."""
+    """Reads a file of `size` bytes; returns bytes a second, None if there is no such file."""
     try:
         file = open(path, 'rb', buffering=0)
     except FileNotFoundError:
         return None
     with file:
-        if hasattr(os, 'posix_fadvise'):  # not out of this host's memory
+        if hasattr(os, 'posix_fadvise'):  # read from storage, not from this host's memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         began, left = time.perf_counter(), size
         while left and (part := file.read(1 << 20)):
@@ -103,7 +105,10 @@ def _read(path: pathlib.Path, size: int) -> float | None:
 
 
 def clock_skews(members: Members, rounds: int = 9) -> list[float]:
-    """Seconds by which each process's clock is ahead of process 0's, as exact as messages arrive at the same time."""
+    """Returns the seconds by which each process's clock is ahead of process 0's.
+
+    The error is the difference between the times at which one message reaches the processes.
+    """
     times = []
     for i in range(rounds):
         members.gather(f'now {i}', None)  # returns in all processes at about the same time
@@ -112,7 +117,7 @@ def clock_skews(members: Members, rounds: int = 9) -> list[float]:
 
 
 def slowest_device(members: Members) -> float:
-    """FLOP/s of a matrix product on the slowest of this process's devices, one after another; all processes at once."""
+    """Returns the FLOP/s of a matrix product on this process's slowest device; all processes measure at once."""
     size, dtype = _MATMUL.get(jax.default_backend(), _MATMUL['gpu'])
     product = jax.jit(lambda x: x @ x)
     members.gather('products', None)

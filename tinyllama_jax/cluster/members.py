@@ -1,8 +1,8 @@
-"""The processes of a run: joining them, what they must agree on, and ending together when one is lost.
+"""The processes of a run: how they join, compare settings, and end together when one is lost.
 
-Process 0 opens a hub at the coordinator's address (watchdog.py), every process connects to it, and only when all are
-there does JAX join them in its own way, at a port that the hub names. JAX tells of a lost process by aborting, with a
-number and without its host, and of a stuck one never; the hub tells at once, or within a minute.
+Process 0 opens a hub at the coordinator's address (watchdog.py) and every process connects to it. When all have, JAX
+joins them in its own way, at a port that the hub names. When a process is lost, JAX aborts with a number and without
+its host; a stuck one JAX never notices. The hub reports both, at once or within a minute.
 """
 
 import atexit
@@ -27,112 +27,124 @@ from tinyllama_jax.process import versions
 from tinyllama_jax.settings import tree
 
 _RETRY_SECONDS = 0.5
-_VERDICT_SECONDS = 5.0  # a collective breaks before the hub has said who broke it
-_LAST_WORD_SECONDS = 2.0  # in which process 0, where the hub is, lets the others hear of the end
+_VERDICT_SECONDS = 5.0  # a collective fails before the hub has said whose fault it is
+_LAST_WORD_SECONDS = 2.0  # process 0 waits so long before it ends, so that its hub can tell the others
 _SHUTDOWN_SECONDS = 60
 
 
 class Members:
-    """All processes of the run, as this one sees them; this class: there is only this one."""
+    """The processes of a run. This base class is the single-process case.
+
+    Attributes:
+      place: this process's id, host and coordinator.
+      hosts: the host name of each process, by process id.
+    """
 
     def __init__(self, place: Place, config: TrainConfig):
         self.place, self.hosts, self._config = place, [place.host], config
-        self._begun = collections.Counter()  # how often the main thread has begun what
-        self._mark = 0, 'starting', True  # one object, so that no thread sees half a change
+        self._counts = collections.Counter()  # how often the main thread has begun each activity
+        self._mark = 0, 'starting', True  # one tuple, so that no thread sees half a change
 
     def __str__(self) -> str:
         hosts = list(dict.fromkeys(self.hosts))
-        return f'{_counted(len(hosts), "host")} ({_some(hosts)}), {_counted(self.count, "process", "es")}'
+        return (
+            f'{len(hosts)} host{"s" if len(hosts) > 1 else ""} ({_first_few(hosts)}), '
+            f'{self.count} process{"es" if self.count > 1 else ""}'
+        )
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return self.place.num_processes
 
     @property
     def primary(self) -> bool:
-        """Whether this is process 0, which alone writes the workdir and talks of the run."""
+        """Whether this is process 0, which alone writes the workdir and prints progress."""
         return self.place.process_id == 0
 
     def at(self, doing: str, *, compiles: int = 0) -> None:
-        """Notes what the main thread begins to do. All processes must note the same things in the same order.
+        """Notes that the main thread begins an activity. All processes must note the same ones in the same order.
 
-        Its first `compiles` times compile, and may take half an hour.
+        The watchdog allows half an hour for each of the first `compiles` times, which include compilation.
         """
-        self._begun[doing] += 1
-        self._mark = self._begun.total(), doing, self._begun[doing] <= compiles
+        self._counts[doing] += 1
+        self._mark = self._counts.total(), doing, self._counts[doing] <= compiles
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """The JSON `value` of each process, by process id; returns when all have called it with this name."""
+        """Returns every process's `value` (JSON), by process id, once all have called it with this name."""
         del name
         return [value]
 
     def agree(self, **facts: Any) -> None:
-        """Raises UsageError that names the first of these facts (JSON) in which the processes differ, and the hosts."""
+        """Raises UsageError if the processes differ in a fact (JSON): its field, and who has which value."""
         values = self.gather(', '.join(facts), facts)
-        found = [tree.differences(values[0], other) for other in values]
-        for field, (first, _) in {field: pair for fields in found for field, pair in fields.items()}.items():
-            told: dict[str, list[str]] = {}
-            for number, fields in enumerate(found):
-                its = fields[field][1] if field in fields else first
-                told.setdefault(str(its), []).append(f'{number} on {self.hosts[number]}')
-            listed = ', '.join(f'{its} in process {_some(processes)}' for its, processes in told.items())
+        differences = [tree.differences(values[0], other) for other in values]
+        for field, (first, _) in {field: pair for fields in differences for field, pair in fields.items()}.items():
+            holders: dict[str, list[str]] = {}  # value -> the processes that have it
+            for number, fields in enumerate(differences):
+                value = fields[field][1] if field in fields else first
+                holders.setdefault(str(value), []).append(f'{number} on {self.hosts[number]}')
+            listed = ', '.join(f'{value} in process {_first_few(processes)}' for value, processes in holders.items())
             raise errors.UsageError(f'the hosts disagree on {field}: {listed}. Start all with the same.')
 
     def watch(self) -> None:
-        """Begins to watch for a main thread that does not go on."""
-        threading.Thread(target=self._watch_alone, name='watchdog', daemon=True).start()
+        """Starts a thread that ends the process when the main thread hangs."""
 
-    def _watch_alone(self) -> None:
-        itself = {0: watchdog.Member(self.place.host, time.monotonic())}
-        while True:
-            itself[0].mark(*self._mark, now := time.monotonic())
-            if line := watchdog.stuck(itself, self._config, now):
-                self._exit(errors.Unavailable.exit_code, line, stacks=True)
-            time.sleep(watchdog.BEAT_SECONDS)
+        def run() -> None:
+            own = watchdog.Member(self.place.host, time.monotonic())
+            while True:
+                own.mark(*self._mark, now := time.monotonic())
+                if line := watchdog.stuck({0: own}, self._config, now):
+                    self._exit(errors.Unavailable.exit_code, line, stacks=True)
+                time.sleep(watchdog.BEAT_SECONDS)
+
+        threading.Thread(target=run, name='watchdog', daemon=True).start()
 
     def _exit(self, status: int, line: str, *, stacks: bool) -> None:
         """Ends the process at once, from any thread."""
         if stacks:
             os.write(2, f'{self.place}, every thread (the watchdog has ended it):\n'.encode())
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        again = (
-            ' The same command goes on from the newest checkpoint.' if status == errors.Unavailable.exit_code else ''
-        )
-        os.write(2, f'main.py: {line.rstrip(".")}.{again}\n'.encode())
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        retry = status == errors.Unavailable.exit_code
+        remedy = ' The same command resumes from the newest checkpoint.' if retry else ''
+        os.write(2, f'main.py: {line.rstrip(".")}.{remedy}\n'.encode())
         os._exit(status)
 
     def finish(self) -> None:
-        """Ends this process's part of a run that ends well."""
+        """Leaves a run that ends well."""
 
     def fail(self, error: BaseException) -> None:
-        """Ends this process's part of a run after a failure, which ends the others too."""
+        """Leaves a run after a failure of this process, which ends the others too."""
 
 
 class _Joined(Members):
-    """One of several processes: a client of the hub."""
+    """One of several processes, as a client of the hub."""
 
     def __init__(self, place: Place, config: TrainConfig):
         super().__init__(place, config)
         self._gathered: dict[str, list] = {}
         self._port, self._left, self._heard = 0, False, time.monotonic()
         self._news, self._sending = threading.Condition(), threading.Lock()
-        self._hub = self._open_hub() if self.primary else None
+        self._hub = None
+        if self.primary:
+            # The port may be in use: by a second process 0, which its own hub will report, or by another program.
+            with contextlib.suppress(OSError):
+                self._hub = watchdog.Hub(place, config)
         self._socket = self._connect()
         threading.Thread(target=self._listen, name='watchdog', daemon=True).start()
-        self._wait(lambda: self._port, config.join_timeout_s + watchdog.LOST_SECONDS)
+        seconds = config.join_timeout_s + watchdog.LOST_SECONDS
+        with self._news:
+            if not self._news.wait_for(lambda: self._port, seconds):
+                raise errors.Unavailable(
+                    f'{place}: {place.coordinator} does not answer as the coordinator of this run within {seconds:g} '
+                    's; another program has that port, or another run: choose another.'
+                )
 
     def watch(self) -> None:
-        """Nothing more: the hub has watched since this process has joined."""
-
-    def _open_hub(self) -> watchdog.Hub | None:
-        try:
-            return watchdog.Hub(self.place, self._config)
-        except OSError:  # the port is in use: by a second process 0, as its hub will say, or by another program
-            return None
+        """Does nothing: the hub has watched since this process joined."""
 
     def _connect(self) -> socket.socket:
-        """A connection on which the hub has answered."""
+        """Returns a connection on which the hub has answered."""
         deadline = time.monotonic() + self._config.join_timeout_s
         while True:
             try:
@@ -148,32 +160,24 @@ class _Joined(Members):
                 time.sleep(_RETRY_SECONDS)
 
     def _greet(self, seconds: float) -> socket.socket:
-        """Raises OSError where no hub answers in time: not each program that accepts a connection is one."""
+        """Connects once; raises OSError if no hub answers in time, since any program may listen at that port."""
         connection = socket.create_connection(self.place.address, timeout=seconds)
         hello = {'hello': self.place.process_id, 'host': self.place.host, 'processes': self.place.num_processes}
-        begins = b''
+        first_byte = b''
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps(hello).encode() + b'\n')
-            begins = connection.recv(1, socket.MSG_PEEK)
-        if begins != b'{':
+            first_byte = connection.recv(1, socket.MSG_PEEK)
+        if first_byte != b'{':
             connection.close()
             raise ConnectionError('what listens there does not answer as process 0 does')
         return connection
 
-    def _wait(self, ready, seconds: float) -> None:
-        with self._news:
-            if not self._news.wait_for(ready, seconds):
-                raise errors.Unavailable(
-                    f'{self.place}: {self.place.coordinator} does not answer as the coordinator of this run within '
-                    f'{seconds:g} s; another program has that port, or another run: choose another.'
-                )
-
     def _send(self, message: dict) -> None:
-        with self._sending, contextlib.suppress(OSError):  # the listening thread finds out what it means
+        with self._sending, contextlib.suppress(OSError):  # the listening thread will find out why
             self._socket.sendall(json.dumps(message).encode() + b'\n')
 
     def _listen(self) -> None:
-        """The watchdog's thread: sends a sign of life each second, and ends the process when the hub says so."""
+        """Runs in the watchdog's thread: sends a heartbeat each second and ends the process when the hub says so."""
         self._socket.settimeout(watchdog.BEAT_SECONDS / 2)
         rest, beat = b'', 0.0
         while not self._left:
@@ -191,7 +195,7 @@ class _Joined(Members):
                 for message in map(watchdog.parsed, lines):
                     self._handle(message or {})
             now = time.monotonic()
-            if now - before > watchdog.LOST_SECONDS / 2:  # it was this process that was away
+            if now - before > watchdog.LOST_SECONDS / 2:  # this process itself was stopped
                 self._heard = now
             if now - self._heard > watchdog.LOST_SECONDS:
                 self._lose_hub(
@@ -225,17 +229,17 @@ class _Joined(Members):
         super()._exit(status, line, stacks=stacks)
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """The JSON `value` of each process, by process id; returns when all have called it with this name."""
+        """Returns every process's `value` (JSON), by process id, once all have called it with this name."""
         self._send({'gather': name, 'value': value})
         with self._news:
             self._news.wait_for(lambda: name in self._gathered)
             return self._gathered.pop(name)
 
     def join_jax(self) -> None:
-        """Makes the devices of all processes JAX's. Raises UsageError where the hosts have different ones."""
+        """Gives JAX the devices of all processes. Raises UsageError if the hosts have different ones."""
         import jax
 
-        host = self.place.coordinator.rpartition(':')[0]
+        host = (self.place.coordinator or '').rpartition(':')[0]
         jax.distributed.initialize(
             f'{host}:{self._port}',
             self.count,
@@ -248,7 +252,7 @@ class _Joined(Members):
         self.agree(devices=f'{jax.local_device_count()} x {jax.local_devices()[0].device_kind}')
 
     def finish(self) -> None:
-        """Leaves once all processes have come so far."""
+        """Leaves once all processes have got this far."""
         import jax
 
         self.gather('finish', None)
@@ -258,48 +262,44 @@ class _Joined(Members):
             self._hub.wait(_SHUTDOWN_SECONDS)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the hub, unless the failure is another process's end, of which the hub tells."""
+        """Reports the failure to the hub, unless another process's end caused it, which the hub reports itself."""
         if not isinstance(error, errors.UsageError):
-            time.sleep(_VERDICT_SECONDS)
+            time.sleep(_VERDICT_SECONDS)  # if another process is lost, the hub ends this one here
         status = getattr(error, 'exit_code', 1)
         self._bye(status, errors.first_line(error))
         if self._hub:
             time.sleep(_LAST_WORD_SECONDS)
-        # JAX's own farewell, which comes after this, waits for processes that have gone.
-        atexit.register(_leave, status)
+        # JAX's own exit handler, which would run after this one, waits for processes that have gone.
+        atexit.register(_flush_and_exit, status)
 
     def _bye(self, status: int, line: str) -> None:
         self._left = True
         self._send({'bye': status, 'line': line})
 
 
-def _leave(status: int) -> None:
+def _flush_and_exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _counted(count: int, noun: str, ending: str = 's') -> str:
-    return f'{count} {noun}{ending if count > 1 else ""}'
-
-
-def _some(processes: list[str]) -> str:
-    more = f' and {len(processes) - 4} more' if len(processes) > 4 else ''
-    return ', '.join(processes[:4]) + more
+def _first_few(names: list[str]) -> str:
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    return ', '.join(names[:4]) + more
 
 
 def alone(config: TrainConfig) -> Members:
-    """The members of a run of one process, which no watchdog watches."""
+    """Returns the members of a single-process run, without a watchdog."""
     return Members(Place(socket.gethostname()), config)
 
 
 @contextlib.contextmanager
 def joined(place: Place, config: Config) -> Iterator[Members]:
-    """A context with all processes of the run, JAX among them; to be entered before JAX finds its devices.
+    """A context in which this process has joined the others, in JAX too. Enter it before JAX finds its devices.
 
-    Raises UsageError where they differ in configuration, code, versions or devices and where this host's driver is too
-    old, Unavailable where the coordinator cannot be reached. From then on a lost or stuck process ends all others with
-    75, and a failure of one all with its status.
+    Raises UsageError if the processes differ in configuration, code, versions or devices or if this host's driver is
+    too old, and Unavailable if the coordinator cannot be reached. Inside the context a lost or stuck process ends all
+    others with 75, and a failure of one process ends all with its status.
     """
     driver.refuse_old(place.host)
     members = _Joined(place, config.train) if place.coordinator else Members(place, config.train)

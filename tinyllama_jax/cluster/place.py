@@ -1,4 +1,4 @@
-"""Where this process stands in a run of several: told by flags, by Slurm or by Kubernetes; alone otherwise."""
+"""This process's place in a run of several processes, from flags, Slurm or Kubernetes."""
 
 import dataclasses
 import os
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 
 from tinyllama_jax import errors
 
-_SLURM_PORTS = 61_440, 4_096  # the first and how many: above Linux's ephemeral ports, one for each job
+_SLURM_PORTS = 61_440, 4_096  # the first, and how many: above Linux's ephemeral ports; jobs take turns
 _KUBERNETES = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'JOB_COMPLETION_INDEX'  # as launch/jobset.yaml sets them
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Process `process_id` of `num_processes`, which meet at `coordinator`, HOST:PORT of process 0; None if alone."""
+    """The id of this process, and where the processes of its run meet."""
 
     host: str
-    coordinator: str | None = None
+    coordinator: str | None = None  # HOST:PORT of process 0; None for a single process
     num_processes: int = 1
     process_id: int = 0
-    local_devices: tuple[int, ...] | None = None  # the GPUs of the host that are this process's; none: all it sees
+    local_devices: tuple[int, ...] | None = None  # the host's GPUs that this process uses; None: all that it sees
 
     @property
     def address(self) -> tuple[str, int]:
@@ -38,34 +38,32 @@ def find(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Place:
-    """This process's place: by the three flags, or else as Slurm's srun or Kubernetes tells it in the environment.
+    """Returns this process's place: by the three flags, else by Slurm's or Kubernetes' environment variables.
 
-    Raises UsageError for flags that do not go together or an address that is none.
+    Raises UsageError for an incomplete set of flags, an invalid address or an id out of range.
     """
-    host = _host(environment)
+    # The node's name comes first: a pod's or a container's own name does not say which machine to look at.
+    host = environment.get('SLURMD_NODENAME') or environment.get('NODE_NAME') or socket.gethostname()
     given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
-    if missing := [name for name, value in given.items() if value is None]:
-        if len(missing) < len(given):
-            raise errors.UsageError(
-                f'--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together.'
-            )
-        return _slurm(host, environment) or _kubernetes(host, environment) or Place(host)
-    return _checked(Place(host, coordinator, num_processes, process_id), '--coordinator', '--process_id')
-
-
-def _host(environment: Mapping[str, str]) -> str:
-    """The node's name: a pod's or a container's own says little to who has to find the machine."""
-    return environment.get('SLURMD_NODENAME') or environment.get('NODE_NAME') or socket.gethostname()
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        return _validated(Place(host, coordinator, num_processes, process_id), '--coordinator', '--process_id')
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) < len(given):
+        raise errors.UsageError(
+            f'--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together.'
+        )
+    return _slurm(host, environment) or _kubernetes(host, environment) or Place(host)
 
 
 def _slurm(host: str, environment: Mapping[str, str]) -> Place | None:
-    """The place of a task of srun's; None for one task alone, and for sbatch's own script."""
+    """Returns the place of one of several tasks of an srun step; None for a single task and in sbatch's own script."""
     names = 'SLURM_JOB_ID', 'SLURM_STEP_NUM_TASKS', 'SLURM_STEP_NODELIST', 'SLURM_PROCID', 'SLURM_LOCALID'
     if any(name not in environment for name in names) or environment['SLURM_STEP_NUM_TASKS'] == '1':
         return None
     job, tasks, nodes, process, local = (environment[name] for name in names)
-    # node1,node2 or node[001-008,012],other: the first is the list's beginning up to a bracket, and in it up to , or -
-    first = ''.join(re.match(r'([^,\[]+)(?:\[([^\],-]+))?', nodes).groups(''))
+    # The list looks like node1,node2 or node[001-008,012],other. Its first node is the text before the first comma or
+    # bracket; a bracket adds its text up to the first comma or dash.
+    first = ''.join(re.findall(r'^([^,\[]+)(?:\[([^\],-]+))?', nodes)[0])
     lowest, count = _SLURM_PORTS
     several_here = environment.get('SLURM_STEP_TASKS_PER_NODE', '1').partition('(')[0] not in ('', '1')
     sees_all = ',' in environment.get('CUDA_VISIBLE_DEVICES', ',')
@@ -79,10 +77,10 @@ def _kubernetes(host: str, environment: Mapping[str, str]) -> Place | None:
         return None
     if not (count.isdigit() and index.isdigit()):
         raise errors.UsageError(f'NUM_PROCESSES={count}, JOB_COMPLETION_INDEX={index}: both are whole numbers.')
-    return _checked(Place(host, address, int(count), int(index)), _KUBERNETES[0], _KUBERNETES[2])
+    return _validated(Place(host, address, int(count), int(index)), _KUBERNETES[0], _KUBERNETES[2])
 
 
-def _checked(place: Place, address_name: str, id_name: str) -> Place:
+def _validated(place: Place, address_name: str, id_name: str) -> Place:
     host, _, port = (place.coordinator or '').rpartition(':')
     if not host or not port.isdigit() or not 0 < int(port) < 65_536:
         raise errors.UsageError(f'{address_name}={place.coordinator}: HOST:PORT of process 0 is expected.')

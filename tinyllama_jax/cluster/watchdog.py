@@ -1,16 +1,20 @@
-"""The hub that a run's processes stay connected to: who is there, who is lost, who keeps the others waiting.
+"""The hub of a run's processes, which notices a process that is lost or keeps the others waiting.
 
-It is a thread of process 0, and every process (0 too) is a client of it (cluster.py). They exchange JSON objects, one
-a line, over TCP. From a client:
+The hub is a thread of process 0. Every process, 0 included, is a client of it (members.py). They exchange JSON objects
+over TCP, one a line. A client sends:
 
-    {"hello": id, "host": name, "processes": count}    first of all
-    {"gather": name, "value": ...}                     wants every process's value
+    {"hello": id, "host": name, "processes": count}    first
+    {"gather": name, "value": ...}                     to get every process's value
     {"beat": marks, "doing": text, "compiles": bool}   each second; `marks` counts what its main thread has begun
-    {"bye": status, "line": text}                      it ends, with this exit status
+    {"bye": status, "line": text}                      when it ends, with its exit status
 
-From the hub: {"roster": [host of each process], "port": JAX's}, {"gathered": name, "values": [...], "of": [the index of
-each process's value]}, {"beat": true} in answer to a hello and each second, and {"end": status, "line": text, "stacks":
-whether to print them}.
+The hub sends:
+
+    {"roster": [host of each process], "port": JAX's}  when all processes have connected
+    {"gathered": name, "values": [...], "of": [...]}   distinct values; `of` has the index of each process's value
+    {"beat": true}                                     in answer to a hello, and each second
+    {"end": status, "line": text, "stacks": bool}      to end the client, which first prints its stacks if told to
+
 The processes run the same program, so their marks can be compared: the one with the fewest keeps the others waiting.
 """
 
@@ -28,33 +32,33 @@ from tinyllama_jax.cluster.place import Place
 from tinyllama_jax.config import TrainConfig
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 20.0  # silent for so long: stopped, or its host is gone
+LOST_SECONDS = 20.0  # a process silent for so long is stopped, or its host is gone
 _COMPILING_SECONDS = 1_800.0
-_NAMED = 8  # processes in a sentence
-_SAVED = (0, 130, 143)  # exit statuses that nobody else has to hear of
+_NAMED = 8  # the most processes that a message names
+_SAVED = (0, 130, 143)  # exit statuses of a process that ended well, so that the others need not end
 
 
 @dataclasses.dataclass
 class Member:
-    """What the hub knows of a process; times are the hub's monotonic clock's."""
+    """What the hub knows about a process. Times are by the hub's monotonic clock."""
 
     host: str
-    heard: float
+    heard: float  # when it last sent something
     marks: int = 0
     marked: float = 0.0  # when the marks last changed
     doing: str = 'starting'
-    compiles: bool = True  # what it is doing may take its time
+    compiles: bool = True  # what it is doing includes compilation
     left: bool = False
 
     def mark(self, marks: int, doing: str, compiles: bool, now: float) -> None:
-        """Takes over what a heartbeat says."""
+        """Stores a heartbeat."""
         if marks != self.marks or not self.marked:
             self.marks, self.marked = marks, now
         self.doing, self.compiles, self.heard = doing, compiles, now
 
 
 def silent(members: Mapping[int, Member], now: float) -> str | None:
-    """The line about the processes that have not been heard of; None if all have."""
+    """Returns a line that names the processes not heard of for LOST_SECONDS; None if there are none."""
     lost = {i: m for i, m in members.items() if not m.left and now - m.heard > LOST_SECONDS}
     if not lost:
         return None
@@ -62,7 +66,7 @@ def silent(members: Mapping[int, Member], now: float) -> str | None:
 
 
 def stuck(members: Mapping[int, Member], config: TrainConfig, now: float) -> str | None:
-    """The line about the processes that keep the others waiting, or about all if none goes on; None if all is well."""
+    """Returns a line that names the processes that keep the others waiting, or all if all hang; None otherwise."""
     active = {i: m for i, m in members.items() if not m.left and m.marked}
     if not active or not config.hang_timeout_s:
         return None
@@ -81,37 +85,42 @@ def stuck(members: Mapping[int, Member], config: TrainConfig, now: float) -> str
 
 
 def _named(members: Mapping[int, Member]) -> str:
-    """`process 3 on host-b is`, `processes 3 on host-b, 4 on host-b are`, of many the first few."""
+    """Returns 'process 3 on host-b is' or 'processes 3 on host-b, 4 on host-b are'; names the first few of many."""
     names = [f'{i} on {member.host}' for i, member in sorted(members.items())]
     listed = ', '.join(names[:_NAMED]) + (f' and {len(names) - _NAMED} more' if len(names) > _NAMED else '')
     return f'process {listed} is' if len(names) == 1 else f'processes {listed} are'
 
 
 class Hub:
-    """The thread of process 0 that the others are connected to, until all have left or one is lost."""
+    """A thread of process 0 that serves all processes until they have left."""
 
     def __init__(self, place: Place, config: TrainConfig):
-        self._place, self._config, self._members = place, config, {}
+        self._place, self._config = place, config
+        self._members: dict[int, Member] = {}
         self._connections: dict[socket.socket, _Connection] = {}
-        self._gathers: dict[str, dict[int, str]] = {}
-        self._ended: dict | None = None  # what all were told at the end
-        self._listener = _listen(place.address[1])
+        self._gathers: dict[str, dict[int, str]] = {}  # name -> {process id: its value as JSON}
+        self._ended: dict | None = None  # the message that ended the run
+        port = place.address[1]
+        if socket.has_dualstack_ipv6():
+            self._listener = socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        else:
+            self._listener = socket.create_server(('', port), backlog=1024)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name='hub', daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Returns when all have left, or after `seconds`."""
+        """Returns when all processes have left, or after `seconds`."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
         started = last = beat = time.monotonic()
         while not (self._members and all(m.left for m in self._members.values())):
             for key, _ in self._selector.select(timeout=BEAT_SECONDS / 2):
-                self._accept() if key.fileobj is self._listener else self._read(key.fileobj)
+                self._accept() if key.data is None else self._read(key.data)
             now = time.monotonic()
-            if now - last > LOST_SECONDS / 2:  # it was this process that was away
+            if now - last > LOST_SECONDS / 2:  # this process itself was stopped
                 for member in self._members.values():
                     member.heard = now
             last = now
@@ -119,10 +128,11 @@ class Hub:
                 beat = now
                 self._send({'beat': True})
                 self._judge(now, started)
-        for each in (self._listener, self._selector, *self._connections):
-            each.close()
+        for open_one in (self._listener, self._selector, *self._connections):
+            open_one.close()
 
     def _judge(self, now: float, started: float) -> None:
+        """Ends the run if a process is lost, stuck or has not come in time."""
         if self._ended:
             return
         if line := silent(self._members, now) or stuck(self._members, self._config, now):
@@ -141,23 +151,23 @@ class Hub:
         return len(self._members) == self._place.num_processes
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.settimeout(LOST_SECONDS)
-        self._connections[connection] = _Connection(connection)
-        self._selector.register(connection, selectors.EVENT_READ)
+        client, _ = self._listener.accept()
+        client.settimeout(LOST_SECONDS)
+        self._connections[client] = _Connection(client)
+        self._selector.register(client, selectors.EVENT_READ, data=client)
 
-    def _read(self, key: socket.socket) -> None:
-        connection = self._connections[key]
+    def _read(self, client: socket.socket) -> None:
+        connection = self._connections[client]
         messages = connection.receive()
         if messages is None:
-            self._selector.unregister(key)
-            del self._connections[key]
-            key.close()
+            self._selector.unregister(client)
+            del self._connections[client]
+            client.close()
             if connection.id is not None and not self._members[connection.id].left and not self._ended:
-                member = {connection.id: self._members[connection.id]}
+                lost = {connection.id: self._members[connection.id]}
                 self._end(
                     errors.Unavailable.exit_code,
-                    f'{_named(member)} lost: its connection closed without a word (killed, or its host went down)',
+                    f'{_named(lost)} lost: its connection closed without a word (killed, or its host went down)',
                 )
             return
         for message in messages:
@@ -168,9 +178,9 @@ class Hub:
         if 'hello' in message:
             self._welcome(connection, message, now)
             return
-        member = self._members.get(connection.id)
-        if member is None:  # it was refused, or is not one of ours
+        if connection.id is None:  # a refused process, or another program
             return
+        member = self._members[connection.id]
         member.heard = now
         if 'beat' in message:
             member.mark(message['beat'], message['doing'], message['compiles'], now)
@@ -191,7 +201,7 @@ class Hub:
                 f'two processes have the id {number}: one on {self._members[number].host}, one on {host}; give each an '
                 f'id of its own, and each run a coordinator of its own (this one is {self._place.coordinator}).'
             )
-            if self._complete():  # that run goes on
+            if self._complete():  # a run in progress: only the newcomer must end
                 connection.send({'end': usage, 'line': line, 'stacks': False})
             else:
                 self._end(usage, line, connection)
@@ -204,10 +214,12 @@ class Hub:
             )
         else:
             connection.id, self._members[number] = number, Member(host, now)
-            connection.send({'beat': True})  # at once: it waits for this, with little time left if it came late
+            connection.send({'beat': True})  # at once: a process that came late gives up soon without an answer
             if self._complete():
                 hosts = [self._members[i].host for i in range(count)]
-                self._send({'roster': hosts, 'port': _free_port()})
+                with socket.create_server(('', 0)) as free:
+                    jax_port = free.getsockname()[1]
+                self._send({'roster': hosts, 'port': jax_port})
 
     def _gather(self, number: int, name: str, value: str) -> None:
         values = self._gathers.setdefault(name, {})
@@ -232,14 +244,14 @@ class Hub:
 
 
 class _Connection:
-    """One client's socket, its lines put together."""
+    """A client's socket, which assembles lines from what arrives."""
 
     def __init__(self, connection: socket.socket):
         self.id: int | None = None
         self._socket, self._rest = connection, b''
 
     def receive(self) -> list[dict] | None:
-        """The messages that have come; None if the connection is closed. What is not of the protocol is left out."""
+        """Returns the messages that have arrived, invalid lines left out; None if the connection is closed."""
         try:
             data = self._socket.recv(1 << 16)
         except OSError:
@@ -250,25 +262,14 @@ class _Connection:
         return [message for line in lines if (message := parsed(line)) is not None]
 
     def send(self, message: dict) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which the next read tells
+        with contextlib.suppress(OSError):  # if the client is gone, the next read says so
             self._socket.sendall(json.dumps(message).encode() + b'\n')
 
 
 def parsed(line: bytes) -> dict | None:
-    """The message of a line; None for what is not of the protocol."""
+    """Returns the message in a line; None if the line is not a JSON object."""
     try:
         message = json.loads(line)
     except ValueError:
         return None
     return message if isinstance(message, dict) else None
-
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(('', port), backlog=1024)
-
-
-def _free_port() -> int:
-    with socket.create_server(('', 0)) as listener:
-        return listener.getsockname()[1]

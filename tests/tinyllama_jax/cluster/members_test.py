@@ -388,7 +388,8 @@ def test_alone_a_process_agrees_with_itself(tmp_path):
 def test_a_process_alone_that_hangs_prints_its_stacks_and_ends_with_75():
     program = """
 import time
-from tinyllama_jax import cluster, config
+from tinyllama_jax import config
+from tinyllama_jax.cluster import members as cluster
 members = cluster.alone(config.TrainConfig(hang_timeout_s=1.0))
 members.watch()
 members.at('a hook')
@@ -396,5 +397,5 @@ time.sleep(60)
 """
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
-    assert 'File "<string>", line 7 in <module>' in done.stderr
+    assert 'File "<string>", line 8 in <module>' in done.stderr
     assert re.search(r'main\.py: process 0 on \S+ is stuck in a hook: no step for \d s\. The same command', done.stderr)
