@@ -109,7 +109,7 @@ def _rounded_up(count: int, multiple: int) -> int:
 
 def padded(length: int) -> int:
     """Returns the smallest of 64 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
-    return generate.rounded(length, smallest=_SMALLEST)
+    return generate.padded_length(length, smallest=_SMALLEST)
 
 
 def _pack(trees: Sequence[Tree], T: int) -> list[list[Tree]]:

@@ -190,9 +190,9 @@ class JaxLM(TemplateLM):
             options: dict[str, Any] = {**lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks)}
             buckets = defaultdict(list)
             for prompt in prompts:
-                buckets[generate.rounded(len(prompt.ids))].append(prompt)
+                buckets[generate.padded_length(len(prompt.ids))].append(prompt)
             for P, bucket in sorted(buckets.items(), reverse=True):
-                slots = generate.rounded(P + options['max_gen_toks'])
+                slots = generate.padded_length(P + options['max_gen_toks'])
                 count = min(_MOST_PROMPTS, max(1, self.batch_size * self.max_length // slots))
                 for start in range(0, len(bucket), count):
                     yield options, bucket[start : start + count]

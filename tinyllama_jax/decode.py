@@ -1,10 +1,10 @@
-"""The programs of generation: prompts read in one pass, then a token at a time over a key-value cache of fixed size.
+"""The compiled programs of generation: one pass over the prompts, then one token at a time with a key-value cache.
 
-A batch holds prompts of different lengths, padded on the right. All rows write their next key and value to the same
-slot: the prompts' tokens lie in slots 0 to P - 1, the generated ones from P on, and a row sees the slots of its own
-prompt and the generated ones. So a row's tokens do not depend on its neighbours.
+A batch holds prompts of different lengths, padded on the right, and the cache has a fixed size. Slots 0 to P - 1 hold
+the prompts and slots from P on the generated tokens, so all rows write their next key and value to the same slot. A row
+attends to the slots of its own prompt and to the generated ones, so its tokens do not depend on the other rows.
 
-Shapes: B rows, T or P positions of the padded prompts, S cache slots, C tokens that a block has room for,
+Shapes: B rows, T or P positions of the padded prompts, S cache slots, C tokens of a block, N query heads,
 K key-value heads, H head dim, D model, V vocabulary.
 """
 
@@ -21,20 +21,22 @@ from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.ops import Ops
 
 BLOCK = 32  # C
-NOTHING = -1  # in the place of a token of a row that has ended
+NOTHING = -1  # instead of a token, for a row that has ended
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-    """Where a batch stands.
+    """The state of a batch between two calls of `advance`.
 
     Attributes:
-      cache: {k, v} of [B, K, S, H] for each layer.
+      cache: for each layer {k, v}, each [B, K, S, H].
       token_B: each row's newest token; NOTHING once the row has ended.
-      length_B, limit_B: tokens of each prompt; most tokens to generate for it.
-      key_B: jax.random keys, one a row.
-      prompt_slots, number: P, and how many tokens each row has been given.
+      length_B: the number of tokens in each prompt.
+      limit_B: the most tokens to generate for each row.
+      key_B: one jax.random key for each row.
+      prompt_slots: P.
+      number: how many tokens have been generated for each row.
     """
 
     cache: list[dict[str, Any]]
@@ -48,41 +50,44 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def weights(params: dict, *, config: ModelConfig, dtype) -> dict:
-    """The parameters as `begin` and `advance` take them: layers apart, matrices in the dtype they are used in."""
+    """Returns the parameters for `begin` and `advance`: a list of layers, with matrices cast to `dtype`."""
     layers = model.unstacked(params['layers'], config.num_layers)
     return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, {**params, 'layers': layers})
 
 
 @functools.partial(jax.jit, static_argnames=('slots', 'config', 'ops'))
 def begin(params, tokens_BT, length_B, limit_B, key_B, sampling, *, slots: int, config: ModelConfig, ops: Ops):
-    """Reads the prompts; returns the State with each row's first token. A row whose limit is 0 gets none.
+    """Reads the prompts; returns a State with each row's first token, or NOTHING where the limit is 0.
 
-    `sampling` is (temperature, top_k, top_p), or None for the likeliest token.
+    Args:
+      sampling: (temperature, top_k, top_p), or None to take the likeliest token.
+      slots: S, with room for the padded prompts and all generated tokens but the last.
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, _):
-        room = ((0, 0), (0, 0), (0, slots - tokens_BT.shape[1]), (0, 0))
-        kept = {name: jnp.pad(x.swapaxes(1, 2), room) for name, x in (('k', k_BTKH), ('v', v_BTKH))}
-        return ops.attention(q_BTNH, k_BTKH, v_BTKH), kept
+        padding = ((0, 0), (0, 0), (0, slots - tokens_BT.shape[1]), (0, 0))
+        layer_cache = {name: jnp.pad(x.swapaxes(1, 2), padding) for name, x in (('k', k_BTKH), ('v', v_BTKH))}
+        return ops.attention(q_BTNH, k_BTKH, v_BTKH), layer_cache
 
     x_BTD, cache = model.hidden(params, tokens_BT, config, ops=ops, attend=attend)
     x_B1D = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)
-    token_B = _next(params, x_B1D, key_B, 0, sampling)
+    token_B = _next_token(params, x_B1D, key_B, 0, sampling)
     token_B = jnp.where(limit_B > 0, token_B, NOTHING)
     return State(cache, token_B, length_B, limit_B, key_B, tokens_BT.shape[1], 1)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'ops'), donate_argnames='state')
 def advance(params, state: State, count, ended_B, sampling, eos, *, config: ModelConfig, ops: Ops):
-    """Up to `count` <= C tokens more for each row: the new State, and tokens [B, C] (NOTHING where there is none).
+    """Generates up to `count` <= C more tokens for each row; returns the new State and the tokens [B, C].
 
-    A row ends with the token `eos`, at its limit, or because `ended_B` says so; when all have, nothing more is done.
+    A row ends after the token `eos`, at its limit, or where `ended_B` is set; after its end its tokens are NOTHING. The
+    loop stops early when all rows have ended.
     """
     state = dataclasses.replace(state, token_B=jnp.where(ended_B, NOTHING, state.token_B))
 
-    def more(carry):
+    def unfinished(carry):
         i, state, _ = carry
-        return (i < count) & jnp.any(_going(state, eos))
+        return (i < count) & jnp.any(_active(state, eos))
 
     def step(carry):
         i, state, tokens_BC = carry
@@ -90,16 +95,17 @@ def advance(params, state: State, count, ended_B, sampling, eos, *, config: Mode
         return i + 1, state, jax.lax.dynamic_update_slice(tokens_BC, state.token_B[:, None], (0, i))
 
     tokens_BC = jnp.full((state.token_B.shape[0], BLOCK), NOTHING)
-    _, state, tokens_BC = jax.lax.while_loop(more, step, (0, state, tokens_BC))
+    _, state, tokens_BC = jax.lax.while_loop(unfinished, step, (0, state, tokens_BC))
     return state, tokens_BC
 
 
-def _going(state: State, eos):
-    """Which rows have not ended, [B]."""
+def _active(state: State, eos):
+    """Returns which rows have not ended, [B]."""
     return (state.token_B != NOTHING) & (state.token_B != eos) & (state.number < state.limit_B)
 
 
 def _step(params, state: State, sampling, eos, config: ModelConfig, ops: Ops) -> State:
+    """Feeds each row's newest token and picks the next one."""
     slot = state.prompt_slots + state.number - 1
     slots_S = jnp.arange(state.cache[0]['k'].shape[2])
     generated_S = (slots_S >= state.prompt_slots) & (slots_S <= slot)
@@ -110,23 +116,24 @@ def _step(params, state: State, sampling, eos, config: ModelConfig, ops: Ops) ->
         cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], slot, axis=2) for name in new}
         return reference.cached_attention(q_B1NH, cache['k'], cache['v'], visible_BS), cache
 
-    going_B = _going(state, eos)
+    active_B = _active(state, eos)
     positions_B1 = (state.length_B + state.number - 1)[:, None]
     tokens_B1 = jnp.maximum(state.token_B, 0)[:, None]
     x_B1D, cache = model.hidden(
         params, tokens_B1, config, ops=ops, positions_BT=positions_B1, attend=attend, cache=state.cache
     )
-    token_B = _next(params, x_B1D, state.key_B, state.number, sampling)
-    token_B = jnp.where(going_B, token_B, NOTHING)
+    token_B = _next_token(params, x_B1D, state.key_B, state.number, sampling)
+    token_B = jnp.where(active_B, token_B, NOTHING)
     return dataclasses.replace(state, cache=cache, token_B=token_B, number=state.number + 1)
 
 
-def _next(params, x_B1D, key_B, number, sampling):
-    """Each row's token number `number`, [B], from its last hidden state."""
+def _next_token(params, x_B1D, key_B, number, sampling):
+    """Picks each row's token number `number`, [B], from its last hidden state."""
     logits_BV = model.logits(params, x_B1D)[:, 0]
     if sampling is None:
         return likeliest(logits_BV)
 
+    # Keys are folded with the token's number, so that a row's draws do not depend on how tokens form blocks.
     def draw(key, logits_V):
         temperature, top_k, top_p = sampling
         return jax.random.categorical(jax.random.fold_in(key, number), restrict(logits_V / temperature, top_k, top_p))
@@ -135,9 +142,9 @@ def _next(params, x_B1D, key_B, number, sampling):
 
 
 def likeliest(logits_BV):
-    """The index of each row's largest value, the first of equal ones: argmax, in two reductions.
+    """Returns each row's argmax (the first of equal values) by two reductions.
 
-    On CPUs XLA's argmax takes as long as the product that makes the logits. A row with a NaN gets the last index.
+    On CPUs XLA's argmax takes as long as the matmul that computes the logits. A row with a NaN gets the last index.
     """
     V = logits_BV.shape[-1]
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -146,10 +153,10 @@ def likeliest(logits_BV):
 
 
 def restrict(logits_V, top_k: int, top_p: float):
-    """Logits with -inf for all but the `top_k` likeliest, and of these all but the likeliest that reach `top_p`."""
+    """Sets logits to -inf except for the `top_k` largest, and among these the likeliest that together reach `top_p`."""
     sorted_V = jnp.sort(logits_V)[::-1]
     first_V = jnp.arange(sorted_V.shape[0]) < top_k
     probabilities_V = jax.nn.softmax(jnp.where(first_V, sorted_V, -jnp.inf))
-    before_V = jnp.cumsum(probabilities_V) - probabilities_V  # what the likelier ones have together
+    before_V = jnp.cumsum(probabilities_V) - probabilities_V  # the sum over all likelier tokens
     least = jnp.min(jnp.where(first_V & (before_V < top_p), sorted_V, jnp.inf))
     return jnp.where(logits_V < least, -jnp.inf, logits_V)

@@ -1,7 +1,7 @@
-"""Continues many prompts at once, greedy or sampled.
+"""Continues many prompts at once, greedily or by sampling.
 
-Lengths are rounded up, so that prompts of many lengths share a few compiled programs (decode.py). A sequence
-depends on its prompt and its seed, not on what else is in the batch.
+Lengths are rounded up, so that prompts of many lengths share a few compiled programs (decode.py). A continuation
+depends on its prompt and seed, not on the other prompts of the batch.
 
 Shapes: B rows, P positions of the padded prompts.
 """
@@ -20,14 +20,14 @@ from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.ops import Ops
 
-_SMALLEST = 32  # positions; sizes are this times 1, 2, 3, 4, 6, 8, 12, ...
-_PATIENCE_S = 0.1  # a block is doubled while it takes less
-_COLDEST = 1e-6  # temperature: logits divided by less overflow
+_SMALLEST = 32  # the smallest padded length
+_PATIENCE_S = 0.1  # blocks double in length while they take less time
+_COLDEST = 1e-6  # temperature: logits divided by less would overflow
 _ALL = 2.0  # as top_p: above any sum of probabilities, however rounded
 
 
 def generate(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **options) -> list[int]:
-    """The tokens that `stream` yields, as a list."""
+    """Returns the tokens that `stream` yields."""
     return list(stream(params, config, prompt_ids, **options))
 
 
@@ -37,27 +37,27 @@ def stream(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **optio
 
     def tokens():
         sent = 0
-        for rows in blocks:
-            yield from rows.tokens[0][sent:]
-            sent = len(rows.tokens[0])
+        for batch in blocks:
+            yield from batch.tokens[0][sent:]
+            sent = len(batch.tokens[0])
 
     return tokens()
 
 
 @dataclasses.dataclass
-class Rows:
-    """What a batch has so far: each prompt's new tokens, and whether it has ended. Setting `ended` ends a row."""
+class Continuations:
+    """The continuations of a batch of prompts so far. Setting an element of `ended` stops that prompt."""
 
-    tokens: list[list[int]]
+    tokens: list[list[int]]  # the new tokens of each prompt
     ended: list[bool]
 
 
 class Generator:
-    """A model ready to generate; it holds a copy of the weights, in the dtype they are used in.
+    """Generates from a model. Holds a copy of the weights in the compute dtype.
 
     Args:
-      params: of `model.init_params`, float32.
-      ops: by default plain JAX on the default device; of a mesh: rows are spread over it.
+      params: from `model.init_params`, float32.
+      ops: plain JAX on the default device by default; with those of a mesh, the batch is sharded over it.
     """
 
     def __init__(self, params: dict, config: ModelConfig, *, ops: Ops | None = None):
@@ -75,53 +75,55 @@ class Generator:
         top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         eos_id: int | None = None,
-    ) -> Iterator[Rows]:
-        """Continues the prompts together; yields one and the same Rows after every few tokens.
+    ) -> Iterator[Continuations]:
+        """Continues the prompts together; after every few tokens yields the same Continuations object, updated.
 
-        A row ends after `eos_id` (which is among its tokens), after `max_new_tokens`, or when the
-        model has read `seq_len` tokens of it. The same prompt, seed and options give the same tokens.
+        A continuation ends with `eos_id` (which is kept), after `max_new_tokens`, or when the model has read
+        `seq_len` tokens. The same prompt, seed and options give the same tokens.
 
         Args:
-          temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
-          top_k: samples among the k likeliest only.
-          top_p: then among the likeliest that together reach this probability.
-          seed: of the sampling; of all rows, or one for each.
+          temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is sampled.
+          top_k: sample among the k likeliest tokens only.
+          top_p: of those, sample among the likeliest that together reach this probability.
+          seed: for sampling; one for all prompts, or one for each.
 
-        Raises UsageError for arguments that cannot work.
+        Raises UsageError for arguments out of range.
         """
-        _check(prompts, self._config, max_new_tokens, temperature, top_k, top_p)
+        _check_arguments(prompts, self._config, max_new_tokens, temperature, top_k, top_p)
         most = self._config.vocab_size
         sampling = (temperature, min(top_k or most, most), top_p or _ALL) if temperature else None
         seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         return self._blocks(prompts, max_new_tokens, sampling, seeds, decode.NOTHING if eos_id is None else eos_id)
 
-    def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos: int) -> Iterator[Rows]:
-        tokens_BP, length_B, limit_B = self._padded(prompts, max_new_tokens)
+    def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos: int) -> Iterator[Continuations]:
+        tokens_BP, length_B, limit_B = self._pad(prompts, max_new_tokens)
         key_B = jnp.stack([jax.random.key(seed) for seed in [*seeds, *[0] * (len(length_B) - len(seeds))]])
-        slots = rounded(tokens_BP.shape[1] + int(limit_B.max()) - 1)
-        rows = Rows([[] for _ in prompts], [False] * len(prompts))
-        how = {'config': self._config, 'ops': self._ops}
-        state = decode.begin(self._weights, tokens_BP, length_B, limit_B, key_B, sampling, slots=slots, **how)
+        slots = padded_length(tokens_BP.shape[1] + int(limit_B.max()) - 1)
+        batch = Continuations([[] for _ in prompts], [False] * len(prompts))
+        static = {'config': self._config, 'ops': self._ops}
+        state = decode.begin(self._weights, tokens_BP, length_B, limit_B, key_B, sampling, slots=slots, **static)
         block_BC, count = state.token_B[:, None], 1
         while True:
             start = time.monotonic()
-            for row, new in enumerate(np.asarray(block_BC)[: len(prompts)]):
-                rows.tokens[row] += new[new != decode.NOTHING].tolist()
-                done = rows.tokens[row][-1] == eos or len(rows.tokens[row]) == limit_B[row]
-                rows.ended[row] = rows.ended[row] or done
-            taken = time.monotonic() - start
-            yield rows
-            if all(rows.ended):
+            for row, new in enumerate(np.asarray(block_BC)[: len(prompts)]):  # waits for the device
+                batch.tokens[row] += new[new != decode.NOTHING].tolist()
+                done = batch.tokens[row][-1] == eos or len(batch.tokens[row]) == limit_B[row]
+                batch.ended[row] = batch.ended[row] or done
+            seconds = time.monotonic() - start
+            yield batch
+            if all(batch.ended):
                 return
             ended_B = np.ones(len(length_B), bool)
-            ended_B[: len(prompts)] = rows.ended
-            count = min(2 * count, decode.BLOCK) if taken < _PATIENCE_S else count
-            state, block_BC = decode.advance(self._weights, state, count, ended_B, sampling, eos, **how)
+            ended_B[: len(prompts)] = batch.ended
+            # Short blocks show their tokens soon, long ones save calls.
+            count = min(2 * count, decode.BLOCK) if seconds < _PATIENCE_S else count
+            state, block_BC = decode.advance(self._weights, state, count, ended_B, sampling, eos, **static)
 
-    def _padded(self, prompts, max_new_tokens: int):
-        """Tokens [B, P], lengths and limits [B]; B is rounded up with rows whose limit is 0."""
+    def _pad(self, prompts, max_new_tokens: int):
+        """Returns tokens [B, P], lengths [B] and limits [B]; rows that only fill the batch up have the limit 0."""
+        # A power of two, so that few batch sizes are compiled, then a multiple of the batch shards.
         B = self._ops.padded_batch(1 << (len(prompts) - 1).bit_length())
-        tokens_BP = np.zeros((B, rounded(max(map(len, prompts)))), np.int32)
+        tokens_BP = np.zeros((B, padded_length(max(map(len, prompts)))), np.int32)
         length_B, limit_B = np.ones(B, np.int32), np.zeros(B, np.int32)
         for row, ids in enumerate(prompts):
             tokens_BP[row, : len(ids)] = ids
@@ -130,7 +132,7 @@ class Generator:
         return tokens_BP, length_B, limit_B
 
 
-def _check(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
+def _check_arguments(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
     def refuse(name: str, value, wanted: str):
         raise errors.UsageError(f'{name} must be {wanted}, got {value}.')
 
@@ -149,7 +151,7 @@ def _check(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top
         refuse('top_p', top_p, 'above 0 and at most 1')
 
 
-def rounded(length: int, smallest: int = _SMALLEST) -> int:
+def padded_length(length: int, smallest: int = _SMALLEST) -> int:
     """Returns the smallest of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
     size = smallest
     while size < length:

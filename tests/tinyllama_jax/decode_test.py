@@ -1,4 +1,4 @@
-"""The programs of generation: what they leave in the cache, when rows end, what sampling keeps."""
+"""The programs of generation: the cache that they fill, the ends of rows, the tokens that sampling keeps."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tinyllama_jax import decode
 from tinyllama_jax import ops as ops_lib
 
 CONFIG = dataclasses.replace(tiny_export.MODEL, seq_len=96)
-HOW = {'config': CONFIG, 'ops': ops_lib.make_ops(ops_lib.PLAIN)}
+STATIC = {'config': CONFIG, 'ops': ops_lib.make_ops(ops_lib.PLAIN)}
 SLOTS = 48
 PROMPTS = [[5, 17, 250, 3, 9], [30, 31]]
 
@@ -26,14 +26,14 @@ def _begin(weights, prompts, limits=(20, 20)):
         tokens_BT[row, : len(ids)] = ids
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     key_B = jax.random.split(jax.random.key(0), len(prompts))
-    return decode.begin(weights, tokens_BT, length_B, np.array(limits, np.int32), key_B, None, slots=SLOTS, **HOW)
+    return decode.begin(weights, tokens_BT, length_B, np.array(limits, np.int32), key_B, None, slots=SLOTS, **STATIC)
 
 
 def _advance(weights, state, count, *, ended=(False, False), eos=decode.NOTHING):
-    return decode.advance(weights, state, count, np.array(ended), None, eos, **HOW)
+    return decode.advance(weights, state, count, np.array(ended), None, eos, **STATIC)
 
 
-def test_the_cache_is_that_of_the_whole_sequence_read_at_once():
+def test_the_cache_equals_that_of_the_whole_sequence_read_at_once():
     weights = _weights()
     state = _begin(weights, PROMPTS)
     first_B = np.asarray(state.token_B)
@@ -50,7 +50,7 @@ def test_the_cache_is_that_of_the_whole_sequence_read_at_once():
             np.testing.assert_allclose(mine[row][:, slots], theirs[row][:, : len(ids) - 1], atol=1e-5)
 
 
-def test_rows_end_at_their_limit_by_eos_and_when_told_and_then_nothing_is_computed():
+def test_rows_end_at_their_limit_at_eos_or_when_told_and_the_loop_stops_with_the_last():
     weights = _weights()
     _, free_BC = _advance(weights, _begin(weights, PROMPTS), 8)
     free = np.asarray(free_BC)[0].tolist()
@@ -66,7 +66,7 @@ def test_rows_end_at_their_limit_by_eos_and_when_told_and_then_nothing_is_comput
     assert int(state.number) == 1 + count, 'the loop ends with the last row'
 
 
-def test_weights_are_of_the_dtype_they_are_used_in_but_for_norms():
+def test_matrices_are_cast_and_norm_scales_stay_float32():
     weights = _weights('bfloat16')
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights) if leaf.ndim > 1} == {'bfloat16'}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights) if leaf.ndim == 1} == {'float32'}
@@ -84,12 +84,12 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert _kept(p, top_p=0.65) == [False, True, True, False, False]
     assert _kept(p, top_p=0.75) == [False, True, True, True, False]
     assert _kept(p) == [True] * 5
-    # top_p looks at what top_k left: 0.4 / 0.7 = 0.57 of it is the first.
+    # top_p applies to what top_k has kept, of which the first has 0.4 / 0.7 = 0.57.
     assert _kept(p, top_k=2, top_p=0.5) == [False, True, False, False, False]
 
 
-def test_the_likeliest_is_argmax_s_and_the_first_of_equal_ones():
-    logits_BV = np.random.default_rng(0).integers(0, 9, (64, 50)).astype(np.float32)  # with many equal ones
+def test_likeliest_equals_argmax_and_takes_the_first_of_equal_values():
+    logits_BV = np.random.default_rng(0).integers(0, 9, (64, 50)).astype(np.float32)  # many are equal
     logits_BV[0] = -np.inf
     np.testing.assert_array_equal(decode.likeliest(jnp.asarray(logits_BV)), logits_BV.argmax(axis=-1))
-    assert decode.likeliest(jnp.full((1, 50), jnp.nan))[0] == 49  # a token all the same
+    assert decode.likeliest(jnp.full((1, 50), jnp.nan))[0] == 49  # still a valid token

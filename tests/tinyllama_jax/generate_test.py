@@ -1,4 +1,4 @@
-"""Generation: equal to the whole forward pass and to transformers, sampling, where it ends, what is refused."""
+"""Generation: equality with the whole forward pass and with transformers, sampling, ends, refused arguments."""
 
 import dataclasses
 
@@ -43,16 +43,16 @@ def test_greedy_equals_transformers(params, greedy, tmp_path):
     theirs = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=50, pad_token_id=0)
     theirs = theirs[0, len(PROMPT) :].tolist()
     assert theirs == greedy[: len(theirs)]
-    assert len(theirs) == 50 or theirs[-1] == 2  # its configuration says where texts end
+    assert len(theirs) == 50 or theirs[-1] == 2  # the EOS of its configuration
 
 
 PROMPTS = [PROMPT, [5, 17], [300, 2, 7] * 15, [9]]
 
 
 def _batch(params, prompts, **options):
-    *_, rows = generate.Generator(params, CONFIG).batch(prompts, **options)
-    assert all(rows.ended)
-    return rows.tokens
+    *_, batch = generate.Generator(params, CONFIG).batch(prompts, **options)
+    assert all(batch.ended)
+    return batch.tokens
 
 
 def test_a_prompt_s_tokens_do_not_depend_on_the_batch(params, greedy):
@@ -60,7 +60,7 @@ def test_a_prompt_s_tokens_do_not_depend_on_the_batch(params, greedy):
     together = _batch(params, PROMPTS[:3], **options)
     assert together == [_batch(params, [ids], **options)[0] for ids in PROMPTS[:3]]
     assert together[0] == greedy[: greedy.index(greedy[12]) + 1]
-    assert len({len(tokens) for tokens in together}) == 3, 'they should end at different places'
+    assert len({len(tokens) for tokens in together}) == 3, 'they should differ in length'
     assert len(together[2]) <= CONFIG.seq_len - len(PROMPTS[2]) + 1
 
 
@@ -83,15 +83,15 @@ def test_batches_equal_transformers(params, tmp_path):
         assert len(mine) == 40 or mine[-1] == 2
 
 
-def test_a_row_that_its_reader_ends_gets_no_more(params):
+def test_a_continuation_that_the_caller_ends_gets_no_more_tokens(params):
     lengths = []
-    for rows in generate.Generator(params, CONFIG).batch(PROMPTS[:2], max_new_tokens=40):
-        rows.ended[1] = True
-        lengths.append(len(rows.tokens[1]))
-    assert set(lengths) == {1} and len(rows.tokens[0]) == 40
+    for batch in generate.Generator(params, CONFIG).batch(PROMPTS[:2], max_new_tokens=40):
+        batch.ended[1] = True
+        lengths.append(len(batch.tokens[1]))
+    assert set(lengths) == {1} and len(batch.tokens[0]) == 40
 
 
-def test_more_of_the_likeliest_than_there_are_are_all(params):
+def test_top_k_above_the_vocabulary_keeps_every_token(params):
     options = {'max_new_tokens': 4, 'temperature': 1.0}
     drawn = generate.generate(params, CONFIG, PROMPT, top_k=99_999_999_999, **options)
     assert drawn == generate.generate(params, CONFIG, PROMPT, **options)
@@ -116,7 +116,7 @@ def test_lengths_share_programs_and_tokens_arrive_one_by_one(params):
     assert isinstance(next(stream), int)
     generate.generate(params, CONFIG, PROMPT[:5], max_new_tokens=41)
     assert (decode.begin._cache_size(), decode.advance._cache_size()) == programs
-    assert {generate.rounded(length) for length in range(2_049)} == {
+    assert {generate.padded_length(length) for length in range(2_049)} == {
         32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
     }  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_samples_follow_the_model_s_distribution(params):
         ({'temperature': 1.0, 'top_p': 1.1}, 'top_p'),
     ],
 )
-def test_arguments_that_cannot_work_are_refused_by_name(params, changed, named):
+def test_arguments_out_of_range_are_refused_by_name(params, changed, named):
     options = {'prompt_ids': PROMPT, 'max_new_tokens': 4, **changed}
     with pytest.raises(errors.UsageError, match=named):
         generate.stream(params, CONFIG, options.pop('prompt_ids'), **options)

@@ -1,14 +1,15 @@
-"""The command `generate`: continues prompts by a run's checkpoint."""
+"""The command `generate`: prints prompts with their continuations by a run's checkpoint."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from tinyllama_jax import errors, generate, tokenizer
+from tinyllama_jax import errors, generate
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import cores
 from tinyllama_jax.run import workdir
 
-_MOST_ROWS = 32  # prompts that are continued at once
+_MOST_PROMPTS = 32  # continued at once
 
 
 def generate_run(
@@ -22,30 +23,30 @@ def generate_run(
 ) -> None:
     """Prints prompts with their continuations by a workdir's checkpoint; `options` are those of `Generator.batch`.
 
-    They are continued together and printed one after another, the first one that has not ended as its tokens come.
+    Prompts are continued together and printed in order: the first that has not ended, as its tokens arrive.
 
     Args:
-      prompt: texts.
-      prompts: a file with a further text on each line.
+      prompt: prompts.
+      prompts: a file with one more prompt on each line.
 
-    Raises UsageError for what cannot be read or continued.
+    Raises UsageError for a file that cannot be read and a prompt that cannot be continued.
     """
     texts = [*prompt, *_lines(prompts)]
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    pieces, shape = tokenizer.Tokenizer(loaded.tokenizer_path), loaded.config.model
-    bos = [pieces.bos_id] if loaded.config.data.bos else []
-    ids = [bos + pieces.encode(text) for text in texts]
+    tokenizer = tokenizer_lib.Tokenizer(loaded.tokenizer_path)
+    bos = [tokenizer.bos_id] if loaded.config.data.bos else []
+    ids = [bos + tokenizer.encode(text) for text in texts]
     if not all(ids):
-        number, given = ids.index([]) + 1, len(prompt)
-        where = f'--prompt number {number}' if number <= given else f'line {number - given} of --prompts={prompts}'
+        number, flags = ids.index([]) + 1, len(prompt)
+        where = f'--prompt number {number}' if number <= flags else f'line {number - flags} of --prompts={prompts}'
         raise errors.UsageError(f'{where} is empty: without BOS (data.bos) there is nothing to continue.')
-    generator = generate.Generator(loaded.params, shape)
+    generator = generate.Generator(loaded.params, loaded.config.model)
     with cores.awake_cores():
-        for start in range(0, len(ids), _MOST_ROWS):
-            some = ids[start : start + _MOST_ROWS]
-            _print(some, generator.batch(some, eos_id=pieces.eos_id, **options), pieces)
+        for start in range(0, len(ids), _MOST_PROMPTS):
+            together = ids[start : start + _MOST_PROMPTS]
+            _print_texts(together, generator.batch(together, eos_id=tokenizer.eos_id, **options), tokenizer)
 
 
 def _lines(path: str | None) -> list[str]:
@@ -55,15 +56,18 @@ def _lines(path: str | None) -> list[str]:
         raise errors.UsageError(f'--prompts={path} cannot be read: {error}.') from None
 
 
-def _print(prompts: Sequence[list[int]], blocks: Iterator[generate.Rows], pieces: tokenizer.Tokenizer) -> None:
-    row, shown = 0, ''
-    for rows in blocks:
-        while row < len(prompts):
-            text = pieces.decode(prompts[row] + rows.tokens[row])
-            if rows.ended[row] or not text.endswith('\ufffd'):  # half a character: wait for its other bytes
+def _print_texts(
+    prompts: Sequence[list[int]], blocks: Iterator[generate.Continuations], tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+    """Prints each prompt with its continuation on lines of its own, in order."""
+    current, shown = 0, ''
+    for batch in blocks:
+        while current < len(prompts):
+            text = tokenizer.decode(prompts[current] + batch.tokens[current])
+            if batch.ended[current] or not text.endswith('\ufffd'):  # half a character: wait for its other bytes
                 print(text[len(shown) :], end='', flush=True)
                 shown = text
-            if not rows.ended[row]:
+            if not batch.ended[current]:
                 break
             print()
-            row, shown = row + 1, ''
+            current, shown = current + 1, ''
