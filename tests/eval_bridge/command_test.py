@@ -1,6 +1,7 @@
 """The command evaluate: one model, kept answers, parity, tables, the figure, refusals."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from eval_bridge.tables import results
 from tests.conftest import ROOT
 from tests.support import tiny_export
 from tinyllama_jax import errors
+from tinyllama_jax.settings import commands
 
 PADDED = 304  # rows of the embedding: a few more than the tokenizer has pieces, as in Pythia
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
@@ -91,6 +93,12 @@ def run(tmp_path_factory, llama):
 
 def _evaluate(task_files, folder=None, **options):
     command.evaluate_run(None, folder, include_path=task_files, **options)
+
+
+def test_the_flags_and_their_defaults_are_those_of_the_table_of_commands():
+    defaults = {name: commands.FLAGS[name][1] for name in commands.COMMANDS['evaluate'].flags.split()}
+    fields = {field.name: field.default for field in dataclasses.fields(command.Flags)}
+    assert fields == {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
 
 
 def test_the_result_of_a_run_is_stamped_and_its_answers_are_kept(task_files, run, capsys):
