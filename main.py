@@ -28,7 +28,7 @@ def _run(command: commands.Command, config: Any, workdir: pathlib.Path | None, c
     if not command.joins_cluster:
         pkgutil.resolve_name(command.path)(config, workdir, **options)
         return
-    here = place.find(*(options.pop(name) for name in ('coordinator', 'num_processes', 'process_id')))
+    here = place.find(**{name: options.pop(name) for name in commands.JOIN_FLAGS.split()})
     with cluster.joined(here, config) as members:  # processes that disagree are told so before the slow imports
         if command.trains and config.train.evaluate_tasks:  # only then, for it imports lm-eval
             options['hooks'] = pkgutil.resolve_name('eval_bridge.in_training:hooks')(config, workdir, members.count)

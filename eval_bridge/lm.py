@@ -28,7 +28,7 @@ from lm_eval.models import utils as lm_eval_models_utils
 from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
 from tinyllama_jax import ops as ops_lib
-from tinyllama_jax.config import ModelConfig
+from tinyllama_jax.config import Dtype, ModelConfig
 
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096  # a larger batch is no faster on a CPU, and its last batch has more padding
@@ -57,7 +57,7 @@ class JaxLM(TemplateLM):
         batch_size: int = 8,
         add_bos: bool = False,
         mesh: Mesh | None = None,
-        dtype: str = 'float32',
+        dtype: Dtype = 'float32',
     ):
         super().__init__()
         # A scan over layers compiles fast, and there are several programs to compile.

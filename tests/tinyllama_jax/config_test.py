@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Annotated, Literal
 
 import pytest
 
@@ -25,23 +26,49 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
         ('data.sources.web.weight', 'nan', 'must be a finite number'),
         ('data.sources.web.format', 'csv', "'csv' is not one of auto, jsonl"),
         ('data.sources.a b.path', 'x', 'a source name has letters'),
-        ('data.max_bad_share', '1', 'a share below 1'),
+        ('data.max_bad_share', '1', 'config.data.max_bad_share: must be a finite number >= 0 and < 1, got 1.0'),
         (
             'data.restart_positions',
             'true',
             'config.data.restart_positions: is true; set --config.data.document_mask=true',
         ),
-        ('optimizer.beta2', '1', 'betas must be below 1'),
+        ('optimizer.beta2', '1.5', 'config.optimizer.beta2: must be a finite number >= 0 and < 1, got 1.5'),
+        ('optimizer.beta1', '-0.5', 'config.optimizer.beta1: must be'),
         ('optimizer.final_learning_rate', '1', 'is above peak_learning_rate'),
         ('optimizer.schedule', 'wsd', 'decay_steps'),
-        ('mesh.data', '-1', 'at most one is -1'),
+        ('mesh.data', '-1', r'config.mesh: at most one axis is -1 .*, got data and fsdp'),
+        ('mesh.fsdp', '0', 'config.mesh.fsdp: must be a finite number >= -1 and != 0, got 0'),
+        ('mesh.tensor', '-2', 'config.mesh.tensor: must be'),
+        ('mesh.zero', '2', 'config.mesh.zero: 2 is not one of 1, 3'),
         ('train.micro_batch_size', '3', 'not a multiple of micro_batch_size = 3'),
-        ('train.remat', 'some', 'is not one of full, attention, names, none'),
+        ('train.remat', 'some', "config.train.remat: 'some' is not one of none, names, attention, full"),
     ],
 )
 def test_validation_names_the_field_and_its_value(path, text, message):
     with pytest.raises(errors.UsageError, match=message):
         config_lib.validated(experiment.override(CONFIG, path, text))
+
+
+@pytest.mark.parametrize(
+    ('annotation', 'kind'),
+    [
+        (int, config_lib.Kind(int, False, (), ('> 0',))),
+        (str | None, config_lib.Kind(str, True, (), ('> 0',))),
+        (tuple[str, ...], config_lib.Kind(tuple, False, (), ('> 0',))),
+        (Literal[1, 3], config_lib.Kind(int, False, (1, 3), ('> 0',))),
+        (Literal['a', 'b'] | None, config_lib.Kind(str, True, ('a', 'b'), ('> 0',))),
+        (Annotated[float, '>= 0', '< 1'] | None, config_lib.Kind(float, True, (), ('>= 0', '< 1'))),
+        (Annotated[str, {'a': (), 'b': None}], config_lib.Kind(str, False, ('a', 'b'), ())),
+    ],
+)
+def test_an_annotation_says_what_a_field_allows(annotation, kind):
+    type_, optional, choices, bounds = config_lib.kind_of(annotation)
+    assert config_lib.Kind(type_, optional, tuple(choices), tuple(bounds)) == kind
+
+
+@pytest.mark.parametrize('bound', ['optimizer.beta2', 'data.holdout_share', 'optimizer.warmup_steps', 'seed'])
+def test_zero_is_allowed_where_a_field_says_so(bound):
+    config_lib.validated(experiment.override(CONFIG, bound, '0'))
 
 
 def test_round_trip_through_json():

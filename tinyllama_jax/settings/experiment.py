@@ -1,43 +1,41 @@
-"""From a command line to a Config: experiment files, `--config.x.y=value` overrides, a workdir's own settings."""
+"""Makes a Config from an experiment file or a workdir, and from `--config.x.y=value` overrides."""
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import os
 import pathlib
-import types
+import runpy
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors
-from tinyllama_jax.config import Config, validated
+from tinyllama_jax.config import Config
 from tinyllama_jax.settings import tree
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes `--config.x.y=value` (or `--config.x.y value`) out of a command line: (the rest, [(x.y, value)])."""
-    rest, overrides, arguments = [], [], iter(arguments)
-    for argument in arguments:
+    """Splits a command line into (other arguments, [(x.y, value)] of `--config.x.y=value` and `--config.x.y value`)."""
+    rest, overrides, remaining = [], [], iter(arguments)
+    for argument in remaining:
         path, equals, value = argument.lstrip('-').partition('=')
         if argument.startswith('-') and path.startswith('config.'):
-            overrides.append((path.removeprefix('config.'), value if equals else next(arguments, '')))
+            overrides.append((path.removeprefix('config.'), value if equals else next(remaining, '')))
         else:
             rest.append(argument)
     return rest, overrides
 
 
 def load_experiment(spec: str) -> Config:
-    """The configuration that FILE[:arg] describes: `get_config(arg)` of that Python file."""
+    """Returns the configuration that `get_config(arg)` makes in the Python file of FILE[:arg]."""
     file, _, arg = spec.partition(':')
     if not os.path.isfile(file):
         raise errors.UsageError(f'--config={spec}: there is no file {file}; the experiments are in configs/.')
-    module_spec = importlib.util.spec_from_file_location('experiment', file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    get_config = runpy.run_path(file)['get_config']
     try:
-        return module.get_config(arg)
+        return get_config(arg)
     except (ValueError, TypeError) as error:  # an unknown variant, an unknown field
         raise errors.UsageError(f'--config={spec}: {error}') from error
 
@@ -49,37 +47,37 @@ def resolve(
     *,
     required: bool = True,
 ) -> Config | None:
-    """The validated configuration of an experiment file, else of a workdir, with overrides.
+    """Returns the validated configuration of an experiment file, or else of a workdir, with overrides.
 
-    Without either: None, or UsageError if one is `required`.
+    Without either returns None, or raises UsageError if one is `required`.
     """
-    record = workdir / 'config.json' if workdir else None
+    saved = workdir / 'config.json' if workdir else None
     if experiment:
         config = load_experiment(experiment)
-    elif record and record.exists():
-        config = tree.from_dict(json.loads(record.read_text())['config'])
+    elif saved and saved.exists():
+        config = tree.from_dict(json.loads(saved.read_text())['config'])
     elif overrides or required:
         raise errors.UsageError('--config=FILE is missing, for example --config=configs/demo.py.')
     else:
         return None
     for path, text in overrides:
         config = override(config, path, text)
-    return validated(config)
+    return config_lib.validated(config)
 
 
 def override(config: Config, path: str, text: str) -> Config:
     """Returns `config` with the field at dotted `path` set from a command line's `text`.
 
-    `none` resets an optional field, and removes an entry of a dictionary; a path
-    through a new dictionary key makes the entry. Raises UsageError naming the
-    nearest valid field, or the type that was expected.
+    `none` resets an optional field and removes an entry of a dictionary; a path through
+    a new dictionary key adds the entry. Raises UsageError that names the nearest valid
+    field, or the type that was expected.
     """
     return _override(config, path.split('.'), text, f'--config.{path}')
 
 
 def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
     name, rest = path[0], path[1:]
-    hints = typing.get_type_hints(type(node))
+    hints = typing.get_type_hints(type(node), include_extras=True)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0) or list(hints)
         raise errors.usage(flag, f'{type(node).__name__} has no field {name!r}; the nearest is {near[0]!r}')
@@ -108,16 +106,15 @@ def _override_entry(entries: Mapping[str, Any], entry_type: type, path: list[str
 
 
 def _parsed(text: str, hint: Any, flag: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if text.lower() == 'none':
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    if typing.get_origin(hint) is tuple:
+    kind = config_lib.kind_of(hint)
+    if kind.optional and text.lower() == 'none':
+        return None
+    if kind.type is tuple:
         return tuple(part.strip() for part in text.split(',') if part.strip())
     try:
-        if hint is bool:
+        if kind.type is bool:
             return {'true': True, 'false': False}[text.lower()]
-        return hint(text)
+        return kind.type(text)
     except (ValueError, KeyError):
-        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}[hint]
+        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}[kind.type]
         raise errors.usage(flag, f'expects {wanted}, got {text!r}') from None
