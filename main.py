@@ -22,13 +22,13 @@ for _name, (_kind, *_) in commands.FLAGS.items():
 
 def _run(command: commands.Command, config: Any, workdir: pathlib.Path | None, command_line: str) -> None:
     """Calls a command's function; imports only what it needs."""
-    options = {name: FLAGS[name].value for name in command.flags.split()}
+    options: dict[str, Any] = {name: FLAGS[name].value for name in command.flags.split()}
     if command.keeps_command:
         options['command'] = command_line
     if not command.joins_cluster:
         pkgutil.resolve_name(command.path)(config, workdir, **options)
         return
-    here = place.find(**{name: options.pop(name) for name in commands.JOIN_FLAGS.split()})
+    here = place.find(**{name: options.pop(name) for name in commands.PLACE_FLAGS.split()})
     with cluster.joined(here, config) as members:  # processes that disagree are told so before the slow imports
         if command.trains and config.train.evaluate_tasks:  # only then, for it imports lm-eval
             options['hooks'] = pkgutil.resolve_name('eval_bridge.in_training:hooks')(config, workdir, members.count)

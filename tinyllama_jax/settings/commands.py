@@ -11,17 +11,17 @@ class Command:
     flags: str = ''  # the flags it takes besides --config and --workdir
     needs_config: bool = False  # otherwise `config` is the workdir's own, or None where it has none yet
     needs_workdir: bool = True
-    joins_cluster: bool = False  # it runs in several processes: the flags of JOIN_FLAGS become `members`
+    joins_cluster: bool = False  # it runs in several processes: PLACE_FLAGS become `members`
     keeps_command: bool = False  # it also takes `command`, the command line, which config.json keeps
     trains: bool = False  # by the settings of config.train it is deterministic, and takes hooks that evaluate
 
 
-JOIN_FLAGS = 'coordinator num_processes process_id'
+PLACE_FLAGS = 'coordinator num_processes process_id'
 
 COMMANDS = {
     'prepare': Command('tinyllama_jax.data.prepare:prepare_run', needs_config=True),
     'train': Command(
-        'tinyllama_jax.train:train', JOIN_FLAGS, needs_config=True, joins_cluster=True, keeps_command=True, trains=True
+        'tinyllama_jax.train:train', PLACE_FLAGS, needs_config=True, joins_cluster=True, keeps_command=True, trains=True
     ),
     'evaluate': Command(
         'eval_bridge.command:evaluate_run',
@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     'report': Command('tinyllama_jax.report.run:report_run'),
     'check': Command(
-        'tinyllama_jax.cluster.check:check_run', f'{JOIN_FLAGS} plan', needs_config=True, joins_cluster=True
+        'tinyllama_jax.cluster.check:check_run', f'{PLACE_FLAGS} plan', needs_config=True, joins_cluster=True
     ),
 }
 
