@@ -307,7 +307,7 @@ def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
-    rest = [axis for axis in ('data', 'fsdp', 'tensor') if getattr(mesh, axis) == -1]
+    rest = [axis for axis, size in dataclasses.asdict(mesh).items() if size == -1]
     if len(rest) > 1:
         raise errors.usage('config.mesh', f'at most one axis is -1 (the rest of the devices), got {" and ".join(rest)}')
 
