@@ -1,4 +1,4 @@
-"""The files of launch/: a JobSet of fields that exist, and the same statuses and numbers wherever they stand."""
+"""The files of launch/: the JobSet has only fields that exist, and statuses and numbers agree between files."""
 
 import re
 
@@ -12,8 +12,8 @@ from tinyllama_jax.settings import commands
 
 JOBSET = yaml.safe_load((ROOT / 'launch/jobset.yaml').read_text())
 
-# Those fields of JobSet v1alpha2, Job v1 and Pod v1 that matter here, from their API references: (type, required, field
-# -> the same), a list's entries under None. What is not in it is refused, as a typing error would be dropped silently.
+# The fields of JobSet v1alpha2, Job v1 and Pod v1 that we use, from their API references, each as (type, required,
+# {field: the same}); a list has its entries under None. Other fields are refused: Kubernetes drops them silently.
 TEXT, NUMBER, YES = (str, False, {}), (int, False, {}), (bool, False, {})
 
 
@@ -29,9 +29,8 @@ def _list(entry):
     return list, False, {None: entry}
 
 
-ENVIRONMENT = _object(
-    name=_needed(TEXT), value=TEXT, valueFrom=_object(fieldRef=_object(fieldPath=_needed(TEXT)))
-)  # fmt: skip
+VALUE_SOURCE = _object(fieldRef=_object(fieldPath=_needed(TEXT)))
+ENVIRONMENT = _object(name=_needed(TEXT), value=TEXT, valueFrom=VALUE_SOURCE)
 CONTAINER = _object(
     name=_needed(TEXT),
     image=_needed(TEXT),
@@ -79,7 +78,7 @@ SCHEMA = _object(
 
 
 def _faults(value, schema, path='jobset'):
-    """What of a value is not as its schema says."""
+    """Returns what in a value contradicts its schema."""
     kind, _, fields = schema
     if type(value) is not kind:
         return [f'{path} is {value!r}, not a {kind.__name__}']
@@ -119,7 +118,7 @@ def test_the_jobset_has_only_fields_that_exist_and_all_that_are_needed():
     ],
 )
 def test_a_wrong_field_is_found(path, value, fault):
-    assert any(found.endswith(fault) for found in _faults(_changed(JOBSET, path, value), SCHEMA))
+    assert any(line.endswith(fault) for line in _faults(_changed(JOBSET, path, value), SCHEMA))
 
 
 def _job():
@@ -135,11 +134,11 @@ def test_the_pods_find_their_place():
     given = {entry['name']: entry.get('value', entry['name']) for entry in container['env']}  # fields by their names
     environment = {name: re.sub(r'\$\((\w+)\)', r'\1', value) for name, value in given.items()}
     assert job['parallelism'] == job['completions'] == int(environment['NUM_PROCESSES'])
-    found = place.find(environment={**environment, 'JOB_COMPLETION_INDEX': '1'})
-    assert (found.host, found.address, found.process_id) == ('NODE_NAME', ('COORDINATOR', 29400), 1)
+    here = place.find(environment={**environment, 'JOB_COMPLETION_INDEX': '1'})
+    assert (here.host, here.address, here.process_id) == ('NODE_NAME', ('COORDINATOR', 29400), 1)
 
 
-def test_the_container_is_given_a_command_of_main():
+def test_the_container_runs_a_command_of_main():
     _, job, container = _job()
     command, *flags = container['args']
     assert command in commands.COMMANDS

@@ -1,6 +1,7 @@
-"""`python -m tests.support.one_process ARGUMENTS`: main.py with two additions for tests.
+"""Runs main.py with two additions for tests: `python -m tests.support.one_process ARGUMENTS`.
 
-It writes the rows it reads to $READS.HOST, and its hook after a validation sleeps for ever on the host $STUCK names.
+It appends the rows that it reads to the file $READS.HOST, and on the host $STUCK its hook after a validation sleeps
+forever.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Several processes of one run, started as a user starts them."""
+"""Starts several processes of one run as a user would."""
 
 import os
 import pathlib
@@ -13,10 +13,10 @@ from tinyllama_jax.run import metrics
 
 
 class Processes:
-    """Processes that train together, on hosts of the names host-0, host-1, ...; FOLDER.ID.txt holds what each says.
+    """Processes that train together, on hosts named host-0, host-1, ...; FOLDER.ID.txt holds the stderr of each.
 
-    The i-th gets the `arguments` and those of `each[i]`, with `environments[i]` around it, and runs in `folders[i]`..
-    `main` is the program.
+    Process i gets `arguments` and `each[i]`, the environment variables `environments[i]` and the current directory
+    `folders[i]`. `main` is the program.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Processes:
         self.address = f'127.0.0.1:{free_port()}'
         self.said, self.running = [], []
         for i in range(count):
-            place = [f'--coordinator={self.address}', f'--num_processes={count}', f'--process_id={i}']
+            joining = [f'--coordinator={self.address}', f'--num_processes={count}', f'--process_id={i}']
             own = each[i] if each else ()
-            line = [sys.executable, *main, command, f'--workdir={folder}', *place, *arguments, *own]
+            line = [sys.executable, *main, command, f'--workdir={folder}', *joining, *arguments, *own]
             flags = f'{DEVICES}={devices // count} --xla_backend_optimization_level=1'
             added = {'NODE_NAME': f'host-{i}', 'XLA_FLAGS': flags, 'TF_CPP_MIN_LOG_LEVEL': '3'}
             self.said.append(folder.with_name(f'{folder.name}.{i}.txt'))
@@ -56,27 +56,27 @@ class Processes:
             process.wait()
 
     def wait(self, *, timeout: float = 240, without=()) -> list[int]:
-        """Their exit statuses, those of `without` left out."""
+        """Returns the exit statuses of all processes but `without`."""
         deadline = time.monotonic() + timeout
         running = [process for i, process in enumerate(self.running) if i not in without]
         return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in running]
 
     def lines(self, i: int) -> str:
-        """What process `i` has said on stderr."""
+        """Returns the stderr of process `i` so far."""
         return self.said[i].read_text()
 
     def wait_for_step(self, folder: pathlib.Path, step: int) -> None:
-        """Returns when a step is logged."""
+        """Returns when this step is logged."""
         deadline = time.monotonic() + 240
         while all(process.poll() is None for process in self.running) and time.monotonic() < deadline:
-            records = metrics.read_records(folder / 'metrics.jsonl')
-            if records and records[-1]['step'] >= step:
+            entries = metrics.read_records(folder / 'metrics.jsonl')
+            if entries and entries[-1]['step'] >= step:
                 return
             time.sleep(0.02)
         raise AssertionError('\n'.join(map(self.lines, range(len(self.running)))))
 
 
 def free_port() -> int:
-    """A TCP port nobody uses."""
+    """Returns an unused TCP port."""
     with socket.create_server(('127.0.0.1', 0)) as listener:
         return listener.getsockname()[1]

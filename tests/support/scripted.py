@@ -1,4 +1,4 @@
-"""An lm-eval model that answers as a test says, to see what tasks ask and how they score."""
+"""An lm-eval model with scripted answers, to test what tasks ask and how they score."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from lm_eval.api.model import LM
 
 
 class Scripted(LM):
-    """Generates `answer(prompt)`; prefers shorter continuations. A byte is a token. Keeps what it was asked."""
+    """Generates `answer(prompt)` and prefers shorter continuations; `asked` has all requests. A byte is a token."""
 
     def __init__(self, answer: Callable[[str], str] = lambda prompt: '', max_length: int = 10_000):
         super().__init__()

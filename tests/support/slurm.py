@@ -1,4 +1,4 @@
-"""A Slurm of one node in a temporary folder, on ports of its own, for the time of a context."""
+"""A context that runs a one-node Slurm cluster in a temporary folder, on ports of its own."""
 
 import os
 import pathlib
@@ -38,7 +38,7 @@ PartitionName=test Nodes=ALL Default=YES State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here; None if there can."""
+    """Returns why Slurm cannot run here; None if it can."""
     programs = [name for name in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun') if not shutil.which(name)]
     if programs:
         return f'{programs[0]} is not installed (apt-get install slurm-wlm munge)'
@@ -46,7 +46,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """Its daemons, from entering to leaving; `run` runs a command of its."""
+    """The daemons of a Slurm cluster, which run inside the context; `run` runs one of Slurm's commands."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder, self._daemons = folder, []
@@ -89,24 +89,24 @@ class Slurm:
             time.sleep(0.2)
 
     def run(self, *command: str, check: bool = True, **options) -> str:
-        """What a command prints."""
+        """Returns what a command prints."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, **options)
         assert done.returncode == 0 or not check, f'{command}: {done.stderr}'
         return done.stdout
 
     def submit(self, *arguments: str) -> str:
-        """The number of the job that sbatch makes of these."""
+        """Submits a job with sbatch; returns its number."""
         return self.run('sbatch', '--parsable', *arguments, cwd=ROOT).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, Restarts, ExitCode and more."""
+        """Returns Slurm's fields of a job: JobState, Restarts, ExitCode and more."""
         fields = self.run('scontrol', 'show', 'job', number, '--oneliner').split()
         return dict(field.partition('=')[::2] for field in fields)
 
     def wait(self, number: str, seconds: float = 240) -> dict[str, str]:
-        """The job when it has ended. One that was queued again starts in a second, not after Slurm's two minutes.
+        """Returns the job's fields once it has ended. A requeued job starts after a second, not Slurm's two minutes.
 
-        Not at once: slurmd refuses a start in the second in which it ended the job before (Job credential revoked).
+        It cannot start at once: slurmd refuses a start in the second in which it ended the job (credential revoked).
         """
         deadline, hurried = time.monotonic() + seconds, '0'
         while (job := self.job(number))['JobState'] not in ('COMPLETED', 'FAILED', 'CANCELLED', 'NODE_FAIL'):

@@ -56,7 +56,7 @@ def _check_hosts(workdir: pathlib.Path, config: Config, platform: str, members: 
     measured, faults = members.gather('hosts', own), []
     checkpoint = 12 * sum(flops.parameter_counts(config.model).values())  # float32 parameters and both moments
     seconds = checkpoint / sum(values[2] for values in measured)
-    usual = sorted(values[4] for values in measured)[len(measured) // 2]
+    median = sorted(values[4] for values in measured)[len(measured) // 2]
     table: list[tuple] = [('process', 'host', 'driver', 'devices', 'write', 'read', 'slowest device', 'clock')]
     for number, (host, values, skew) in enumerate(zip(members.hosts, measured, skews, strict=True)):
         version, devices, writes, reads, rate = values
@@ -64,8 +64,8 @@ def _check_hosts(workdir: pathlib.Path, config: Config, platform: str, members: 
         table.append((number, host, version or '-', devices, _rate(writes), _rate(reads), speed, f'{skew:+.3f} s'))
         if abs(skew) > _SKEW_SECONDS:
             faults.append(f'the clock of {host} is {skew:+.1f} s from that of {members.hosts[0]}; set it')
-        if rate < _SLOW_HOST.get(platform, _SLOW_HOST['gpu']) * usual:
-            faults.append(f'{host} is slow: {speed}, and {usual / 1e12:.3g} are usual; leave it out')
+        if rate < _SLOW_HOST.get(platform, _SLOW_HOST['gpu']) * median:
+            faults.append(f'{host} is slow: {speed}, and the median is {median / 1e12:.3g}; leave it out')
     if seconds > _CHECKPOINT_SECONDS:
         faults.append(f'{workdir} takes {seconds:,.0f} s to write a checkpoint of {_size(checkpoint)}')
     if members.primary:

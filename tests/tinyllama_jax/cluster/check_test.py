@@ -1,4 +1,4 @@
-"""`main.py check`: its table by one and by two real processes, and what it finds fault with."""
+"""The command `check`: its tables for one and for two real processes, and the faults that it reports."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def _plan(path, *, seconds, **bytes_per_step):
 
 
 def test_two_processes_say_what_their_cluster_can_do(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv('CORPUS', 'nowhere')  # nothing is read of it
+    monkeypatch.setenv('CORPUS', 'nowhere')  # check does not read it
     with Processes(tmp_path / 'run', ARGUMENTS, command='check') as processes:
         assert processes.wait() == [0, 0], processes.lines(0) + processes.lines(1)
     said = capfd.readouterr().out
@@ -51,8 +51,8 @@ def test_two_processes_say_what_their_cluster_can_do(tmp_path, monkeypatch, capf
     assert not list((tmp_path / 'run').iterdir())
 
 
-def test_a_step_of_fsdp_needs_its_parameters_twice_and_its_gradients_once(tmp_path, capsys):
-    """Per device: (n - 1) / n of what is gathered or scattered, in float32."""
+def test_a_step_of_fsdp_gathers_parameters_twice_and_reduces_gradients_once(tmp_path, capsys):
+    """Each device sends (n - 1) / n of what is gathered or scattered, in float32."""
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=8))
     _check(tmp_path, config)
     said = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_step_of_fsdp_needs_its_parameters_twice_and_its_gradients_once(tmp_pa
     assert 'data ' not in said, 'an axis of one device has no collectives'
 
 
-def test_collectives_that_take_longer_than_a_step_are_a_fault_with_the_axis_named(tmp_path, capsys):
+def test_collectives_that_take_longer_than_a_step_are_a_fault_that_names_the_axis(tmp_path, capsys):
     _check(tmp_path, plan=_plan(tmp_path / 'plan.json', seconds=1_000, all_gather=1_000))
     assert 'a step takes 1e+03 s without waiting for them' in capsys.readouterr().out
     plan = _plan(tmp_path / 'plan.json', seconds=0.001, all_gather=10**12)
@@ -79,7 +79,7 @@ def test_collectives_that_take_longer_than_a_step_are_a_fault_with_the_axis_name
 
 
 @pytest.mark.parametrize('content', [None, 'no json', '[]', '{"collectives": []}'])
-def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_plan_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / 'plan.json').write_text(content)
     with pytest.raises(errors.UsageError, match=r'--plan=.*plan\.json: not what main.py plan --json prints'):

@@ -1,4 +1,4 @@
-"""The driver's version, by a file as the driver writes it, and what is too old for the installed jax."""
+"""The driver's version, read from a file like the driver's, and the refusal of one too old for the installed jax."""
 
 import pytest
 
@@ -13,7 +13,7 @@ OPEN_FILE = 'NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06 
 
 @pytest.fixture
 def given(monkeypatch, tmp_path):
-    """given(text): from now on the driver's file says this."""
+    """given(text) writes the driver's file."""
     monkeypatch.setattr(driver, '_VERSION_FILE', tmp_path / 'version')
     return (tmp_path / 'version').write_text
 
@@ -24,7 +24,7 @@ def test_the_version_is_the_drivers(given, text, version):
     assert driver.version() == version
 
 
-def test_without_a_driver_there_is_none_and_nothing_is_refused(given, monkeypatch, tmp_path):
+def test_without_a_driver_there_is_no_version_and_nothing_is_refused(given, monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))  # no nvidia-smi either
     assert driver.version() is None
     driver.refuse_old('host-a')

@@ -1,4 +1,4 @@
-"""What is measured alone: rates, files that go again, a collective along an axis named as XLA compiled it."""
+"""Measurements of one process: rates of collectives and files, clocks, the speed of a device."""
 
 import jax
 import pytest
@@ -18,11 +18,11 @@ ALONE = cluster.alone(tiny.CONFIG.train)
 )
 def test_a_collective_moves_bytes_along_its_axis(kind, compiled):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    rate, found = measure.collective(kind, 'fsdp', 1 << 16, mesh, ALONE)
-    assert rate > 1e4 and found == compiled
+    rate, name = measure.collective(kind, 'fsdp', 1 << 16, mesh, ALONE)
+    assert rate > 1e4 and name == compiled
 
 
-def test_files_are_written_and_read_and_go_again(tmp_path):
+def test_files_are_written_read_and_removed(tmp_path):
     written, read = measure.files(tmp_path / 'new', 1 << 20, ALONE)
     assert written > 1e4 and read > 1e4 and not list((tmp_path / 'new').iterdir())
 
@@ -48,13 +48,13 @@ def test_all_have_removed_their_files_before_one_ends_the_others(tmp_path):
 
     two = Two(ALONE.place, None)
     two.hosts = ['host-0', 'host-1']
-    (tmp_path / 'check-1.tmp').write_bytes(b'seen by this one, which is not seen by it')
+    (tmp_path / 'check-1.tmp').write_bytes(b'this process sees its neighbour, which does not see it')
     with pytest.raises(errors.UsageError, match='process 1 on host-1 does not see in .* what process 0 on host-0 has'):
         measure.files(tmp_path, 1 << 10, two)
     assert 'check-0.tmp' in two.there['read'] and two.there['removed'] == ['check-1.tmp']
 
 
-def test_clocks_are_set_beside_the_firsts():
+def test_clocks_are_compared_with_that_of_process_0():
     class Two(cluster.Members):
         def gather(self, name, value):
             return [value, value + 5.0] if name.startswith('time') else [value, value]
@@ -62,6 +62,6 @@ def test_clocks_are_set_beside_the_firsts():
     assert measure.clock_skews(Two(ALONE.place, None)) == pytest.approx([0.0, 5.0])
 
 
-def test_a_device_multiplies():
+def test_a_device_has_a_speed():
     assert 1e6 < measure.slowest_device(ALONE) < 1e15
     assert jax.device_count() == 8

@@ -1,4 +1,4 @@
-"""Several real processes train as one does, save together, and end together, naming who is lost, stuck or other."""
+"""Real processes train as one does, save and end together, and name the one that is lost, stuck or different."""
 
 import contextlib
 import json
@@ -44,12 +44,12 @@ def _arguments(store, **more):
 
 
 def _losses(folder):
-    return [record['loss'] for record in metrics.read_records(folder / 'metrics.jsonl')]
+    return [entry['loss'] for entry in metrics.read_records(folder / 'metrics.jsonl')]
 
 
 @pytest.fixture(scope='module')
 def one(tiny_store, tmp_path_factory):
-    """The workdir of this one process's run, on eight devices."""
+    """The workdir of a single-process run on eight devices."""
     folder = tmp_path_factory.mktemp('one')
     config = experiment.load_experiment(f'{ROOT}/tests/support/tiny_experiment.py:{STEPS}')
     for name, value in {**SETTINGS, 'data.store': str(tiny_store)}.items():
@@ -92,27 +92,27 @@ def test_each_process_reads_only_its_slice_of_the_data(two):
     trained = [len([row for row in read if row[1] == 'train']) for read in rows]
     assert abs(trained[0] - trained[1]) <= 8 and not set(rows[0]) & set(rows[1])
     validated = sum(map(len, rows)) - STEPS * 8
-    assert validated == 2 * sum(_validation_rows(folder)), 'twice, and no row by both'
+    assert validated == 2 * sum(_validation_rows(folder)), 'two validations, and no row by both'
 
 
 def _validation_rows(folder):
-    record = json.loads((folder / 'config.json').read_text())
-    config = tree.from_dict(record['config'])
+    written = json.loads((folder / 'config.json').read_text())
+    config = tree.from_dict(written['config'])
     data = pipeline.make_dataset(config, store.TokenStore(config.data.store))
     return [data.validation_size(name) for name in data.sources]
 
 
 def test_the_step_times_of_each_host_are_logged(two):
-    records = metrics.read_records(two[0] / 'metrics.jsonl')
-    times = [record['step_seconds'] for record in records if 'step_seconds' in record]
+    entries = metrics.read_records(two[0] / 'metrics.jsonl')
+    times = [entry['step_seconds'] for entry in entries if 'step_seconds' in entry]
     assert len(times) >= STEPS - 4
-    for found in times:
-        assert set(found) == {'host-0', 'host-1'}
-        assert all(0 < host['min'] <= host['max'] < 120 for host in found.values())
+    for by_host in times:
+        assert set(by_host) == {'host-0', 'host-1'}
+        assert all(0 < host['min'] <= host['max'] < 120 for host in by_host.values())
 
 
 @ONCE
-def test_after_a_killed_coordinator_the_same_command_goes_on_with_the_same_digits(tiny_store, two, tmp_path):
+def test_after_a_killed_coordinator_the_same_command_resumes_with_the_same_digits(tiny_store, two, tmp_path):
     folder, arguments = tmp_path / 'run', _arguments(tiny_store)
     with Processes(folder, arguments) as processes:
         processes.wait_for_step(folder, 5)
@@ -162,7 +162,7 @@ def test_four_processes_train_as_one_and_save_at_one_step_when_one_of_them_is_to
     ],
 )
 def test_a_lost_process_is_named_even_while_the_others_still_gather(number, line, tiny_store, tmp_path):
-    """Process 2 never comes, so that none gets as far as JAX."""
+    """Process 2 never comes, so that no process gets as far as JAX."""
     each = [('--num_processes=3',)] * 2
     with Processes(tmp_path / 'run', _arguments(tiny_store), 2, each=each) as processes:
         deadline = time.monotonic() + 30
@@ -175,7 +175,7 @@ def test_a_lost_process_is_named_even_while_the_others_still_gather(number, line
 
 
 def _connected(pid: int) -> bool:
-    """Whether a process has a TCP connection, by Linux's /proc."""
+    """Whether a process has a TCP connection, according to Linux's /proc."""
     tables = ''.join(pathlib.Path(f'/proc/{pid}/net/{name}').read_text() for name in ('tcp', 'tcp6'))
     established = {fields[9] for fields in map(str.split, tables.splitlines()) if fields[3] == '01'}
     links = []
@@ -187,7 +187,7 @@ def _connected(pid: int) -> bool:
 
 @ONCE
 def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_store, tmp_path):
-    """In its first one, after the first step."""
+    """It hangs in its first hook, after the first step."""
     arguments = _arguments(tiny_store, train__stuck_timeout_s='8', train__eval_every_steps='1')
     with Processes(tmp_path / 'run', arguments, main=('-m', 'tests.support.one_process'), STUCK='host-1') as processes:
         assert processes.wait() == [75, 75]
@@ -199,7 +199,7 @@ def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_
 
 
 def _ends(processes, status, message):
-    """Holds that all end with this status and say this."""
+    """Asserts that all end with this status and message."""
     count = len(processes.running)
     assert processes.wait(timeout=120) == [status] * count, ''.join(map(processes.lines, range(count)))
     for i in range(count):
@@ -224,7 +224,7 @@ def test_two_processes_with_one_id_are_named(tiny_store, tmp_path):
         _ends(processes, 2, 'two processes have the id 1: one on host-')
 
 
-def test_processes_told_of_different_numbers_are_named(tiny_store, tmp_path):
+def test_processes_with_different_num_processes_are_named(tiny_store, tmp_path):
     each = [(), ('--num_processes=3',)]
     with Processes(tmp_path / 'run', _arguments(tiny_store), each=each) as processes:
         _ends(processes, 2, 'process 1 on host-1 was told of 3 processes, process 0 on host-0 of 2')
@@ -238,7 +238,7 @@ def test_a_process_that_does_not_come_is_named(tiny_store, tmp_path):
         )
 
 
-def test_a_coordinator_that_cannot_be_reached_is_given_up_with_its_address(tiny_store, tmp_path):
+def test_a_coordinator_that_cannot_be_reached_is_named_by_its_address(tiny_store, tmp_path):
     each = [('--num_processes=2', '--process_id=1')]
     with Processes(tmp_path / 'run', _arguments(tiny_store, train__join_timeout_s='2'), 1, each=each) as processes:
         _ends(
@@ -247,8 +247,8 @@ def test_a_coordinator_that_cannot_be_reached_is_given_up_with_its_address(tiny_
 
 
 @pytest.mark.parametrize('answer', [None, b'', b'HTTP/1.1 400 Bad Request\r\n\r\n'], ids=['silent', 'closed', 'other'])
-def test_what_accepts_a_connection_and_is_no_coordinator_is_given_up_with_its_address(answer):
-    """A closed connection is made again: a forwarded port may be open before process 0 is there."""
+def test_a_program_that_is_not_the_coordinator_is_named_by_its_address(answer):
+    """After a closed connection it connects again: a forwarded port may be open before process 0 is there."""
     accepted = []
 
     def serve():
@@ -302,7 +302,7 @@ def test_hosts_with_different_data_are_named(tiny_store, tmp_path):
 
 @pytest.fixture(scope='module')
 def cluster():
-    """A real Slurm of this one node."""
+    """A real Slurm cluster with this machine as its node."""
     if reason := slurm.missing():
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(dir='/tmp') as folder, slurm.Slurm(pathlib.Path(folder)) as running:
@@ -317,7 +317,7 @@ BATCH = ['--nodes=1', '--ntasks=2', '--ntasks-per-node=2']
 
 
 @ONCE
-def test_under_slurm_a_preempted_job_goes_on_with_the_same_digits(cluster, tiny_store, one, two, tmp_path):
+def test_under_slurm_a_preempted_job_resumes_with_the_same_digits(cluster, tiny_store, one, two, tmp_path):
     folder, log = tmp_path / 'run', tmp_path / 'job.log'
     job = cluster.submit(
         *BATCH, f'--output={log}', 'launch/slurm.sbatch', *_arguments(tiny_store), f'--workdir={folder}'
@@ -339,10 +339,8 @@ def test_under_slurm_a_preempted_job_goes_on_with_the_same_digits(cluster, tiny_
 
 @ONCE
 @pytest.mark.parametrize(('status', 'again'), [(75, True), (143, True), (137, True), (1, False), (2, False)])
-def test_slurms_script_queues_the_job_again_on_what_is_worth_a_restart_and_on_nothing_else(
-    status, again, cluster, tmp_path
-):
-    program = tmp_path / 'program'  # in main.py's place
+def test_slurms_script_queues_the_job_again_exactly_when_a_restart_can_help(status, again, cluster, tmp_path):
+    program = tmp_path / 'program'  # instead of main.py
     program.write_text(f'#!/bin/sh\n[ -z "$SLURM_RESTART_COUNT" ] || exit 0\n[ $SLURM_PROCID = 0 ] || exit {status}\n')
     program.chmod(0o755)
     environment = cluster.environment | {'PYTHON': str(program)}
@@ -354,7 +352,7 @@ def test_slurms_script_queues_the_job_again_on_what_is_worth_a_restart_and_on_no
 
 
 class Gathered(Members):
-    """The first of some processes whose values are given."""
+    """Process 0 of several whose values are given."""
 
     def __init__(self, *values):
         super().__init__(place.Place('a', 'a:1', len(values)), None)
@@ -364,7 +362,7 @@ class Gathered(Members):
         return list(self._values)
 
 
-def test_the_first_difference_is_told_with_every_value_and_who_has_it():
+def test_a_difference_is_reported_with_every_value_and_who_has_it():
     with pytest.raises(
         errors.UsageError, match='on versions.jax: 1 in process 0 on host-0, 2 on host-2, None in process 1'
     ):
@@ -372,20 +370,20 @@ def test_the_first_difference_is_told_with_every_value_and_who_has_it():
     Gathered({'a': [1, 2]}, {'a': [1, 2]}).agree(a=[1, 2])
 
 
-def test_of_many_hosts_the_first_few_are_told():
+def test_of_many_hosts_the_first_few_are_named():
     with pytest.raises(
         errors.UsageError, match='x in process 0 on host-0, 1 on host-1, 2 on host-2, 3 on host-3 and 5 more'
     ):
         Gathered(*[{'commit': 'x'}] * 9, {'commit': 'y'}).agree(commit='x')
 
 
-def test_alone_a_process_agrees_with_itself(tmp_path):
+def test_a_single_process_agrees_with_itself(tmp_path):
     alone = Members(place.find(environment={}), None)
     alone.agree(anything=1)
     assert alone.gather('a', 1) == [1] and alone.primary and str(alone).endswith(', 1 process')
 
 
-def test_a_process_alone_that_hangs_prints_its_stacks_and_ends_with_75():
+def test_a_single_process_that_hangs_prints_its_stacks_and_ends_with_75():
     program = """
 import time
 from tinyllama_jax import config

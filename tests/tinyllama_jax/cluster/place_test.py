@@ -1,4 +1,4 @@
-"""Where a process stands, by flags and by the environments of Slurm and Kubernetes."""
+"""The place of a process, by flags and by the environments of Slurm and Kubernetes."""
 
 import pytest
 
@@ -23,17 +23,17 @@ KUBERNETES = {
 }
 
 
-def test_flags_say_it():
-    found = place.find('10.0.0.1:1234', 4, 3, environment={**SLURM, 'NODE_NAME': 'b'})
-    assert (found.coordinator, found.num_processes, found.process_id) == ('10.0.0.1:1234', 4, 3)
-    assert found.address == ('10.0.0.1', 1234)
+def test_flags_give_the_place():
+    here = place.find('10.0.0.1:1234', 4, 3, environment={**SLURM, 'NODE_NAME': 'b'})
+    assert (here.coordinator, here.num_processes, here.process_id) == ('10.0.0.1:1234', 4, 3)
+    assert here.address == ('10.0.0.1', 1234)
     assert place.find('[fe80::1]:1234', 1, 0).address == ('fe80::1', 1234)
 
 
-def test_slurm_says_it():
-    found = place.find(environment=SLURM)
-    assert found == Place('node008', 'node007:61444', 16, 11, local_devices=(3,))
-    assert str(found) == 'process 11 on node008'
+def test_slurm_gives_the_place():
+    here = place.find(environment=SLURM)
+    assert here == Place('node008', 'node007:61444', 16, 11, local_devices=(3,))
+    assert str(here) == 'process 11 on node008'
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_task_has_all_devices_it_sees_unless_it_shares_the_node_and_sees_its_n
     assert place.find(environment={**SLURM, 'CUDA_VISIBLE_DEVICES': '0,1,2,3'}).local_devices == (3,)
 
 
-def test_kubernetes_says_it():
+def test_kubernetes_gives_the_place():
     assert place.find(environment=KUBERNETES) == Place('gpu-b', KUBERNETES['COORDINATOR_ADDRESS'], 2, 1)
 
 
@@ -65,14 +65,14 @@ def test_kubernetes_says_it():
     [
         {},
         {**SLURM, 'SLURM_STEP_NUM_TASKS': '1'},
-        {name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'},  # of sbatch's own script
+        {name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'},  # as in sbatch's own script
         {**KUBERNETES, 'NUM_PROCESSES': '1'},
-        {'JOB_COMPLETION_INDEX': '3'},  # of an indexed job that is no run of several
+        {'JOB_COMPLETION_INDEX': '3'},  # an indexed job, but not a run of several processes
     ],
 )
 def test_otherwise_a_process_is_alone(environment):
-    found = place.find(environment=environment)
-    assert (found.coordinator, found.num_processes, found.process_id) == (None, 1, 0)
+    here = place.find(environment=environment)
+    assert (here.coordinator, here.num_processes, here.process_id) == (None, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_otherwise_a_process_is_alone(environment):
         (('a:1', 2, -1), '--process_id=-1'),
     ],
 )
-def test_flags_that_cannot_be_are_refused(flags, message):
+def test_invalid_flags_are_refused(flags, message):
     with pytest.raises(errors.UsageError, match=message):
         place.find(*flags, environment={})
 
 
-def test_an_environment_that_cannot_be_is_refused():
+def test_an_invalid_environment_is_refused():
     with pytest.raises(errors.UsageError, match='JOB_COMPLETION_INDEX=5'):
         place.find(environment={**KUBERNETES, 'JOB_COMPLETION_INDEX': '5'})
     with pytest.raises(errors.UsageError, match='NUM_PROCESSES=two'):

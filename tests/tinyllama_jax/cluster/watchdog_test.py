@@ -1,4 +1,4 @@
-"""Who is lost and who is stuck, by what the hub has heard and when; the real processes are in cluster_test.py."""
+"""Which processes the hub takes for lost or stuck; members_test.py runs real processes."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ CONFIG = TrainConfig(stuck_timeout_s=45, hang_timeout_s=600)
 
 
 def _members(*marks, marked=0.001, doing='waiting for a step', compiles=False):
-    """Members with these marks, set at this time and heard of ever since."""
+    """Returns members with these marks, last changed at the time `marked`."""
     members = {i: watchdog.Member(f'host-{i}', 0.0) for i in range(len(marks))}
     for member, count in zip(members.values(), marks, strict=True):
         member.mark(count, doing, compiles, marked)
@@ -52,10 +52,10 @@ def test_a_process_that_keeps_the_others_waiting_is_stuck():
         'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
     )
     members[2].mark(51, 'the step', False, 40.0)
-    assert watchdog.stuck(members, CONFIG, 46.0) is None, 'one of the others goes on'
+    assert watchdog.stuck(members, CONFIG, 46.0) is None, 'one of the others advances'
 
 
-def test_where_none_is_behind_all_are_stuck_but_only_after_the_time_for_a_hang():
+def test_if_none_is_behind_all_are_stuck_after_the_timeout_for_a_hang():
     members = _members(50, 50, doing='validation')
     assert watchdog.stuck(members, CONFIG, 600.0) is None
     assert watchdog.stuck(members, CONFIG, 601.0) == (
@@ -68,13 +68,13 @@ def test_where_none_is_behind_all_are_stuck_but_only_after_the_time_for_a_hang()
     ('marks', 'compiles', 'limit'),
     [((3, 1), True, 1_800), ((1, 1), True, 1_800), ((50, 49), True, 1_800), ((3, 1), False, 45), ((1, 1), False, 600)],
 )
-def test_while_what_they_wait_for_compiles_more_time_is_given(marks, compiles, limit):
+def test_a_process_that_compiles_is_given_more_time(marks, compiles, limit):
     members = _members(*marks, compiles=compiles)
     assert watchdog.stuck(members, CONFIG, limit) is None
     assert watchdog.stuck(members, CONFIG, limit + 1) is not None
 
 
-def test_a_process_that_is_stuck_is_not_given_the_time_that_the_others_get_to_compile():
+def test_a_stuck_process_is_not_given_the_time_of_others_that_compile():
     members = _members(7, 5, 7, compiles=True)
     members[1].mark(5, 'a hook', False, 0.001)
     assert watchdog.stuck(members, CONFIG, 46.0) == (
@@ -82,18 +82,18 @@ def test_a_process_that_is_stuck_is_not_given_the_time_that_the_others_get_to_co
     )
 
 
-def test_at_first_a_process_starts_and_compiles():
+def test_a_new_process_is_given_time_to_compile():
     assert watchdog.Member('host-0', 0.0).compiles
 
 
-def test_a_process_that_repeats_its_marks_has_not_gone_on():
+def test_a_process_that_repeats_its_marks_does_not_advance():
     members = _members(50)
     members[0].mark(50, 'validation', False, 500.0)
     assert 'no step for 601 s' in watchdog.stuck(members, CONFIG, 601.0)
 
 
 def test_the_hub_answers_a_hello_before_its_next_beat(monkeypatch):
-    """A process that came late gives up soon, and its closed connection would end the run."""
+    """A process that came late would soon give up, and its closed connection would end the run."""
     monkeypatch.setattr(watchdog, 'BEAT_SECONDS', 600.0)
     address = f'127.0.0.1:{processes.free_port()}'
     hub = watchdog.Hub(place.Place('host-0', address, 2), CONFIG)
@@ -106,5 +106,5 @@ def test_the_hub_answers_a_hello_before_its_next_beat(monkeypatch):
 
 
 @pytest.mark.parametrize('line', [b'GET / HTTP/1.1', b'[1]', b'\xff', b''])
-def test_what_is_not_of_the_protocol_is_no_message(line):
+def test_a_line_that_is_not_a_json_object_is_not_a_message(line):
     assert watchdog.parsed(line) is None
