@@ -41,6 +41,7 @@ class Target:
     matmul_flops: float  # [matmul]
     attention_flops: tuple[float, float]  # forward, backward; a backward pass counts 2.5 times the forward's FLOPs
     nvlink_bandwidth: float  # [sheet]
+    nvlinks: int  # [sheet]
     network_bandwidth: float  # [dgx] of one GPU's adapter, between nodes
     description: dict[str, float | int]  # [xla] further properties that XLA's compiler reads
 
@@ -55,11 +56,6 @@ class Target:
     def multiprocessors(self) -> int:
         """The number of multiprocessors."""
         return int(self.description['core_count'])
-
-    @property
-    def nvlinks(self) -> int:
-        """The number of NVLinks: each carries 25 GB/s in one direction, on all of these chips [sheet]."""
-        return round(self.nvlink_bandwidth / 25e9)
 
 
 _A100 = {
@@ -83,16 +79,16 @@ _H100_ATTENTION = (342e12, 206e12)  # [fa3]
 
 TARGETS = {
     'a100-40gb': Target(
-        'NVIDIA A100-SXM4-40GB', (8, 0), 42_331_013_120, 1_555e9, 271.2e12, _A100_ATTENTION, 300e9, 25e9, _A100
+        'NVIDIA A100-SXM4-40GB', (8, 0), 42_331_013_120, 1_555e9, 271.2e12, _A100_ATTENTION, 300e9, 12, 25e9, _A100
     ),
     'a100-80gb': Target(
-        'NVIDIA A100-SXM4-80GB', (8, 0), 85_100_068_864, 2_039e9, 271.2e12, _A100_ATTENTION, 300e9, 25e9, _A100
+        'NVIDIA A100-SXM4-80GB', (8, 0), 85_100_068_864, 2_039e9, 271.2e12, _A100_ATTENTION, 300e9, 12, 25e9, _A100
     ),
     'h100-80gb': Target(
-        'NVIDIA H100 80GB HBM3', (9, 0), 84_942_979_072, 3_352e9, 755e12, _H100_ATTENTION, 450e9, 50e9, _H100
+        'NVIDIA H100 80GB HBM3', (9, 0), 84_942_979_072, 3_352e9, 755e12, _H100_ATTENTION, 450e9, 18, 50e9, _H100
     ),
     'h200-141gb': Target(
-        'NVIDIA H200 141GB HBM3e', (9, 0), 151_397_597_184, 4_800e9, 755e12, _H100_ATTENTION, 450e9, 50e9, _H100
+        'NVIDIA H200 141GB HBM3e', (9, 0), 151_397_597_184, 4_800e9, 755e12, _H100_ATTENTION, 450e9, 18, 50e9, _H100
     ),
 }
 
