@@ -100,11 +100,9 @@ class Hub:
         self._connections: dict[socket.socket, _Connection] = {}
         self._gathers: dict[str, dict[int, str]] = {}  # name -> {process id: its value as JSON}
         self._ended: dict | None = None  # the message that ended the run
-        port = place.address[1]
-        if socket.has_dualstack_ipv6():
-            self._listener = socket.create_server(('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        else:
-            self._listener = socket.create_server(('', port), backlog=1024)
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        self._listener = socket.create_server(('', place.address[1]), family=family, dualstack_ipv6=dual, backlog=1024)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name='hub', daemon=True)
