@@ -83,9 +83,9 @@ class Evaluation:
         )
         tasks = {task: scores for task, values in result['results'].items() if (scores := _scores(values))}
         if not self._begun:  # drops what an interrupted start wrote after the checkpoint from which this one resumes
-            metrics.cut_records(self._path, step - 1)
+            metrics.cut_entries(self._path, step - 1)
             self._begun = True
-        writer = metrics.Writer(self._path, start_step=step - 1)
+        writer = metrics.Writer(self._path, self._config, start_step=step - 1)
         writer.write({'step': step, 'tasks': tasks})
         writer.close()
         shown = (f'{task} {next(iter(scores.values())):.4f}' for task, scores in tasks.items())

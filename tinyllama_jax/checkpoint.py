@@ -1,11 +1,11 @@
-"""Checkpoints through orbax: asynchronous, whole or absent, checksummed, and what may change on resume.
+"""Checkpoints through orbax: asynchronous, complete or absent, checksummed.
 
 A checkpoint at step n is the state after n optimiser steps, as three items:
 `params`, `rest` (step and optimiser state) and `meta` (JSON: configuration, data
 fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
-by renaming it, so a killed save leaves nothing behind; the checksums catch what
-changes afterwards, which orbax does not. What cannot be read now, because storage,
-memory or a device fails, is not damage: nothing is moved, and the run ends with 75.
+by renaming it, so a killed save leaves nothing behind. The checksums catch later
+changes of bytes, which orbax does not notice. If storage, memory or a device fails
+while reading, that is not damage: nothing is moved, and the run ends with 75.
 """
 
 import pathlib
@@ -25,18 +25,8 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.process import versions
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a resumed run may not change: the model, what its tokens see, the seed and the batch."""
-    model = config_lib.to_dict(config.model)
-    for free in ('compute_dtype', 'scan_layers'):  # how it is computed, not what
-        del model[free]
-    data = {'document_mask': config.data.document_mask, 'restart_positions': config.data.restart_positions}
-    train = {'global_batch_size': config.train.global_batch_size}
-    return {'model': model, 'data': data, 'seed': config.seed, 'train': train}
-
-
 def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int]) -> dict[str, Any]:
-    """What is kept beside the arrays: configuration, data fingerprint, rows seen per source, versions."""
+    """Returns what is saved beside the arrays: configuration, data fingerprint, rows seen per source, versions."""
     return {
         'config': config_lib.to_dict(config),
         'data': fingerprint,
@@ -51,9 +41,9 @@ def _checksums(tree):
 
 
 def _checksum(array):
-    """Sum of the array's bits weighted by odd position numbers, modulo 2^32.
+    """Returns the sum of the array's words times odd numbers of their positions, modulo 2^32.
 
-    Any single changed bit changes it, and any sharding gives the same.
+    Any single changed bit changes it. A sum of integers is the same for every sharding.
     """
     unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
@@ -64,9 +54,13 @@ def _checksum(array):
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
+def _by_path(tree) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+
+
 def _named_checksums(tree) -> dict[str, int]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(_checksums(tree))
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): int(value) for path, value in flat}
+    return {path: int(value) for path, value in _by_path(jax.device_get(_checksums(tree))).items()}
 
 
 def _items(state) -> dict[str, Any]:
@@ -76,9 +70,9 @@ def _items(state) -> dict[str, Any]:
 class Checkpointer:
     """Saves and restores the TrainStates of one run.
 
-    Keeps the newest `keep` checkpoints, and for ever those at multiples of
-    `keep_every`. With `read_only` nothing is cleaned up or written, so a running
-    training's folder can be read.
+    Keeps the newest `keep` checkpoints, and all at multiples of `keep_every`. With
+    `read_only` it neither cleans up nor writes, so it can read the folder of a run
+    that is training.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, keep_every: int | None = None, read_only: bool = False):
@@ -97,16 +91,16 @@ class Checkpointer:
                 self.folder.mkdir(parents=True, exist_ok=True)
             for half in self.folder.glob('*.orbax-checkpoint-tmp') if jax.process_index() == 0 else ():
                 shutil.rmtree(half)
-                print(f'{half}: removed half a checkpoint, of a save that was broken off.', file=sys.stderr)
+                print(f'{half}: removed the incomplete checkpoint of an interrupted save.', file=sys.stderr)
         with checkpoint_errors.reading(self.folder, 'the list of checkpoints'):
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, oldest first."""
+        """Returns the steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state, meta: dict[str, Any]) -> None:
-        """Begins to save; the write goes on in the background. Raises RunError if this or the last one fails."""
+        """Starts a save, which continues in the background. Raises RunError if this or the previous save failed."""
         items = _items(state)
         meta = meta | {'step': step, 'checksums': {name: _named_checksums(item) for name, item in items.items()}}
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -114,24 +108,28 @@ class Checkpointer:
             self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)))
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk; raises RunError if one failed."""
+        """Returns when every save is complete on disk. Raises RunError if one failed."""
         with checkpoint_errors.Writing(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the saves and releases the manager."""
+        """Waits for all saves and closes the manager."""
         self.wait()
         self._manager.close()
 
     def restore(self, abstract_state, check: Callable[[dict], None]):
-        """The newest whole checkpoint as (state, meta), or None where there is none at all.
+        """Returns (state, meta) of the newest readable checkpoint, or None if there is no checkpoint.
 
-        `abstract_state` gives shapes and shardings: a checkpoint of any mesh goes onto
-        any other. `check` may raise UsageError on the checkpoint's meta. A damaged
-        checkpoint is named and moved aside, and the one before it is used (of several
-        processes: by the next start); if none is whole: RunError. Unavailable if the newest
-        cannot be read for another reason.
+        `abstract_state` gives shapes and shardings; a checkpoint of any mesh restores onto any other. A damaged
+        checkpoint is named and moved aside, and the one before it is restored (with several processes, by their
+        next start).
+
+        Args:
+          check: may raise UsageError on a checkpoint's meta.
+
+        Raises UsageError if the checkpoint's arrays are not those of `abstract_state`, RunError if all checkpoints are
+        damaged, Unavailable if the newest cannot be read for an outside cause.
         """
 
         def read(step: int):
@@ -145,12 +143,12 @@ class Checkpointer:
         if damaged:
             aside = checkpoint_errors.set_aside(self.folder, damaged)
             self._manager.reload()
-            told = f'{checkpoint_errors.damage(self.folder, damaged)} Moved to {aside}; going on from step '
-            print(f'{told}{meta["step"]}.', file=sys.stderr)
+            damage = checkpoint_errors.damage(self.folder, damaged)
+            print(f'{damage} Moved to {aside}; resuming from step {meta["step"]}.', file=sys.stderr)
         return type(abstract_state)(items['rest']['step'], items['params'], items['rest']['opt_state']), meta
 
     def restore_params(self, step: int | None, abstract_params):
-        """Parameters and meta of the checkpoint at `step`, or of the newest whole one."""
+        """Returns (parameters, meta) of the checkpoint at `step`, by default the newest readable one."""
 
         def read(step: int):
             meta = self._restore(step, 'meta', ocp.args.JsonRestore())
@@ -167,7 +165,7 @@ class Checkpointer:
         return params, meta
 
     def _newest(self, steps: list[int], read: Callable[[int], Any]):
-        """What `read` makes of the newest checkpoint it does not fail on, and {step: failure} of the newer ones."""
+        """Returns (read(step) for the newest readable checkpoint, {step: error} of the newer, unreadable ones)."""
         checkpoint_errors.ignore_late_reads()
         damaged = {}
         for step in reversed(steps):
@@ -178,16 +176,22 @@ class Checkpointer:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
                 damaged[step] = error
-                if jax.process_count() > 1 and step != steps[0]:  # the others may have read their parts of it
-                    raise checkpoint_errors.moved(self.folder, damaged) from error
-        raise errors.RunError(f'{checkpoint_errors.damage(self.folder, damaged)} No whole checkpoint is left here.')
+                if jax.process_count() > 1 and step != steps[0]:  # other processes may have read their parts
+                    raise checkpoint_errors.move_aside(self.folder, damaged) from error
+        raise errors.RunError(f'{checkpoint_errors.damage(self.folder, damaged)} No readable checkpoint is left here.')
 
     def _restore(self, step: int, name: str, argument):
         return self._manager.restore(step, args=ocp.args.Composite(**{name: argument}))[name]
 
     def _verified(self, step: int, name: str, abstract, meta: dict):
-        item = self._restore(step, name, ocp.args.StandardRestore(abstract))
         expected = meta['checksums'][name]
+        if difference := sorted(expected.keys() ^ _by_path(abstract).keys()):
+            where = 'only in the checkpoint' if difference[0] in expected else 'not in the checkpoint'
+            raise errors.UsageError(
+                f'{self.folder / str(step)} holds {name} of another model or optimizer: {difference[0]} is {where}. '
+                'Set model and optimizer back, or start a new run with another --workdir.'
+            )
+        item = self._restore(step, name, ocp.args.StandardRestore(abstract))
         wrong = [path for path, value in _named_checksums(item).items() if expected.get(path) != value]
         if wrong:
             raise ValueError(f'the bytes of {name}/{wrong[0]} have changed since they were written')

@@ -1,6 +1,6 @@
-"""What a failed read or write of a checkpoint means: damage, storage or memory that fails, a full disk.
+"""Tells why a checkpoint cannot be read or written: damage, failing storage or memory, a full disk.
 
-orbax and tensorstore raise many kinds of errors, whose causes have to be looked for.
+orbax and tensorstore raise errors of many kinds, so their causes are searched.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ import jax
 
 from tinyllama_jax import errors
 
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # how tensorstore, whose errors are all ValueErrors, names errno
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that are damage
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # tensorstore raises only ValueErrors, which name errno so
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that mean damage
 
 
 def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
-    """The sentence that names damaged checkpoints, {step: failure}, and what is wrong with the first."""
+    """Returns a sentence that names the damaged checkpoints, {step: error}, and the reason for the first."""
     step, error = next(iter(damaged.items()))
     reason = errors.first_line(error, limit=200)
     which = ', '.join(str(folder / str(step)) for step in damaged)
@@ -31,7 +31,7 @@ def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
 
 
 def set_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> pathlib.Path:
-    """Moves damaged checkpoints, {step: failure}, out of `folder`; returns where to. Several processes may do it."""
+    """Moves damaged checkpoints, {step: error}, out of `folder`; returns where to. Processes may do it at once."""
     aside = folder.with_name(folder.name + '-damaged')
     aside.mkdir(exist_ok=True)
     for step in map(str, damaged):
@@ -41,22 +41,22 @@ def set_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> pathlib.Pa
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-                shutil.rmtree(aside / step)  # of the same step, damaged before
+                shutil.rmtree(aside / step)  # an earlier damaged checkpoint of the same step
                 (folder / step).rename(aside / step)
     return aside
 
 
-def moved(folder: pathlib.Path, damaged: dict[int, Exception]) -> errors.Unavailable:
-    """The error of a process of several, after which all start again from the checkpoint before."""
+def move_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> errors.Unavailable:
+    """Moves damaged checkpoints away; returns the error that makes all processes restart from the one before."""
     aside = set_aside(folder, damaged)
     return errors.Unavailable(
-        f'{damage(folder, damaged)} Moved to {aside}; the same command goes on from the one before.'
+        f'{damage(folder, damaged)} Moved to {aside}; the same command resumes from the one before.'
     )
 
 
 @contextlib.contextmanager
 def reading(path: pathlib.Path, what: str) -> Iterator[None]:
-    """A context that turns a failure to read `what` from `path` into Unavailable if its content is not to blame."""
+    """A context that raises Unavailable if reading `what` from `path` fails for an outside cause, not its content."""
     try:
         yield
     except errors.Failure:
@@ -66,13 +66,13 @@ def reading(path: pathlib.Path, what: str) -> Iterator[None]:
             reason = errors.first_line(cause, limit=300)
             raise errors.Unavailable(
                 f'{path}: {what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
-                'permissions or free memory, and run the same command again; to go on without it, move it away.'
+                'permissions or free memory, and run the same command again; to resume without it, move it away.'
             ) from error
         raise
 
 
 def _outside_cause(error: BaseException | None) -> BaseException | None:
-    """The error of storage, memory or a device behind `error`, if there is one."""
+    """Returns the error of storage, memory or a device that caused `error`, if any."""
     while error is not None:
         code = _OS_ERROR.search(str(error))
         cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
@@ -83,7 +83,7 @@ def _outside_cause(error: BaseException | None) -> BaseException | None:
 
 
 def _unreadable(folder: pathlib.Path) -> OSError | None:
-    """Why the first that is unreadable in `folder` is so; orbax takes a folder that it cannot look at for missing."""
+    """Returns the error of the first unreadable file in `folder`, which orbax would report as missing."""
 
     def fail(error: OSError):
         raise error
@@ -99,7 +99,7 @@ def _unreadable(folder: pathlib.Path) -> OSError | None:
 
 
 class Writing:
-    """A context that turns any failure to write a checkpoint into a RunError that names the folder."""
+    """A context that raises RunError, naming the folder, if writing a checkpoint fails."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
@@ -118,7 +118,7 @@ class Writing:
 
 @functools.cache
 def ignore_late_reads() -> None:
-    """When a read fails orbax forgets the others, and closes the event loop they report to: not worth a traceback."""
+    """Silences reads that end after another one failed: orbax has closed the event loop they report to by then."""
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # 'Task exception was never retrieved'
     before, late = sys.unraisablehook, ('Event loop is closed', 'Encountered error while reading array index')
 
@@ -130,6 +130,6 @@ def ignore_late_reads() -> None:
 
 
 def quiet_libraries() -> None:
-    """Only errors of the libraries below are worth a line."""
+    """Lets absl and orbax log errors only."""
     for name in ('absl', 'orbax'):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -88,6 +88,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW, clipping and the learning rate (paper, section 2.3). Steps are optimiser steps."""
 
+    name: Literal['adamw'] = 'adamw'
     # After the warmup, cosine decay; or wsd: a stable rate, then linear decay over the last decay_steps.
     schedule: Literal['cosine', 'wsd'] = 'cosine'
     peak_learning_rate: float = 4e-4

@@ -1,11 +1,12 @@
-"""The mesh and the one table that says how every array lies on it.
+"""The mesh, and the table that says how every array is sharded over it.
 
-Parameters, gradients and optimiser state follow the same rules, matched on their
+Parameters, gradients and optimizer state follow the same rules, matched on their
 path. `fsdp` splits the model dimension (ZeRO-3), `tensor` splits heads, the
 feed-forward width and the vocabulary; the batch is split over `data` and `fsdp`.
 Only this file names mesh axes.
 """
 
+import functools
 import math
 import re
 
@@ -19,9 +20,9 @@ from tinyllama_jax.config import MeshConfig
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that split the batch
 VOCABULARY_AXIS = 'tensor'
-WEIGHTS_AXIS = 'fsdp'  # splits weights, which are gathered where they are used
+WEIGHTS_AXIS = 'fsdp'  # splits weights, which are all-gathered where they are used
 
-# Partitions of what the ops work on.
+# PartitionSpecs of the arrays that ops take and return.
 TOKENS = P(BATCH)  # [B, T, ...]
 HEADS = P(BATCH, None, 'tensor', None)  # [B, T, N or K, H]
 HIDDEN = P(BATCH, None, 'tensor')  # [B, T, F]
@@ -41,9 +42,9 @@ PARAM_RULES = (
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """The (data, fsdp, tensor) mesh over `devices` (all of them by default).
+    """Returns the (data, fsdp, tensor) mesh over `devices`, by default all of them.
 
-    Raises UsageError if the axes' product is not the number of devices.
+    Raises UsageError if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -56,10 +57,10 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def shardings(tree, mesh: Mesh, *, whole: bool = False):
-    """The NamedSharding of every array of a tree of parameters or optimiser state; scalars are replicated.
+    """Returns the NamedSharding of every array of a tree of parameters or optimizer state; scalars are replicated.
 
-    `whole`: that of weights as each device holds them through a step under ZeRO-1. Raises
-    ValueError for an array no rule matches, UsageError where a dimension does not divide.
+    With `whole` it leaves `fsdp` out: the weights as each device holds them through a step under ZeRO-1. Raises
+    ValueError if no rule matches an array, UsageError if an axis does not divide a dimension.
     """
     specs = jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(path, leaf, mesh), tree)
     if not whole:
@@ -83,17 +84,17 @@ def _sharding(path, leaf, mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """Returns the number of parts that the batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Sharding of an array whose axis number `leading` is the batch."""
+    """Returns the sharding of an array whose axis number `leading` is the batch."""
     return NamedSharding(mesh, P(*(None,) * leading, BATCH))
 
 
 def split_axes(spec: P, mesh: Mesh, without: tuple[str, ...] = ()) -> P:
-    """`spec` without these axes, and those of one device, along which nothing differs and nothing is to be summed."""
+    """Returns `spec` without the axes in `without` and without axes of size 1."""
 
     def kept(axes):
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -102,13 +103,19 @@ def split_axes(spec: P, mesh: Mesh, without: tuple[str, ...] = ()) -> P:
     return P(*map(kept, spec))
 
 
+def global_arrays(batch, mesh: Mesh, *, leading: int = 0):
+    """Returns a tree of global arrays made from this process's columns of a batch, on axis number `leading`."""
+    spec = batch_sharding(mesh, leading=leading)
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, spec), batch)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def local_columns(mesh: Mesh, batch: int) -> slice:
-    """This process's slice of a batch of `batch` sequences."""
+    """Returns this process's slice of a batch of `batch` sequences."""
     index_map = batch_sharding(mesh).addressable_devices_indices_map((batch,))
     starts, stops = zip(*(index[0].indices(batch)[:2] for index in index_map.values()), strict=True)
     return slice(min(starts), max(stops))

@@ -1,9 +1,9 @@
 """One training step and one evaluation step as pure functions of (state, batch). No I/O.
 
-Rows come as rows_ABR: A accumulation steps, B sequences, R = seq_len + 1 tokens, in
-the store's 16 or 32 bits; they are widened and cut into inputs and targets here.
-Beside them come segment_ids_ABR, which tell the documents of a row apart, or None:
-then every token sees all before it in its row.
+A batch is rows_ABR: A accumulation steps, B sequences, R = seq_len + 1 tokens, in the
+store's 16 or 32 bits. They are widened and cut into inputs and targets here. With it
+come segment_ids_ABR, which tell the documents of a row apart, or None: then a token
+sees everything before it in its row.
 """
 
 import functools
@@ -14,14 +14,25 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tinyllama_jax import model, optimizer, sharding
+from tinyllama_jax import errors, model, optimizer, sharding
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.ops import Ops
 
 
+def accumulation_steps(config: Config, shards: int) -> int:
+    """Returns the forward passes per optimizer step on one device. Raises UsageError if the batch does not divide."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size * shards
+    if batch % micro:
+        raise errors.UsageError(
+            f'config.train.global_batch_size: {batch} is not a multiple of micro_batch_size x batch shards = '
+            f'{config.train.micro_batch_size} x {shards}; choose another micro_batch_size or mesh.'
+        )
+    return batch // micro
+
+
 class TrainState(NamedTuple):
-    """Everything that training changes; `step` counts the optimiser steps done."""
+    """Everything that training changes; `step` counts the optimizer steps done."""
 
     step: Any
     params: Any
@@ -29,29 +40,30 @@ class TrainState(NamedTuple):
 
 
 def make_state(config: Config, params) -> TrainState:
-    """The state before step 0 around given parameters."""
+    """Returns the state before step 0 with these parameters."""
     tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without allocating it."""
+    """Returns shapes, dtypes and shardings of the state, without allocating it."""
     state = jax.eval_shape(lambda: make_state(config, model.init_params(config.model, jax.random.key(0))))
     specs = sharding.shardings(state, mesh)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, specs)
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """The NamedSharding of each array of the state."""
+    """Returns the NamedSharding of each array of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """A fresh state, every array made where it will lie; a function of the seed alone."""
+    """Returns a fresh state, a function of the seed alone. Every array is made on its own devices."""
 
     def make(key):
         return make_state(config, model.init_params(config.model, key))
 
+    # Without out_shardings XLA may replicate the Adam moments, which do not fit then.
     return jax.jit(make, out_shardings=state_shardings(config, mesh))(jax.random.key(config.seed))
 
 
@@ -61,7 +73,7 @@ def _split(rows_BR):
 
 
 def _documents(segment_ids_BR, config: Config) -> dict[str, Any]:
-    """What the model is told of the documents in the input tokens; nothing without segment ids."""
+    """Returns the arguments of `model.hidden` that tell documents apart; none without segment ids."""
     if segment_ids_BR is None:
         return {}
     segment_ids_BT = segment_ids_BR[:, :-1].astype(jnp.int32)
@@ -71,22 +83,24 @@ def _documents(segment_ids_BR, config: Config) -> dict[str, Any]:
 
 
 def _restarted_positions(segment_ids_BT):
-    """Positions [B, T] that count from the start of each segment."""
+    """Returns positions [B, T] that count from the start of each segment."""
     index_BT = jax.lax.broadcasted_iota(jnp.int32, segment_ids_BT.shape, 1)
     begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
 
 
 def _step_weights(params, config: Config, ops: Ops):
-    """The parameters as a step's passes read them: themselves, or under ZeRO-1 a whole copy on each device."""
+    """Returns the parameters as a step's passes read them; under ZeRO-1 all-gathered once for the whole step."""
     if not (ops.whole_weights and ops.mesh.size > 1):
         return params
-    dtype = config.train.gradient_dtype or model.compute_dtype(config.model, ops)  # gradients have the weights' own
+    # A gradient has the dtype of its weight, so the copy is made in the gradients' dtype.
+    dtype = config.train.gradient_dtype or model.compute_dtype(config.model, ops)
 
     def gathered(w, split, whole):
         if split == whole:
             return w
-        w = jax.lax.with_sharding_constraint(w.astype(dtype), split)  # or it would be gathered first, in float32
+        # Cast before the all-gather: XLA would otherwise gather float32, twice the bytes.
+        w = jax.lax.with_sharding_constraint(w.astype(dtype), split)
         return jax.lax.with_sharding_constraint(w, whole)
 
     split, whole = (sharding.shardings(params, ops.mesh, whole=whole) for whole in (False, True))
@@ -94,16 +108,16 @@ def _step_weights(params, config: Config, ops: Ops):
 
 
 def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops):
-    """The loss's parts and its gradient, means over all A x B sequences; the sum over A is kept in float32."""
+    """Returns the parts of the loss and its gradient, means over all A x B sequences, summed over A in float32."""
     weights = _step_weights(params, config, ops)
     options = {'ops': ops, 'z_loss': config.train.z_loss, 'remat': config.train.remat}
 
     def one(rows_BR, segment_ids_BR):
         documents = _documents(segment_ids_BR, config)
-        grads, parts = jax.grad(model.loss, has_aux=True)(
-            weights, *_split(rows_BR), config.model, **options, **documents
-        )  # fmt: skip
+        loss = functools.partial(model.loss, config=config.model, **options, **documents)
+        grads, parts = jax.grad(loss, has_aux=True)(weights, *_split(rows_BR))
         if weights is not params:
+            # ZeRO-1: reduce-scattered here, so that only a shard is accumulated, in float32.
             split = sharding.shardings(params, ops.mesh)
             grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, split)
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
@@ -112,6 +126,7 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops)
     if rows_ABR.shape[0] == 1:
         return one(*jax.tree.map(lambda x_ABR: x_ABR[0], (rows_ABR, segment_ids_ABR)))
 
+    # One compiled pass, scanned: A rows of micro-batches, whose gradients add up as the parameters are sharded.
     def add(total, batch):
         return jax.tree.map(jnp.add, total, one(*batch)), None
 
@@ -121,10 +136,10 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops)
 
 
 def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config, ops: Ops):
-    """One optimiser step; returns the new state and scalars {loss, grad_norm, learning_rate}, z_loss if there is one.
+    """Takes one optimizer step; returns (new state, scalars {loss, grad_norm, learning_rate}, z_loss if it is on).
 
-    `loss` is the mean next-token loss, without the z-loss; `grad_norm` is taken before
-    clipping; `learning_rate` is the one this step used.
+    `loss` is the mean next-token loss without the z-loss, `grad_norm` the norm before clipping, `learning_rate` the
+    rate that this step used.
     """
     parts, grads = _loss_and_grads(state.params, rows_ABR, segment_ids_ABR, config, ops)
     tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
@@ -140,7 +155,7 @@ def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config, 
 
 
 def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config, ops: Ops):
-    """Weighted mean loss of a batch; a weight of 0 marks a padding row."""
+    """Returns the weighted mean loss of a batch; a weight of 0 marks a padding row."""
     inputs_BT, targets_BT = _split(rows_BR)
     weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
     documents, params = _documents(segment_ids_BR, config), _step_weights(params, config, ops)
@@ -148,7 +163,7 @@ def eval_step(params, rows_BR, segment_ids_BR, weights_B, *, config: Config, ops
 
 
 def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
-    """`train_step` compiled for a mesh, its state donated."""
+    """Returns `train_step` jitted for a mesh; it donates the state."""
     ops = ops or ops_lib.for_run(config, mesh)
     specs = state_shardings(config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
@@ -161,7 +176,7 @@ def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
 
 
 def jit_eval_step(config: Config, mesh: Mesh, ops: Ops | None = None):
-    """`eval_step` compiled for a mesh."""
+    """Returns `eval_step` jitted for a mesh."""
     ops = ops or ops_lib.for_run(config, mesh)
     batch = sharding.batch_sharding(mesh)
     params = state_shardings(config, mesh).params

@@ -1,8 +1,7 @@
 """The training loop: data in, steps dispatched, metrics and checkpoints out. No maths.
 
-Step n + 1 is dispatched before the metrics of step n are fetched, so logging never
-stalls the device; everything logged up to a checkpoint's step is on disk before that
-checkpoint is complete, which makes a resume exact.
+Step n + 1 is dispatched before the metrics of step n are fetched, so logging never stalls the device. All
+metrics up to a checkpoint's step are on disk before that checkpoint is complete, which makes a resume exact.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -18,24 +17,13 @@ from tinyllama_jax import checkpoint, errors, flops, ops, sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster.lockstep import Lockstep
-from tinyllama_jax.config import Config
+from tinyllama_jax.config import Config, TrainConfig
 from tinyllama_jax.data import pipeline, store
 from tinyllama_jax.process import cores, signals, xla
 from tinyllama_jax.run import journal, metrics, resume, selftest
 from tinyllama_jax.run.validation import losses
 
 Hook = Callable[[int, Any], None]  # called with (step, params) after each validation and every evaluate_every_steps
-
-
-def accumulation_steps(config: Config, shards: int) -> int:
-    """Forward passes per optimiser step on one device. Raises UsageError if the batch does not divide."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size * shards
-    if batch % micro:
-        raise errors.UsageError(
-            f'config.train.global_batch_size: {batch} is not a multiple of micro_batch_size x batch shards = '
-            f'{config.train.micro_batch_size} x {shards}; choose another micro_batch_size or mesh.'
-        )
-    return batch // micro
 
 
 def train(
@@ -46,187 +34,239 @@ def train(
     hooks: Iterable[Hook] = (),
     members: cluster.Members | None = None,
 ) -> None:
-    """Trains until `config.train.num_steps`, going on from the newest whole checkpoint in `folder`.
+    """Trains until `config.train.num_steps`, resuming from the newest readable checkpoint in the workdir `folder`.
 
-    All processes of the run, its `members`, call it alike. Raises UsageError (what cannot be
-    run or resumed), RunError (non-finite loss, failed write) and Stopped (after saving on
-    SIGTERM or Ctrl-C).
+    With several processes all `members` of the run make this call. Raises UsageError (the run cannot be started or
+    resumed like this), RunError (non-finite loss, failed write) and Stopped (after saving on SIGTERM or Ctrl-C).
     """
     members = members or cluster.alone(config.train)
-    with signals.StopSignals() as stop_signals, cores.awake_cores() if members.count == 1 else contextlib.nullcontext():
-        run = _Run(config, pathlib.Path(folder), command, tuple(hooks), members)
+    awake_cores = cores.awake_cores() if members.count == 1 else contextlib.nullcontext()
+    with signals.StopSignals() as stop_signals, awake_cores:
+        run = _Run(config, pathlib.Path(folder), command, tuple(hooks), members, Lockstep(members, stop_signals))
         try:
-            run.loop(Lockstep(members, stop_signals))
+            run.loop()
         finally:
             run.close()
 
 
 class _Run:
-    """One start of a run: its mesh, state, data and writers."""
+    """One start of a run: its data, mesh, state and writers."""
 
     def __init__(
-        self, config: Config, folder: pathlib.Path, command: str, hooks: tuple[Hook, ...], members: cluster.Members
+        self,
+        config: Config,
+        folder: pathlib.Path,
+        command: str,
+        hooks: tuple[Hook, ...],
+        members: cluster.Members,
+        lockstep: Lockstep,
     ):
-        self.config, self.folder, self.hooks, self.members = config, folder, hooks, members
-        self.profiling, self.unwritten = False, True
-        self.command = command or f'main.py train --config=FILE --workdir={folder}'
-        prepare_command = 'python ' + self.command.replace(' train ', ' prepare ', 1)
-        tokens = store.TokenStore(config.data.store_path(folder), prepare_command)
+        self.config, self.folder, self.hooks, self.members, self.lockstep = config, folder, hooks, members, lockstep
+        tokens = store.TokenStore(config.data.store_path(folder))
         self.data = pipeline.make_dataset(config, tokens)
         members.agree(data=self.data.fingerprint)
         self.mesh = sharding.make_mesh(config.mesh)
         self.ops = ops.for_run(config, self.mesh)
+        self.accumulation = step_lib.accumulation_steps(config, sharding.batch_shards(self.mesh))
         self.eval_step = step_lib.jit_eval_step(config, self.mesh, self.ops)
-        self.accumulation = accumulation_steps(config, sharding.batch_shards(self.mesh))
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
         )
         self.state, self.start = self._restore_or_init()
-        written = folder, config, command, self.start, tokens.tokenizer_path
-        self.journal = journal.Journal(*written) if members.primary else journal.Silent()
-        self.tokens_per_step = config.train.global_batch_size * config.model.seq_len
+        # Only now is the folder written to: every refusal above leaves it as it was.
+        self.journal = (
+            journal.Journal(folder, config, command, self.start, tokens.tokenizer_path)
+            if members.primary
+            else journal.Silent()
+        )
+        self.profiler = _Profiler(config.train, folder / 'profile', self.journal.say, enabled=members.primary)
+        self.throughput = metrics.Throughput()
+        self.logged = self.saved = self.start  # the last step of which that was done
 
-    def _restore_or_init(self):
-        check = functools.partial(resume.check, self.config, self.data.fingerprint, self.folder, self.command)
+    def _restore_or_init(self) -> tuple[step_lib.TrainState, int]:
+        check = functools.partial(resume.check_resume, self.config, self.data.fingerprint, self.folder)
         restored = self.checkpointer.restore(step_lib.abstract_state(self.config, self.mesh), check)
         if restored is None:
             return step_lib.init_state(self.config, self.mesh), 0
         state, meta = restored
         return state, meta['step']
 
-    def loop(self, steps: Lockstep) -> None:
-        config, stop = self.config.train, self.config.train.num_steps
-        if self.start >= stop:
-            self.journal.say(f'{self.folder}: trained to step {self.start}; nothing to do for num_steps={stop}.')
+    def loop(self) -> None:
+        """Trains from `start` to the end. Raises Stopped after a stop signal and a save."""
+        config = self.config.train
+        if self.start >= config.num_steps:
+            done = f'trained to step {self.start}; nothing to do for num_steps={config.num_steps}.'
+            self.journal.say(f'{self.folder}: {done}')
             return
-        self.journal.say(self._banner())
+        self._introduce()
+        train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)
+        rows = config.global_batch_size // self.accumulation
+        batches = self.data.batches(
+            self.start,
+            config.num_steps,
+            accumulation=self.accumulation,
+            columns=sharding.local_columns(self.mesh, rows),
+        )
+        pending = None  # the step that was dispatched last, until its metrics are fetched
+        # An implicit transfer would stall every step unnoticed; here it raises. What comes every N steps may transfer.
+        with jax.transfer_guard('disallow'):
+            for step in range(self.start + 1, config.num_steps + 1):
+                if self.lockstep.stop:
+                    self._finish(pending)
+                    self._stop(step - 1)
+
+                self.members.at('reading data')
+                with self.throughput.timed('data'):
+                    rows_ABR, segment_ids_ABR = sharding.global_arrays(next(batches), self.mesh, leading=1)
+
+                self.profiler.before_step(step, self.state)
+                # Two calls may compile: XLA may choose other layouts for the first step's results than init did.
+                self.members.at('the step', compiles=2)
+                self.state, scalars = train_step(self.state, rows_ABR, segment_ids_ABR)
+                told = self.lockstep.tell()
+
+                # The device works on this step while the metrics of the one before are fetched and written.
+                self._finish(pending)
+                pending = step, scalars, told
+
+                validate = config.due(step, config.eval_every_steps)
+                call_hooks = validate or (self.hooks and config.due(step, config.evaluate_every_steps))
+                save = config.due(step, config.checkpoint_every_steps)
+                if call_hooks or save:  # they come after this step's metrics
+                    self._finish(pending)
+                    pending = None
+                if validate:
+                    self._validate(step)
+                if call_hooks:
+                    self._call_hooks(step)
+                if save:
+                    self._save(step)
+        self.checkpointer.wait()
+        self.journal.say(f'trained to step {config.num_steps}; checkpoints in {self.folder / "checkpoints"}')
+
+    def _introduce(self) -> None:
+        """Says what is about to run, and compares the kernels with plain JAX."""
+        config, devices = self.config, self.mesh.devices
+        axes = ', '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())
+        rows = config.train.global_batch_size // self.accumulation
+        self.journal.say(
+            f'{self.members}, {devices.size} x {devices.flat[0].device_kind}, mesh {axes}; '
+            f'{sum(flops.parameter_counts(config.model).values()):,} parameters; '
+            f'{self._tokens_per_step():,} tokens a step in {self.accumulation} x {rows} sequences; '
+            f'steps {self.start} to {config.train.num_steps}; the first step compiles'
+        )
         self.journal.say(self.ops.table())
         if self.ops.chip:
             self.journal.say(xla.gpu_settings())
-        if self.config.kernels.self_test:
-            selftest.check_kernels(self.config, self.ops, self.journal.say)
-        train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)
-        self.throughput, self.steps, self.logged = metrics.Throughput(), steps, self.start
-        saved, pending = self.start, None
-        batches = self.data.batches(
-            self.start, stop, accumulation=self.accumulation, columns=sharding.local_columns(self.mesh, self._columns())
-        )
-        for step in range(self.start + 1, stop + 1):
-            if steps.stop:
-                self._stop(steps.stop, step - 1, pending, saved)
-            self.members.at('reading data')
-            with self.throughput.timed('data'):
-                rows_ABR, segment_ids_ABR = self._to_devices(next(batches))
-            self._profile(step)
-            self.members.at('the step', compiles=2)  # the second may wait for the first
-            self.state, scalars = train_step(self.state, rows_ABR, segment_ids_ABR)
-            told = steps.tell()
-            self._log(pending)
-            pending = (step, scalars, told)
-            validate, save = (config.due(step, n) for n in (config.eval_every_steps, config.checkpoint_every_steps))
-            evaluate = validate or (self.hooks and config.due(step, config.evaluate_every_steps))
-            if evaluate or save:
-                pending = self._log(pending)
-            if evaluate:
-                self._evaluate(step, validate=validate)
-            if save:
-                saved = self._save(step)
-        self.checkpointer.wait()
-        self.journal.say(f'trained to step {stop}; checkpoints in {self.folder / "checkpoints"}')
+        if config.kernels.self_test:
+            selftest.check_kernels(config, self.ops, self.journal.say)
 
-    def _columns(self) -> int:
-        return self.config.train.global_batch_size // self.accumulation
+    def _tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.model.seq_len
 
-    def _to_devices(self, batch, *, leading: int = 1):
-        spec = sharding.batch_sharding(self.mesh, leading=leading)
-        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, spec), batch)
-
-    def _banner(self) -> str:
-        config, count = self.config, sum(flops.parameter_counts(self.config.model).values())
-        axes = ', '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())
-        return (
-            f'{self.members}, {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {axes}; '
-            f'{count:,} parameters; '
-            f'{self.tokens_per_step:,} tokens a step in {self.accumulation} x {self._columns()} sequences; '
-            f'steps {self.start} to {config.train.num_steps}; the first step compiles'
-        )
-
-    def _log(self, pending) -> None:
-        """Fetches the scalars of a finished step, stops on a bad loss, writes every log_every_steps."""
+    def _finish(self, pending) -> None:
+        """Fetches the metrics of a dispatched step; writes them every log_every_steps and after the last step."""
         if pending is None:
             return
-        step, scalars, told = pending
+        entry = self._fetch(*pending)
+        if self.config.train.due(entry['step'], self.config.train.log_every_steps):
+            self._write(entry)
+
+    def _fetch(self, step: int, scalars, told) -> dict[str, Any]:
+        """Waits for a step; returns its entry. Raises RunError if its loss or gradient is not finite."""
         self.members.at('waiting for a step', compiles=1)
-        self.steps.hear(told)
-        record = {'step': step} | {name: float(value) for name, value in jax.device_get(scalars).items()}
-        if not (math.isfinite(record['loss']) and math.isfinite(record['grad_norm'])):
+        self.lockstep.hear(told)
+        entry = {'step': step} | {name: float(value) for name, value in jax.device_get(scalars).items()}
+        if not (math.isfinite(entry['loss']) and math.isfinite(entry['grad_norm'])):
             raise errors.RunError(
-                f'step {step}: the loss is {record["loss"]}, the norm of its gradient {record["grad_norm"]}. Nothing '
+                f'step {step}: the loss is {entry["loss"]}, the norm of its gradient {entry["grad_norm"]}. Nothing '
                 f'after it was saved; the newest checkpoint in {self.folder / "checkpoints"} is from before. Lower the '
                 'learning rate, or inspect the data of this step.'
             )
-        if step % self.config.train.log_every_steps and step != self.config.train.num_steps:
-            return
-        self.journal.check(step, record['loss'])
-        record |= self.throughput.lap((step - self.logged) * self.tokens_per_step)
-        kind = self.mesh.devices.flat[0].device_kind
-        record['mfu'] = flops.mfu(
-            self.config.model, self.config.train.mfu, record['tokens_per_second'], kind, self.mesh.size
-        )
-        if self.unwritten:  # once per start, beside what it explains
-            record['kernels'], self.unwritten = dict(self.ops.implementations), False
-        self.logged = step
-        if step_seconds := self.steps.lap():
-            record['step_seconds'] = step_seconds
-        self.journal.log(record)
+        return entry
 
-    def _evaluate(self, step: int, *, validate: bool) -> None:
-        """Validation loss of each source if that is due; then the hooks."""
-        with self.throughput.timed('paused'):
-            if validate:
-                self.members.at('validation', compiles=1)
-                columns = sharding.local_columns(self.mesh, batch := self._eval_batch())
-                put = functools.partial(self._to_devices, leading=0)
-                loss = losses(self.eval_step, self.state.params, self.data, batch, columns=columns, put=put)
-                self.journal.validated(step, loss)
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Writes and shows an entry, with the speed since the last one."""
+        step, model_config, devices = entry['step'], self.config.model, self.mesh.devices
+        self.journal.compare_recomputed(step, entry['loss'])
+        entry |= self.throughput.lap((step - self.logged) * self._tokens_per_step())
+        convention, kind = self.config.train.mfu, devices.flat[0].device_kind
+        entry['mfu'] = flops.mfu(model_config, convention, entry['tokens_per_second'], kind, devices.size)
+        if self.logged == self.start:  # once per start, beside the speed that it explains
+            entry['kernels'] = dict(self.ops.implementations)
+        if step_seconds := self.lockstep.lap():
+            entry['step_seconds'] = step_seconds
+        self.journal.log(entry)
+        self.logged = step
+
+    def _validate(self, step: int) -> None:
+        self.members.at('validation', compiles=1)
+        batch = self.config.train.micro_batch_size * sharding.batch_shards(self.mesh)
+        with self._aside():
+            loss = losses(
+                self.eval_step,
+                self.state.params,
+                self.data,
+                batch,
+                columns=sharding.local_columns(self.mesh, batch),
+                put=functools.partial(sharding.global_arrays, mesh=self.mesh),
+            )
+        self.journal.validated(step, loss)
+
+    def _call_hooks(self, step: int) -> None:
+        with self._aside():
             for hook in self.hooks:
                 self.members.at('a hook')
                 hook(step, self.state.params)
-            self.steps.pause()
 
-    def _eval_batch(self) -> int:
-        return self.config.train.micro_batch_size * sharding.batch_shards(self.mesh)
+    @contextlib.contextmanager
+    def _aside(self):
+        """A context for work beside training: its time is not the steps', and it may transfer."""
+        with self.throughput.timed('paused'), jax.transfer_guard('allow'):
+            yield
+        self.lockstep.pause()
 
-    def _save(self, step: int) -> int:
-        with self.throughput.timed('checkpoint'):
-            self.members.at('saving')
+    def _save(self, step: int) -> None:
+        self.members.at('saving')
+        with self.throughput.timed('checkpoint'), jax.transfer_guard('allow'):
             self.journal.sync()
             meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step))
             self.checkpointer.save(step, self.state, meta)
-        return step
+        self.saved = step
 
-    def _stop(self, received: int, step: int, pending, saved: int) -> None:
-        self._log(pending)
-        if saved != step or not self.checkpointer.steps():
+    def _stop(self, step: int) -> NoReturn:
+        if self.saved != step or not self.checkpointer.steps():
             self._save(step)
         self.checkpointer.wait()
-        raise errors.Stopped(f'stopped and saved at step {step}; the same command goes on from there.', received)
-
-    def _profile(self, step: int) -> None:
-        first = self.config.train.profile_step
-        if self.members.primary and step == first:
-            jax.profiler.start_trace(str(self.folder / 'profile'))
-            self.profiling = True
-        if self.profiling and step == first + self.config.train.profile_steps:
-            self._end_profile()
-
-    def _end_profile(self) -> None:
-        jax.block_until_ready(self.state)
-        jax.profiler.stop_trace()
-        self.profiling = False
-        self.journal.say(f'profile, for TensorBoard: {self.folder / "profile"}')
+        raise errors.Stopped(
+            f'stopped and saved at step {step}; the same command resumes from there.', self.lockstep.stop
+        )
 
     def close(self) -> None:
-        if self.profiling:
-            self._end_profile()
+        """Ends the profile, if one is being taken, and closes the files."""
+        self.profiler.stop(self.state)
         self.journal.close()
+
+
+class _Profiler:
+    """Traces steps profile_step to profile_step + profile_steps - 1, for TensorBoard."""
+
+    def __init__(self, config: TrainConfig, folder: pathlib.Path, say: Callable[[str], None], *, enabled: bool):
+        self._first, self._count = (config.profile_step if enabled else None), config.profile_steps
+        self._folder, self._say, self._tracing = folder, say, False
+
+    def before_step(self, step: int, state) -> None:
+        """Starts or stops the trace if it is due before `step`."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        elif self._first and step == self._first + self._count:
+            self.stop(state)
+
+    def stop(self, state) -> None:
+        """Ends the trace, if there is one, once `state` is computed."""
+        if self._tracing:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._say(f'profile, for TensorBoard: {self._folder}')

@@ -65,7 +65,7 @@ def config(tiny_store, task_files):
 
 
 def _losses(folder):
-    return [entry['loss'] for entry in metrics.read_records(folder / 'metrics.jsonl')]
+    return [entry['loss'] for entry in metrics.read_entries(folder / 'metrics.jsonl')]
 
 
 def _train(config, folder):
@@ -80,7 +80,7 @@ def evaluated(config, tmp_path_factory):
 
 
 def test_scores_are_written(evaluated):
-    entries = metrics.read_records(evaluated / 'evaluation.jsonl')
+    entries = metrics.read_entries(evaluated / 'evaluation.jsonl')
     assert [entry['step'] for entry in entries] == [3, 6, 8]
     assert set(entries[0]['tasks']) == {'tiny_choice', 'tiny_text'}
     assert {'acc', 'acc_stderr', 'gold_bits_per_byte'} <= set(entries[0]['tasks']['tiny_choice'])
@@ -97,7 +97,7 @@ def test_scores_are_written(evaluated):
 def test_losses_are_the_same_digits_without_it(config, evaluated, tmp_path):
     train.train(config, tmp_path)
     assert _losses(tmp_path) == _losses(evaluated)
-    assert [entry['step'] for entry in metrics.read_records(tmp_path / 'validation.jsonl')] == [4, 8]
+    assert [entry['step'] for entry in metrics.read_entries(tmp_path / 'validation.jsonl')] == [4, 8]
 
 
 def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, evaluated, tmp_path):
@@ -111,7 +111,7 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
     hooks = (*in_training.hooks(config, tmp_path, 1), killed)
     with pytest.raises(Killed):
         train.train(config, tmp_path, hooks=hooks)
-    assert [entry['step'] for entry in metrics.read_records(tmp_path / 'evaluation.jsonl')] == [3]
+    assert [entry['step'] for entry in metrics.read_entries(tmp_path / 'evaluation.jsonl')] == [3]
     _train(config, tmp_path)  # from step 2 on
     assert _losses(tmp_path) == _losses(evaluated)
     assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()

@@ -69,7 +69,7 @@ class Processes:
         """Returns when this step is logged."""
         deadline = time.monotonic() + 240
         while all(process.poll() is None for process in self.running) and time.monotonic() < deadline:
-            entries = metrics.read_records(folder / 'metrics.jsonl')
+            entries = metrics.read_entries(folder / 'metrics.jsonl')
             if entries and entries[-1]['step'] >= step:
                 return
             time.sleep(0.02)

@@ -123,7 +123,7 @@ def test_changed_bytes_are_named_and_the_checkpoint_before_is_used(tmp_path, sta
     assert meta['step'] == 3
     said = capsys.readouterr().err
     assert f'damaged checkpoint: {copy}/6' in said
-    assert 'going on from step 3' in said
+    assert 'resuming from step 3' in said
     assert (tmp_path / 'copy-damaged' / '6').is_dir()
     checkpointer.save(6, state, {})
     checkpointer.wait()
@@ -146,13 +146,13 @@ def test_a_save_that_was_killed_is_removed_and_said(tmp_path, state, capsys):
     assert checkpoint.Checkpointer(tmp_path / 'c', read_only=True).steps() == [3]
     assert checkpoint.Checkpointer(tmp_path / 'c').steps() == [3]
     assert not (tmp_path / 'c' / '6.orbax-checkpoint-tmp').exists()
-    assert '6.orbax-checkpoint-tmp: removed half a checkpoint' in capsys.readouterr().err
+    assert '6.orbax-checkpoint-tmp: removed the incomplete checkpoint' in capsys.readouterr().err
 
 
 def test_without_a_whole_checkpoint_nothing_is_moved(tmp_path, state, meshes):
     _save(tmp_path / 'c', state, [3])
     copy = _damaged_copy(tmp_path / 'c', '3/params')
-    with pytest.raises(errors.RunError, match='damaged checkpoint: .*No whole checkpoint is left'):
+    with pytest.raises(errors.RunError, match='damaged checkpoint: .*No readable checkpoint is left'):
         checkpoint.Checkpointer(copy).restore(_abstract(meshes[2]), lambda meta: None)
     assert (copy / '3').is_dir()
 

@@ -51,7 +51,7 @@ def _with_optimizer(config, **fields):
 
 
 def _losses(folder):
-    records = metrics.read_records(folder / 'metrics.jsonl')
+    records = metrics.read_entries(folder / 'metrics.jsonl')
     steps = [record['step'] for record in records]
     assert steps == list(range(1, len(steps) + 1)), 'a step is missing or written twice'
     return [record['loss'] for record in records]
@@ -88,7 +88,7 @@ def _said(folder):
 
 def _wait_for_step(folder, step, process):
     while process.poll() is None:
-        records = metrics.read_records(folder / 'metrics.jsonl')
+        records = metrics.read_entries(folder / 'metrics.jsonl')
         if records and records[-1]['step'] >= step:
             return
         time.sleep(0.02)
@@ -98,9 +98,9 @@ def _wait_for_step(folder, step, process):
 def test_a_run_learns_and_writes_what_others_read(uninterrupted):
     losses = _losses(uninterrupted)
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
-    record = metrics.read_records(uninterrupted / 'metrics.jsonl')[-1]
+    record = metrics.read_entries(uninterrupted / 'metrics.jsonl')[-1]
     assert {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_seconds'} <= set(record)
-    validation = metrics.read_records(uninterrupted / 'validation.jsonl')
+    validation = metrics.read_entries(uninterrupted / 'validation.jsonl')
     assert [r['step'] for r in validation] == [10, 20, 30, 40] and set(validation[0]['loss']) == {'prose', 'code'}
     saved = json.loads((uninterrupted / 'config.json').read_text())
     assert set(saved) == {'config', 'command', 'commit', 'versions', 'devices'}
@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(store, tmp_pat
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
     train.train(config, copy)
-    assert 'damaged checkpoint' in (said := capsys.readouterr().err) and 'going on from step 5' in said
+    assert 'damaged checkpoint' in (said := capsys.readouterr().err) and 'resuming from step 5' in said
     assert _losses(copy) == _losses(tmp_path / 'run')
 
 
@@ -286,7 +286,7 @@ def _pretend_killed_at(folder, step, *, change_loss_of):
         if int(newer.name) > step:
             newer.rename(folder / f'gone-{newer.name}')
     path = folder / 'metrics.jsonl'
-    records = metrics.read_records(path)
+    records = metrics.read_entries(path)
     for record in records:
         record['loss'] += 1e-7 * (record['step'] == change_loss_of)
     path.write_text(''.join(json.dumps(record) + '\n' for record in records))
@@ -306,7 +306,7 @@ def test_a_kernel_is_tested_named_and_gives_the_same_losses(store, tmp_path, sho
     said = capsys.readouterr().err
     assert 'ops on CPU: attention xla, rms_norm xla, rope xla, swiglu interpret, cross_entropy xla\n' in said
     assert 'self-test passed: largest errors in float32 swiglu ' in said
-    first, *others = metrics.read_records(tmp_path / 'metrics.jsonl')
+    first, *others = metrics.read_entries(tmp_path / 'metrics.jsonl')
     assert first['kernels']['swiglu'] == 'interpret' and first['kernels']['rope'] == 'xla'
     assert not any('kernels' in record for record in others)
     assert _losses(tmp_path) == pytest.approx(_losses(short_run), abs=1e-5)
@@ -326,7 +326,7 @@ def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp
     train.train(config, tmp_path, hooks=[lambda step, params: called.append((step, params['embed'].shape))])
     assert called == [(1, (320, 32)), (2, (320, 32))]
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
-    assert metrics.read_records(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
+    assert metrics.read_entries(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
 
 
 class Noted(cluster.Members):

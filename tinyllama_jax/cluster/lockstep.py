@@ -53,7 +53,7 @@ class Lockstep:
 
     def hear(self, messages) -> None:
         """Reads what all processes sent with a step."""
-        messages = np.asarray(messages)
+        messages = jax.device_get(messages)
         if self._members.count > 1:
             messages = messages[self._first_devices]
         self._agreed = self._agreed or int(messages[:, 0].max()) or None

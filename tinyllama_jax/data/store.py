@@ -194,18 +194,15 @@ class TokenStore:
     """Reads a complete store.
 
     Attributes: path, manifest (the dictionary in manifest.json), tokenizer_path.
-    Raises UsageError when `path` has no complete store; the message names
-    `prepare_command` as the remedy.
+    Raises UsageError if `path` holds no complete store.
     """
 
-    def __init__(self, path: str | Path, prepare_command: str = _PREPARE):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.tokenizer_path = self.path / TOKENIZER
         manifest = read_manifest(self.path)
         if manifest is None:
-            raise errors.UsageError(
-                f'{self.path} holds no complete store (no {MANIFEST}); make it first: {prepare_command}'
-            )
+            raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: {_PREPARE}')
         self.manifest = manifest
         self._arrays: dict[tuple[str, str, str], Any] = {}
         self._starts = _BoundedCache(_MOST_STARTS)

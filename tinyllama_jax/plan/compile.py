@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from tinyllama_jax import errors, sharding, train
+from tinyllama_jax import errors, sharding
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config
@@ -113,7 +113,7 @@ class Compiled:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches in an optimiser step."""
-        return train.accumulation_steps(self.config, sharding.batch_shards(self.mesh))
+        return step_lib.accumulation_steps(self.config, sharding.batch_shards(self.mesh))
 
     @property
     def tokens_per_step(self) -> int:
@@ -202,7 +202,7 @@ def _without_compilation_cache():
 def _abstract_batch(config: Config, mesh: Mesh):
     """Returns the shapes of rows and segment ids of a step as `train` reads them; None for ids that it does not."""
     shards = sharding.batch_shards(mesh)
-    A, B = train.accumulation_steps(config, shards), config.train.micro_batch_size * shards
+    A, B = step_lib.accumulation_steps(config, shards), config.train.micro_batch_size * shards
     dtypes = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32, store.segment_dtype(config.model.seq_len)
     shape, split = (A, B, config.model.seq_len + 1), sharding.batch_sharding(mesh, leading=1)
     rows, ids = (jax.ShapeDtypeStruct(shape, kind, sharding=split) for kind in dtypes)

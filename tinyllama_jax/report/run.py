@@ -81,7 +81,7 @@ def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.
 
 
 def _read(folder: pathlib.Path) -> _Run:
-    training = metrics.read_records(folder / 'metrics.jsonl')
+    training = metrics.read_entries(folder / 'metrics.jsonl')
     if not training:
         raise errors.UsageError(
             f'--workdir={folder}: it has no metrics.jsonl with a logged step; '
@@ -93,14 +93,14 @@ def _read(folder: pathlib.Path) -> _Run:
     except errors.Failure as error:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')
-    validation = metrics.read_records(folder / 'validation.jsonl')
+    validation = metrics.read_entries(folder / 'validation.jsonl')
     evaluations = _evaluations(folder / 'eval')
-    in_training = metrics.read_records(folder / 'evaluation.jsonl')
+    in_training = metrics.read_entries(folder / 'evaluation.jsonl')
     if not validation:
         notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
     if not evaluations:
         notes.append(f'Nothing was evaluated yet; run main.py evaluate --workdir={folder} --tasks=NAMES.')
-    start = workdir.read_record(folder) or {}
+    start = workdir.read_config_file(folder) or {}
     return _Run(folder, start, config, training, validation, evaluations, in_training, unigram, notes)
 
 

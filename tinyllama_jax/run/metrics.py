@@ -1,8 +1,7 @@
-"""What a run writes about itself: JSON lines, TensorBoard, the terminal; and how fast it goes.
+"""What a run writes about itself: entries of scalars to every sink, lines on the terminal; and its throughput.
 
-`WORKDIR/metrics.jsonl` holds one object per logged step, no step twice: on resume it
-is cut to the checkpoint's step, and `Recomputed` holds the losses that were cut off
-against those computed again.
+`WORKDIR/metrics.jsonl` holds one entry (a JSON object) per logged step, no step twice. On resume it is cut to the
+checkpoint's step, and `Recomputed` compares the losses that were cut off with those computed again.
 """
 
 import json
@@ -10,94 +9,156 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any, Protocol
 
 import tqdm
 
 from tinyllama_jax import errors, files
+from tinyllama_jax.config import Config
 
 
-def read_records(path: pathlib.Path) -> list[dict]:
-    """The JSON objects of a metrics file; a last line cut short by a kill is left out."""
+def read_entries(path: pathlib.Path) -> list[dict]:
+    """Returns the entries of a metrics file, without a last line that a kill cut short."""
     if not path.exists():
         return []
     lines = path.read_text().split('\n')
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def cut_records(path: pathlib.Path, step: int) -> list[dict]:
-    """Atomically drops the records after `step` from a metrics file and returns them."""
-    records = read_records(path)
+def cut_entries(path: pathlib.Path, step: int) -> list[dict]:
+    """Atomically drops the entries after `step` from a metrics file; returns them."""
+    entries = read_entries(path)
     if path.exists():
-        files.write_atomically(path, ''.join(json.dumps(r) + '\n' for r in records if r['step'] <= step))
-    return [record for record in records if record['step'] > step]
+        files.write_atomically(path, ''.join(json.dumps(entry) + '\n' for entry in entries if entry['step'] <= step))
+    return [entry for entry in entries if entry['step'] > step]
 
 
 class Recomputed:
-    """Losses that were logged before an interruption; computed again they must be the same digits.
+    """Losses that were logged before an interruption; computed again, they must be the same digits.
 
-    Cuts `path` to `step`. What was cut off is kept in a file beside it until it has been
-    computed again, so that it outlives further interruptions.
+    Cuts `path` to `step`. The entries cut off are kept in a file beside it until their
+    losses have been computed again, so that they survive further interruptions.
     """
 
     def __init__(self, path: pathlib.Path, step: int):
         self._kept = path.with_name('recompute.jsonl')
-        later = [record for record in read_records(path) if record['step'] > step]
-        records = {record['step']: record for record in [*read_records(self._kept), *later] if record['step'] > step}
+        later = [entry for entry in read_entries(path) if entry['step'] > step]
+        entries = {entry['step']: entry for entry in [*read_entries(self._kept), *later] if entry['step'] > step}
         if later:
-            files.write_atomically(self._kept, ''.join(json.dumps(record) + '\n' for record in records.values()))
-        cut_records(path, step)
-        self._losses = {step: record['loss'] for step, record in records.items()}
+            files.write_atomically(self._kept, ''.join(json.dumps(entry) + '\n' for entry in entries.values()))
+        cut_entries(path, step)
+        self._losses = {step: entry['loss'] for step, entry in entries.items()}
 
     def forget(self) -> None:
-        """To be called where the losses may differ: other settings, versions or devices."""
+        """Drops the losses, for a start whose losses may differ: other settings, versions or devices."""
         self._losses = {}
         self._kept.unlink(missing_ok=True)
 
-    def check(self, step: int, loss: float) -> None:
-        """Raises RunError if `loss` is not the one that was logged for `step` before."""
+    def compare(self, step: int, loss: float) -> None:
+        """Raises RunError if another loss was logged for `step` before the interruption."""
         before = self._losses.pop(step, loss)
         if before != loss:
             raise errors.RunError(
                 f'step {step}: the loss computed again after resuming is {loss!r}, but {before!r} was logged before '
                 'the interruption with the same settings, versions and devices; the run is not reproducible here '
-                f'(failing hardware, or changed data or code). To go on all the same, remove {self._kept}.'
+                f'(failing hardware, or changed data or code). To resume all the same, remove {self._kept}.'
             )
         if not self._losses:
             self._kept.unlink(missing_ok=True)
 
 
-class Writer:
-    """Writes scalars of a step to a JSON-lines file and to TensorBoard."""
+class Sink(Protocol):
+    """A destination of entries. It may raise OSError."""
 
-    def __init__(self, path: pathlib.Path, *, start_step: int):
-        from tensorboardX import SummaryWriter  # here, because it imports torch where there is one: two seconds
-
-        self._file = open(path, 'a')
-        self._board = SummaryWriter(str(path.parent / 'tensorboard' / path.stem), purge_step=start_step + 1)
-
-    def write(self, record: dict) -> None:
-        """Appends `record` (with its `step`); nested dictionaries become TensorBoard paths."""
-        try:
-            self._file.write(json.dumps(record) + '\n')
-            self._file.flush()
-            for name, value in _flat(record):
-                if name != 'step' and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, record['step'])
-        except OSError as error:
-            raise errors.RunError(f'{self._file.name} cannot be written ({error.strerror}); make room.') from None
+    def write(self, entry: dict[str, Any]) -> None:
+        """Takes an entry: its `step` and scalars, which may be nested in dictionaries."""
 
     def sync(self) -> None:
-        """Returns when all records are on disk."""
+        """Returns when all entries are on disk, or wherever they are kept."""
+
+    def close(self) -> None:
+        """Closes it."""
+
+
+class JsonLines(Sink):
+    """One JSON object per line of a file."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path, 'a')
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends the entry and flushes it to the operating system."""
+        self._file.write(json.dumps(entry) + '\n')
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when all entries are on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Closes the file."""
         self._file.close()
+
+
+class TensorBoard(Sink):
+    """Event files of TensorBoard; nested dictionaries become paths such as loss/web."""
+
+    def __init__(self, folder: pathlib.Path, *, start_step: int):
+        from tensorboardX import SummaryWriter  # here, because it imports torch if that is installed: two seconds
+
+        self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds the scalars of the entry."""
+        for name, value in _flat(entry):
+            if name != 'step' and isinstance(value, int | float):
+                self._board.add_scalar(name, value, entry['step'])
+
+    def sync(self) -> None:
+        """Flushes the event file."""
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
         self._board.close()
 
 
-def _flat(record: dict, prefix: str = ''):
-    for name, value in record.items():
+def sinks(path: pathlib.Path, config: Config, *, start_step: int) -> list[Sink]:
+    """Returns the sinks of the entries of `path` (WORKDIR/metrics.jsonl and the like), as `config` asks for them.
+
+    Another sink is a class above and an entry here.
+    """
+    del config  # no sink depends on it yet
+    return [JsonLines(path), TensorBoard(path.parent / 'tensorboard' / path.stem, start_step=start_step)]
+
+
+class Writer:
+    """Writes entries to every sink. Raises RunError if one cannot be written."""
+
+    def __init__(self, path: pathlib.Path, config: Config, *, start_step: int):
+        self._path, self._sinks = path, sinks(path, config, start_step=start_step)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Writes an entry: its `step` and scalars, which may be nested in dictionaries."""
+        try:
+            for sink in self._sinks:
+                sink.write(entry)
+        except OSError as error:
+            raise errors.RunError(f'{self._path} cannot be written ({error.strerror}); make room.') from None
+
+    def sync(self) -> None:
+        """Returns when every sink keeps all entries."""
+        for sink in self._sinks:
+            sink.sync()
+
+    def close(self) -> None:
+        """Closes every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _flat(entry: dict[str, Any], prefix: str = ''):
+    for name, value in entry.items():
         if isinstance(value, dict):
             yield from _flat(value, f'{prefix}{name}/')
         else:
@@ -105,9 +166,9 @@ def _flat(record: dict, prefix: str = ''):
 
 
 class Throughput:
-    """Tokens per second and seconds lost to data and checkpoints, between two logged steps.
+    """Tokens per second, and seconds lost to data and checkpoints, between two logged steps.
 
-    Time spent in `paused` (validation) does not count.
+    Time that was `paused` (validation) is left out.
     """
 
     def __init__(self, clock=time.perf_counter):
@@ -124,7 +185,7 @@ class Throughput:
         return _Timed(self._lost, kind, self._clock)
 
     def lap(self, tokens: int) -> dict[str, float]:
-        """Figures since the last lap in which `tokens` were trained on; starts the next one."""
+        """Returns the figures since the last lap, in which `tokens` were trained on; starts the next lap."""
         seconds = max(self._clock() - self._start - self._lost['paused'], 1e-9)
         lap = {
             'tokens_per_second': tokens / seconds,
@@ -147,7 +208,7 @@ class _Timed:
 
 
 class Progress:
-    """A bar with loss, tokens/s and time to go on a terminal; a line per logged step elsewhere."""
+    """On a terminal a bar with loss, tokens/s and time to go; elsewhere a line per logged step."""
 
     def __init__(self, start: int, stop: int, *, tokens_per_step: int):
         self._stop, self._tokens_per_step = stop, tokens_per_step
@@ -155,10 +216,10 @@ class Progress:
             initial=start, total=stop, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
-    def update(self, record: dict) -> None:
-        """Shows a logged step's loss and speed and the time to go."""
-        step, rate = record['step'], record['tokens_per_second']
-        text = f'loss {record["loss"]:.4f}, {rate:,.0f} tokens/s'
+    def update(self, entry: dict[str, Any]) -> None:
+        """Shows a logged step's loss and speed, and the time to go."""
+        step, rate = entry['step'], entry['tokens_per_second']
+        text = f'loss {entry["loss"]:.4f}, {rate:,.0f} tokens/s'
         if not self._bar.disable:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
@@ -171,7 +232,7 @@ class Progress:
         tqdm.tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar, which stays on the screen."""
         self._bar.close()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from tinyllama_jax.data import pipeline
@@ -15,13 +16,13 @@ def losses(
     batch: int,
     *,
     columns: slice = slice(None),
-    put: Callable[[Any], Any] = lambda x: x,
+    put: Callable[[Any], Any] = jax.device_put,
 ) -> dict[str, float]:
-    """Mean next-token loss, in nats, over each source's validation rows (if it has any), `batch` at a time.
+    """Returns the mean next-token loss, in nats, over each source's validation rows, `batch` at a time.
 
-    A process of several reads its `columns` of each batch only, and `put` makes arrays of all processes of them.
+    Each of several processes reads only its `columns` of a batch. `put` turns what they read into global arrays.
     """
-    found = {}
+    means = {}
     first, last, _ = columns.indices(batch)
     for name in data.sources:
         size, total = data.validation_size(name), 0.0
@@ -30,12 +31,12 @@ def losses(
             rows_BR, segment_ids_BR = (_padded(x_NR, last - first) for x_NR in (rows_NR, segment_ids_NR))
             weights_B = (np.arange(start + first, start + last) < size).astype(np.float32)
             loss = eval_step(params, *put((rows_BR, segment_ids_BR, weights_B)))
-            total += float(loss) * min(batch, size - start)
+            total += float(jax.device_get(loss)) * min(batch, size - start)
         if size:
-            found[name] = float(total / size)
-    return found
+            means[name] = total / size
+    return means
 
 
 def _padded(x_NR: np.ndarray | None, batch: int) -> np.ndarray | None:
-    """`batch` rows, the last ones zeros where there are no more."""
+    """Returns `batch` rows, padded with rows of zeros at the end."""
     return None if x_NR is None else np.pad(x_NR, ((0, batch - len(x_NR)), (0, 0)))

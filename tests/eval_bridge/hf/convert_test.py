@@ -246,7 +246,7 @@ def interrupt(*_, **__):
     assert len(os.listdir(sys.argv[2])) == 1  # the folder that is being made
     os.kill(os.getpid(), signal.SIGINT)
 
-weights.write = workdir.write_record = interrupt
+weights.write = workdir.write_config_file = interrupt
 signals.end_on_ctrl_c('stopped')
 source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2], 'output')
 """

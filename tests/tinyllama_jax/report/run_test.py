@@ -26,7 +26,7 @@ def _write_lines(path, entries):
 
 
 def _write_training(folder, config=CONFIG):
-    workdir.write_record(folder, config, 'main.py train --config=<file>')
+    workdir.write_config_file(folder, config, 'main.py train --config=<file>')
     entries = [
         {
             'step': step,

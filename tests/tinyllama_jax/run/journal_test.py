@@ -9,7 +9,7 @@ from tinyllama_jax.run import journal, metrics
 def test_a_silent_journal_takes_what_the_other_takes(tmp_path, capsys):
     silent = journal.Silent()
     silent.say('a line')
-    silent.check(1, 2.0)
+    silent.compare_recomputed(1, 2.0)
     silent.log({'step': 1})
     silent.validated(1, {'web': 2.0})
     silent.sync()
@@ -17,6 +17,8 @@ def test_a_silent_journal_takes_what_the_other_takes(tmp_path, capsys):
     assert capsys.readouterr() == ('', '') and not list(tmp_path.iterdir())
     with pytest.raises(AttributeError, match='shout'):
         silent.shout('a line')
+    public = {name for name in vars(journal.Journal) if not name.startswith('_')}
+    assert public == {name for name in vars(journal.Silent) if not name.startswith('_')}
 
 
 def test_a_journal_writes_and_says(tmp_path, capsys):
@@ -26,7 +28,7 @@ def test_a_journal_writes_and_says(tmp_path, capsys):
     written.validated(1, {'web': 2.0})
     written.sync()
     written.close()
-    assert metrics.read_records(tmp_path / 'run' / 'metrics.jsonl')[0]['loss'] == 2.5
-    assert metrics.read_records(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
+    assert metrics.read_entries(tmp_path / 'run' / 'metrics.jsonl')[0]['loss'] == 2.5
+    assert metrics.read_entries(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'pieces'
     assert 'step 1: validation loss web 2.0000' in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_a_folder_in_use_is_not_overwritten(run):
 def test_without_a_run_or_a_checkpoint_the_train_command_is_named(tmp_path):
     with pytest.raises(errors.UsageError, match='no config.json; run main.py train'):
         workdir.load(tmp_path)
-    workdir.write_record(tmp_path, tiny.CONFIG, '')
+    workdir.write_config_file(tmp_path, tiny.CONFIG, '')
     with pytest.raises(errors.UsageError, match='no checkpoint yet; run main.py train'):
         workdir.load(tmp_path)
 
