@@ -102,6 +102,16 @@ def test_a_refusal_is_passed_on_and_nothing_is_moved(tmp_path, state, meshes):
     assert checkpointer.steps() == [3]
 
 
+def test_another_optimizer_s_state_is_refused_and_not_called_damaged(tmp_path, state, meshes, capsys):
+    checkpointer = _save(tmp_path / 'c', state, [3, 4])
+    abstract = _abstract(meshes[0])
+    momentum = abstract._replace(opt_state={'momentum': abstract.params})
+    with pytest.raises(errors.UsageError, match=r'4 holds rest of another model or optimizer: opt_state/.* start a new run'):
+        checkpointer.restore(momentum, lambda meta: None)
+    assert checkpointer.steps() == [3, 4] and [path.name for path in tmp_path.iterdir()] == ['c']
+    assert 'damaged' not in capsys.readouterr().err
+
+
 def _damaged_copy(folder, item):
     """A copy (tensorstore keeps what it wrote in memory) in which eight bytes of each file of arrays are turned."""
     copy = folder.with_name('copy')

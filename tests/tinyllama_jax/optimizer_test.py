@@ -82,3 +82,10 @@ def test_small_gradients_are_not_scaled():
     grads = jax.tree.map(lambda leaf: 0.25 * jnp.ones_like(leaf), PARAMS)
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates['layers']['mlp_norm']['scale'], -4e-4 * 0.25 / 1.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize('field', ['schedule', 'name'])
+def test_a_choice_that_only_the_config_knows_raises(field):
+    config = dataclasses.replace(OptimizerConfig(), **{field: 'muon'})
+    with pytest.raises(ValueError, match=f"optimizer.{field}: 'muon' has no"):
+        optimizer.make_optimizer(config, 10)
