@@ -203,8 +203,8 @@ def test_the_top_level_is_the_designs():
 
 def test_the_first_files_to_read_stay_short():
     names = ('config', 'model', 'optimizer', 'sharding', 'step', 'train', 'checkpoint')
-    lines = sum(len((ROOT / f'tinyllama_jax/{name}.py').read_text().splitlines()) for name in names)
-    assert lines < 1_300
+    lines = [line.strip() for name in names for line in (ROOT / f'tinyllama_jax/{name}.py').read_text().splitlines()]
+    assert sum(not line.startswith('#') for line in lines if line) < 1_120
 
 
 TESTS = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*_test.py')}

@@ -48,6 +48,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.eps = config.norm_eps
+        # float32 like all parameters; the kernels multiply in float32 and round once.
         self.scale = nnx.Param(jnp.ones(config.embed_dim, jnp.float32))
 
     def __call__(self, x_BTD, ops: Ops, residual_BTD=None):
@@ -123,6 +124,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std, _ = _stds(config)
         self.embed = _weight(rngs, std, config.vocab_size, config.embed_dim)
+        # vmap stacks the layers' weights on a leading axis L, which lax.scan runs over.
         keys_L = jax.random.split(rngs.params(), config.num_layers)
         self.layers = jax.vmap(lambda key: Layer(config, rngs=nnx.Rngs(key)))(keys_L)
         self.final_norm = RMSNorm(config)
@@ -189,6 +191,7 @@ def hidden(
     if remat != 'none':
         # In a scan XLA cannot merge the recomputation with the forward pass; unrolled, it would undo the remat.
         layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=not config.scan_layers)
+    # Cast once, here: the residual stream is in the compute dtype, and ops cast each weight to it where they use it.
     dtype = compute_dtype(config, ops)
     with matmul_precision(dtype):
         x_BTD = ops.embed(params['embed'], tokens_BT, dtype)

@@ -47,6 +47,7 @@ def make_state(config: Config, params) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state, without allocating it."""
+    # eval_shape traces and runs nothing, so this describes the 1.1 B state on a laptop.
     state = jax.eval_shape(lambda: make_state(config, model.init_params(config.model, jax.random.key(0))))
     specs = sharding.shardings(state, mesh)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, specs)
@@ -68,6 +69,7 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def _split(rows_BR):
+    # A row holds one token more than the model reads: its first T are inputs, its last T the targets.
     rows_BR = rows_BR.astype(jnp.int32)
     return rows_BR[:, :-1], rows_BR[:, 1:]
 
@@ -76,6 +78,7 @@ def _documents(segment_ids_BR, config: Config) -> dict[str, Any]:
     """Returns the arguments of `model.hidden` that tell documents apart; none without segment ids."""
     if segment_ids_BR is None:
         return {}
+    # The model sees the documents of the inputs; a row's last token is only a target.
     segment_ids_BT = segment_ids_BR[:, :-1].astype(jnp.int32)
     if not config.data.restart_positions:
         return {'segment_ids_BT': segment_ids_BT}
@@ -86,6 +89,7 @@ def _restarted_positions(segment_ids_BT):
     """Returns positions [B, T] that count from the start of each segment."""
     index_BT = jax.lax.broadcasted_iota(jnp.int32, segment_ids_BT.shape, 1)
     begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    # A running maximum carries the index of the newest start along the row.
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
 
 
@@ -143,10 +147,12 @@ def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config, 
     """
     parts, grads = _loss_and_grads(state.params, rows_ABR, segment_ids_ABR, config, ops)
     tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+    # Clipping scales by the norm of the whole gradient, so it comes after the accumulation.
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {
         'loss': parts['nll'],
         'grad_norm': optax.tree.norm(grads),
+        # The optimizer counts its own steps; `state.step` equals that count, so this is the rate that it used.
         'learning_rate': optimizer.learning_rate(config.optimizer, config.train.num_steps)(state.step),
     }
     if config.train.z_loss:
@@ -166,12 +172,13 @@ def jit_train_step(config: Config, mesh: Mesh, ops: Ops | None = None):
     """Returns `train_step` jitted for a mesh; it donates the state."""
     ops = ops or ops_lib.for_run(config, mesh)
     specs = state_shardings(config, mesh)
+    # B is sharded and A is not: each device holds its own rows of every accumulation step, so no row ever moves.
     rows = sharding.batch_sharding(mesh, leading=1)
     return jax.jit(
         functools.partial(train_step, config=config, ops=ops),
         in_shardings=(specs, rows, rows),
         out_shardings=(specs, sharding.replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=0,  # the new state takes the old one's memory; both do not fit
     )
 
 

@@ -64,6 +64,7 @@ class _Run:
         self.config, self.folder, self.hooks, self.members, self.lockstep = config, folder, hooks, members, lockstep
         tokens = store.TokenStore(config.data.store_path(folder))
         self.data = pipeline.make_dataset(config, tokens)
+        # Processes that read different stores would train on mixed batches, and no loss would show it.
         members.agree(data=self.data.fingerprint)
         self.mesh = sharding.make_mesh(config.mesh)
         self.ops = ops.for_run(config, self.mesh)
@@ -101,16 +102,18 @@ class _Run:
         self._introduce()
         train_step = step_lib.jit_train_step(self.config, self.mesh, self.ops)
         rows = config.global_batch_size // self.accumulation
+        # Batch n is a pure function of the step: no reader state to restore, and nothing is read twice.
         batches = self.data.batches(
             self.start,
             config.num_steps,
             accumulation=self.accumulation,
-            columns=sharding.local_columns(self.mesh, rows),
+            columns=sharding.local_columns(self.mesh, rows),  # this process's part of the global batch
         )
         pending = None  # the step that was dispatched last, until its metrics are fetched
         # An implicit transfer would stall every step unnoticed; here it raises. What comes every N steps may transfer.
         with jax.transfer_guard('disallow'):
             for step in range(self.start + 1, config.num_steps + 1):
+                # All processes see a stop signal before the same step, so they save the same one.
                 if self.lockstep.stop:
                     self._finish(pending)
                     self._stop(step - 1)
@@ -177,6 +180,7 @@ class _Run:
         self.members.at('waiting for a step', compiles=1)
         self.lockstep.hear(told)
         entry = {'step': step} | {name: float(value) for name, value in jax.device_get(scalars).items()}
+        # Every step is checked, logged or not: no checkpoint may hold parameters that such a step has spoiled.
         if not (math.isfinite(entry['loss']) and math.isfinite(entry['grad_norm'])):
             raise errors.RunError(
                 f'step {step}: the loss is {entry["loss"]}, the norm of its gradient {entry["grad_norm"]}. Nothing '
@@ -188,6 +192,7 @@ class _Run:
     def _write(self, entry: dict[str, Any]) -> None:
         """Writes and shows an entry, with the speed since the last one."""
         step, model_config, devices = entry['step'], self.config.model, self.mesh.devices
+        # After a crash some steps run again. With the same code and machine a different loss means broken hardware.
         self.journal.compare_recomputed(step, entry['loss'])
         entry |= self.throughput.lap((step - self.logged) * self._tokens_per_step())
         convention, kind = self.config.train.mfu, devices.flat[0].device_kind
@@ -201,6 +206,7 @@ class _Run:
 
     def _validate(self, step: int) -> None:
         self.members.at('validation', compiles=1)
+        # As many rows as one forward pass of training: memory is known to be enough.
         batch = self.config.train.micro_batch_size * sharding.batch_shards(self.mesh)
         with self._aside():
             loss = losses(
@@ -224,17 +230,19 @@ class _Run:
         """A context for work beside training: its time is not the steps', and it may transfer."""
         with self.throughput.timed('paused'), jax.transfer_guard('allow'):
             yield
-        self.lockstep.pause()
+        self.lockstep.pause()  # the next step's time would otherwise include this work
 
     def _save(self, step: int) -> None:
         self.members.at('saving')
         with self.throughput.timed('checkpoint'), jax.transfer_guard('allow'):
+            # Metrics first: after a crash none may be missing below the checkpoint that the run resumes from.
             self.journal.sync()
             meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step))
             self.checkpointer.save(step, self.state, meta)
         self.saved = step
 
     def _stop(self, step: int) -> NoReturn:
+        # A run that is stopped before its first step still leaves a checkpoint.
         if self.saved != step or not self.checkpointer.steps():
             self._save(step)
         self.checkpointer.wait()
@@ -266,6 +274,7 @@ class _Profiler:
     def stop(self, state) -> None:
         """Ends the trace, if there is one, once `state` is computed."""
         if self._tracing:
+            # Steps are dispatched ahead; without waiting the trace would end in the middle of the last ones.
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._tracing = False

@@ -103,10 +103,10 @@ def test_a_refusal_is_passed_on_and_nothing_is_moved(tmp_path, state, meshes):
 
 
 def test_another_optimizer_s_state_is_refused_and_not_called_damaged(tmp_path, state, meshes, capsys):
-    checkpointer = _save(tmp_path / 'c', state, [3, 4])
+    checkpointer = _save(tmp_path / 'c', state, [3, 4], keep=2)
     abstract = _abstract(meshes[0])
     momentum = abstract._replace(opt_state={'momentum': abstract.params})
-    with pytest.raises(errors.UsageError, match=r'4 holds rest of another model or optimizer: opt_state/.* start a new run'):
+    with pytest.raises(errors.UsageError, match=r'4 holds rest of another model or optimizer: opt_state/'):
         checkpointer.restore(momentum, lambda meta: None)
     assert checkpointer.steps() == [3, 4] and [path.name for path in tmp_path.iterdir()] == ['c']
     assert 'damaged' not in capsys.readouterr().err
