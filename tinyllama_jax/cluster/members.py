@@ -127,7 +127,7 @@ class _Joined(Members):
         self._news, self._sending = threading.Condition(), threading.Lock()
         self._hub = None
         if self.primary:
-            # The port may be in use: by a second process 0, which its own hub will report, or by another program.
+            # The port may be taken: by the hub of another process 0, which reports this one, or by another program.
             with contextlib.suppress(OSError):
                 self._hub = watchdog.Hub(place, config)
         self._socket = self._connect()
