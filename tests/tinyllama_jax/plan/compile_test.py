@@ -10,10 +10,11 @@ import pytest
 
 from bench.gpu import benchmark
 from tests.conftest import ROOT
-from tests.support import kernel_checks
+from tests.support import kernel_checks, planning
 from tests.support.planning import SMALL, compiled, large
-from tinyllama_jax import errors
+from tinyllama_jax import errors, sharding
 from tinyllama_jax import step as step_lib
+from tinyllama_jax.config import MeshConfig
 from tinyllama_jax.plan import compile as compile_lib
 from tinyllama_jax.plan import hlo, roofline
 from tinyllama_jax.plan.compile import Compiled
@@ -198,6 +199,17 @@ def test_zero_1_sends_what_its_formula_says():
     step = compiled('2x2', *SMALL, 'mesh.zero=1')
     assert step.accumulation_steps == 8
     _check_formula(step)
+
+
+def test_the_batch_has_the_store_s_types():
+    """Segment ids of 16 bits up to rows of 65,535 tokens, then of 32."""
+    mesh = sharding.make_mesh(MeshConfig())
+    for seq_len, dtype in {128: 'uint16', 70_000: 'uint32'}.items():
+        config = planning.config(*SMALL, f'model.seq_len={seq_len}', 'data.document_mask=true')
+        rows, ids = compile_lib._abstract_batch(config, mesh)
+        assert rows.shape == ids.shape == (64 // 2 // mesh.size, 2 * mesh.size, seq_len + 1)
+        assert (rows.dtype, ids.dtype) == ('uint16', dtype)
+    assert compile_lib._abstract_batch(planning.config(*SMALL), mesh)[1] is None
 
 
 def test_capacity_follows_the_share_of_memory_that_is_jax_s(monkeypatch):
