@@ -93,7 +93,7 @@ def make_batches(trees: Sequence[Tree], most_tokens: int, multiple: int = 1) -> 
     """
     by_length = defaultdict(list)
     for tree in sorted(trees, key=lambda tree: -tree.size):
-        by_length[max(ROW, padded(max(tree.size, tree.predictions)))].append(tree)
+        by_length[max(ROW, padded_length(max(tree.size, tree.predictions)))].append(tree)
     for T, group in by_length.items():
         rows, most = _pack(group, T), _rounded_up(max(1, most_tokens // T), multiple)
         quarter = _rounded_up(-(-most // 4), multiple)
@@ -107,7 +107,7 @@ def _rounded_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def padded(length: int) -> int:
+def padded_length(length: int) -> int:
     """Returns the smallest of 64 times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`."""
     return generate.padded_length(length, smallest=_SMALLEST)
 

@@ -120,7 +120,7 @@ class JaxLM(TemplateLM):
         """Scores (texts, context ids, continuation ids), each truncated on the left to what the model reads."""
         trees = branches.make_trees(
             [self._truncated(*request) for request in requests],
-            longest=max(branches.ROW, branches.padded(self.max_length)),
+            longest=max(branches.ROW, branches.padded_length(self.max_length)),
         )
         shards = sharding.batch_shards(self._mesh) if self._mesh else 1
         most_tokens = self.batch_size * self.max_length

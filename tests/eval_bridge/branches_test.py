@@ -10,7 +10,7 @@ ROWS = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([1], [2, 3, 4]), ([5, 6, 7], [8
 
 
 def test_padded_lengths_are_few():
-    lengths = {branches.padded(length) for length in range(2_049)}
+    lengths = {branches.padded_length(length) for length in range(2_049)}
     assert lengths == {64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}
 
 
