@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, retained as configured, resharded, and damage is noticed."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support import tiny
-from tinyllama_jax import checkpoint, checkpoint_errors, errors, sharding
+from tinyllama_jax import checkpoint, errors, sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import MeshConfig
 
@@ -207,33 +206,6 @@ def test_a_folder_that_cannot_be_listed_or_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'listdir', refuse)  # root may list every folder, whatever its mode
     with pytest.raises(errors.Unavailable, match='c: the list of checkpoints cannot be read now .*Permission denied'):
         checkpoint.Checkpointer(tmp_path / 'c')
-
-
-# What tensorstore said of reads that failed with EIO, ENOMEM and ESTALE, and of files that were cut and taken away.
-_SAID = 'Error opening "zarr" driver: Error reading "lm_head/.zarray": Failed to read 1341 bytes from file at offset 0'
-
-
-@pytest.mark.parametrize(
-    ('error', 'outside'),
-    [
-        (ValueError(f"UNKNOWN: {_SAID}: Input/output error [tensorstore_spec='x'] [os_error_code='5']"), True),
-        (ValueError(f"RESOURCE_EXHAUSTED: {_SAID}: Cannot allocate memory [os_error_code='12']"), True),
-        (ValueError(f"ABORTED: {_SAID}: Stale file handle [os_error_code='116'] [source locations='x']"), True),
-        (ValueError('OUT_OF_RANGE: Requested byte range [0, 1341) is not valid for value of size 670'), False),
-        (ValueError(f"NOT_FOUND: {_SAID}: No such file or directory [os_error_code='2']"), False),
-        (PermissionError(13, 'Permission denied'), True),
-        (FileNotFoundError('Checkpoint does not exist at /x/6'), False),
-        (IsADirectoryError(21, 'Is a directory'), False),
-        (MemoryError(), True),
-        (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.'), True),
-        (json.JSONDecodeError('Expecting value', '', 0), False),
-    ],
-)
-def test_which_errors_are_not_the_checkpoint_s_fault(error, outside):
-    wrapped = Exception('Encountered error while reading array index')
-    wrapped.__cause__ = error
-    assert (checkpoint_errors._outside_cause(error) is not None) is outside
-    assert (checkpoint_errors._outside_cause(wrapped) is not None) is outside
 
 
 def test_parameters_alone_by_step(tmp_path, state, meshes):
