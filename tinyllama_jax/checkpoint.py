@@ -84,8 +84,11 @@ class Checkpointer:
             read_only=read_only,
             create=not read_only,
         )
-        handlers = {'params': ocp.StandardCheckpointHandler(), 'rest': ocp.StandardCheckpointHandler()}
-        handlers['meta'] = ocp.JsonCheckpointHandler()
+        handlers: dict[str, ocp.CheckpointHandler] = {
+            'params': ocp.StandardCheckpointHandler(),
+            'rest': ocp.StandardCheckpointHandler(),
+            'meta': ocp.JsonCheckpointHandler(),
+        }
         if not read_only:
             with checkpoint_errors.Writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

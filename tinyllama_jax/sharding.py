@@ -117,5 +117,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def local_columns(mesh: Mesh, batch: int) -> slice:
     """Returns this process's slice of a batch of `batch` sequences."""
     index_map = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    starts, stops = zip(*(index[0].indices(batch)[:2] for index in index_map.values()), strict=True)
+    starts, stops = zip(*(index[0].indices(batch)[:2] for index in index_map.values() if index), strict=True)
     return slice(min(starts), max(stops))
