@@ -95,7 +95,8 @@ def _restarted_positions(segment_ids_BT):
 
 def _step_weights(params, config: Config, ops: Ops):
     """Returns the parameters as a step's passes read them; under ZeRO-1 all-gathered once for the whole step."""
-    if not (ops.whole_weights and ops.mesh.size > 1):
+    mesh = ops.mesh
+    if not ops.whole_weights or mesh is None or mesh.size == 1:
         return params
     # A gradient has the dtype of its weight, so the copy is made in the gradients' dtype.
     dtype = config.train.gradient_dtype or model.compute_dtype(config.model, ops)
@@ -107,7 +108,7 @@ def _step_weights(params, config: Config, ops: Ops):
         w = jax.lax.with_sharding_constraint(w.astype(dtype), split)
         return jax.lax.with_sharding_constraint(w, whole)
 
-    split, whole = (sharding.shardings(params, ops.mesh, whole=whole) for whole in (False, True))
+    split, whole = (sharding.shardings(params, mesh, whole=whole) for whole in (False, True))
     return jax.tree.map(gathered, params, split, whole)
 
 
@@ -120,7 +121,7 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops)
         documents = _documents(segment_ids_BR, config)
         loss = functools.partial(model.loss, config=config.model, **options, **documents)
         grads, parts = jax.grad(loss, has_aux=True)(weights, *_split(rows_BR))
-        if weights is not params:
+        if ops.mesh and weights is not params:
             # ZeRO-1: reduce-scattered here, so that only a shard is accumulated, in float32.
             split = sharding.shardings(params, ops.mesh)
             grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, split)

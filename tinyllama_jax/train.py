@@ -114,9 +114,9 @@ class _Run:
         with jax.transfer_guard('disallow'):
             for step in range(self.start + 1, config.num_steps + 1):
                 # All processes see a stop signal before the same step, so they save the same one.
-                if self.lockstep.stop:
+                if signal_number := self.lockstep.stop:
                     self._finish(pending)
-                    self._stop(step - 1)
+                    self._stop(step - 1, signal_number)
 
                 self.members.at('reading data')
                 with self.throughput.timed('data'):
@@ -241,14 +241,12 @@ class _Run:
             self.checkpointer.save(step, self.state, meta)
         self.saved = step
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, signal_number: int) -> NoReturn:
         # A run that is stopped before its first step still leaves a checkpoint.
         if self.saved != step or not self.checkpointer.steps():
             self._save(step)
         self.checkpointer.wait()
-        raise errors.Stopped(
-            f'stopped and saved at step {step}; the same command resumes from there.', self.lockstep.stop
-        )
+        raise errors.Stopped(f'stopped and saved at step {step}; the same command resumes from there.', signal_number)
 
     def close(self) -> None:
         """Ends the profile, if one is being taken, and closes the files."""

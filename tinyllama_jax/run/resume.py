@@ -61,7 +61,7 @@ def check_resume(config: Config, fingerprint: str, folder: pathlib.Path, meta: d
     if meta['data'] is None:  # imported, and not trained since: only the weights bind
         saved, wanted = ({'model': weights_settings(settings['model'])} for settings in (saved, wanted))
     changes = tree.differences(saved, wanted, 'config')
-    if not changes and meta['data'] not in (None, fingerprint):
+    if not changes and meta['data'] and meta['data'] != fingerprint:
         before = tree.completed(meta['config'])['data']
         changes = tree.differences(before, config_lib.to_dict(config.data), 'config.data')
         changes = changes or {'data (the store behind it)': (meta['data'][:12], fingerprint[:12])}
