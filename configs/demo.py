@@ -1,4 +1,4 @@
-"""The whole path in minutes on two CPU cores: a Llama of 5 M parameters, and no download.
+"""From raw text to a trained Llama of 5 M parameters in minutes on two CPU cores, without a download.
 
     python main.py prepare --config=configs/demo.py --workdir=runs/demo
     python main.py train   --config=configs/demo.py --workdir=runs/demo

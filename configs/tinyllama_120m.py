@@ -5,7 +5,7 @@
         --config.data.tokenizer=tokenizer.model
     python main.py train   --config=configs/tinyllama_120m.py --workdir=runs/120m
 
-12 layers of width 768, 12 query and 4 key-value heads; 2.6 B tokens, some twenty a parameter. It has not been
+12 layers of width 768, 12 query and 4 key-value heads; 2.6 B tokens, about twenty per parameter. It has not been
 trained yet. Expect a loss between 3.0 and 3.4 at the end: Chinchilla's law (Hoffmann et al., 2022) gives 3.4 for
 text, and code is easier. `bench/gpu.sh learn` trains its first steps in bfloat16 and in float32.
 """

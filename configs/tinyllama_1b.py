@@ -8,8 +8,8 @@
 Expect (paper, Figure 2 and Table 2): loss about 2.1 at the end; averages over the
 seven commonsense tasks of 46.1 after 103 B tokens and 53.0 after 3 T.
 
-`configs/tinyllama_1b.py:original` is the original code's behaviour where it differs
-(docs/fidelity.md); the default is the paper with its confessed faults corrected.
+`configs/tinyllama_1b.py:original` reproduces the original code where it differs from the paper
+(docs/fidelity.md); the default is the paper, with the faults that it reports corrected.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ def get_config(arg: str = '') -> Config:
             max_bad_share=0.001,
         ),
         optimizer=OptimizerConfig(),
-        # 1,024 sequences of 2,048 tokens: 2.1 M tokens a step, 3 T tokens in all.
+        # 1,024 sequences of 2,048 tokens: 2.1 M tokens a step, 3 T tokens in total.
         train=TrainConfig(
             num_steps=1_430_512,
             global_batch_size=1_024,
             micro_batch_size=8,
-            remat='none',  # fits 16 A100 of 40 GB; `main.py plan` says what does on others
+            remat='none',  # fits 16 A100 of 40 GB; for other GPUs ask `main.py plan`
             checkpoint_every_steps=1_000,
             keep_every_steps=5_000,
             eval_every_steps=5_000,

@@ -29,7 +29,7 @@ def _fresh_flags():
 
 
 def _fails(capsys, *arguments: str) -> str:
-    """What a command that must exit with status 2 says, in one line."""
+    """Runs a command that must exit with status 2, and returns its one line."""
     assert main.main(['main.py', *arguments]) == 2
     said = capsys.readouterr()
     assert not said.out

@@ -1,8 +1,8 @@
 """The exceptions that end a command on purpose, each with its exit status.
 
 `main.py` prints the message of a `Failure` on stderr, without a traceback, and
-exits with its `exit_code` (the table is in docs/design.md). Anything else that
-is raised is a bug of ours and keeps its traceback.
+exits with its `exit_code` (docs/design.md has the table). Any other exception is a
+bug of ours and keeps its traceback.
 """
 
 
@@ -17,7 +17,7 @@ class RunError(Failure):
 
 
 class UsageError(Failure, ValueError):
-    """Bad usage, config or input: names the field or file, the value and the mend."""
+    """Bad usage, config or input: names the field or file, the value and the remedy."""
 
     exit_code = 2
 
@@ -29,13 +29,13 @@ class DoesNotFit(Failure):
 
 
 class Unavailable(Failure):
-    """Storage, memory or a device fails, not the run: nothing was changed, and a restart may succeed."""
+    """Storage, memory or a device failed: nothing was changed, and a restart may succeed."""
 
     exit_code = 75  # sysexits.h: EX_TEMPFAIL
 
 
 class Stopped(Failure):
-    """The run was told to stop and has saved; `signal_number` decides the status."""
+    """The run was told to stop, and has saved; the exit status is 128 + `signal_number`."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -43,7 +43,7 @@ class Stopped(Failure):
 
 
 def usage(where: str, problem: str) -> UsageError:
-    """A UsageError whose message begins with the flag or field it is about."""
+    """Returns a UsageError whose message begins with `where`, the flag or field it is about."""
     return UsageError(f'{where}: {problem}.')
 
 

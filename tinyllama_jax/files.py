@@ -1,4 +1,4 @@
-"""Writes files so that each is complete or not there."""
+"""Writes files that are either complete or absent."""
 
 import os
 import pathlib

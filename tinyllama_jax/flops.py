@@ -1,11 +1,11 @@
-"""Parameters and floating-point operations per token, and what chips can do at most.
+"""Counts parameters and FLOPs per token, and knows the peak FLOP/s of chips.
 
-Three conventions of training FLOPs per token are in use, and figures of one do not
-compare with another's (L layers, d = heads x head_dim, T sequence length):
+Three conventions of training FLOPs per token are in use, and their figures do not
+compare (L layers, d = heads x head_dim, T sequence length):
 
     C  6 (body + head) + 6 L d T     causal attention, as executed by flash attention
     F  6 (body + head) + 12 L d T    full attention (PaLM, appendix B, without the embedding)
-    N  6 all parameters + 12 L d T   as the original's and many others' scripts
+    N  6 all parameters + 12 L d T   in the original's and many others' scripts
 """
 
 import re
@@ -18,7 +18,7 @@ PEAK_FLOPS = {name: peak for chip in chips.CHIPS.values() for name, peak in chip
 
 
 def parameter_counts(model: ModelConfig) -> dict[str, int]:
-    """Parameters of the embedding, the body (layers and final norm) and the head."""
+    """Returns the numbers of parameters of embed, body (layers and final norm) and head."""
     attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     mlp = 3 * model.embed_dim * model.hidden_dim
     layer = attention + mlp + 2 * model.embed_dim
@@ -27,7 +27,7 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(model: ModelConfig, convention: str) -> float:
-    """Training FLOPs (forward and backward) per token under convention C, F or N."""
+    """Returns training FLOPs (forward and backward) per token by convention C, F or N."""
     counts = parameter_counts(model)
     attention = model.num_layers * model.num_heads * model.head_dim * model.seq_len
     if convention == 'N':
@@ -42,6 +42,6 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(model: ModelConfig, convention: str, tokens_per_second: float, device_kind: str, devices: int) -> float | None:
-    """Model FLOPs utilisation, 0..1, or None where the chip's peak is unknown."""
+    """Returns the model FLOPs utilisation, 0 to 1, or None if the chip's peak is unknown."""
     peak = peak_flops(device_kind)
     return tokens_per_second * flops_per_token(model, convention) / (peak * devices) if peak else None

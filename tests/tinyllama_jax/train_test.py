@@ -127,7 +127,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(store, uninterrupted, tmp_pat
     _wait_for_step(tmp_path, 7, process)
     process.send_signal(number)
     assert process.wait() == status
-    assert 'the same command goes on from there' in _said(tmp_path)
+    assert 'the same command resumes from there' in _said(tmp_path)
     saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
     assert _losses(tmp_path) == _losses(uninterrupted)[:saved]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: end at once, raise, or save first; folders that Ctrl-C removes."""
+"""What Ctrl-C and SIGTERM do: end the process, raise, or let it save first; which folders Ctrl-C removes."""
 
 import atexit
 import contextlib
@@ -11,10 +11,10 @@ _unfinished = set()  # folders that Ctrl-C removes
 
 
 def end_on_ctrl_c(line: str) -> None:
-    """From now on Ctrl-C ends the process, with `line` on stderr and status 130, and removes what is `unfinished`.
+    """Makes Ctrl-C remove `unfinished` folders, print `line` on stderr and end the process with status 130.
 
     KeyboardInterrupt would be raised wherever Python happens to be: in callbacks and plugins
-    that swallow it, in C++ that aborts, beside threads that crash while Python ends.
+    that swallow it, in C++ that aborts, or beside threads that crash while Python exits.
     """
 
     def end(number, _):
@@ -24,15 +24,15 @@ def end_on_ctrl_c(line: str) -> None:
         os.write(2, f'{line}\n'.encode())
         os._exit(128 + number)
 
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # of a job in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a background job keeps ignoring it
         signal.signal(signal.SIGINT, end)
-        # The first of these callbacks comes last. After it Python would put the default back: death without a word.
+        # atexit runs its first callback last. Without it Python restores the default: a late Ctrl-C kills silently.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def unfinished(folder: pathlib.Path):
-    """A context in which `folder` is being made, and Ctrl-C removes it."""
+    """A context in which `folder` is incomplete: Ctrl-C removes it."""
     _unfinished.add(folder)
     try:
         yield
@@ -42,7 +42,7 @@ def unfinished(folder: pathlib.Path):
 
 @contextlib.contextmanager
 def keyboard_interrupts():
-    """A context in which Ctrl-C raises KeyboardInterrupt, for work that has to be wound up."""
+    """A context in which Ctrl-C raises KeyboardInterrupt, for work that must clean up."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -51,9 +51,9 @@ def keyboard_interrupts():
 
 
 class StopSignals:
-    """A context in which SIGTERM and Ctrl-C set `received` (the signal's number) instead of killing the process.
+    """A context in which SIGTERM and Ctrl-C only set `received` to the signal's number.
 
-    A second signal of the same kind acts as before, so that a stuck save can be broken off.
+    A second signal of the same kind has its previous effect, so that a user can interrupt a stuck save.
     """
 
     def __init__(self):

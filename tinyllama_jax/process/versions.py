@@ -1,4 +1,4 @@
-"""The versions and the git commit that decide a run's numbers."""
+"""The package versions and the git commit that determine a run's numbers."""
 
 import importlib.metadata
 import os
@@ -10,14 +10,14 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore'
 
 
 def installed() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
+    """Returns the versions of Python and of the packages that determine a run's numbers."""
     return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def commit() -> str | None:
-    """The code's git commit, with `+changes` if files differ from it.
+    """Returns the code's git commit, with `+changes` if files differ from it.
 
-    Outside a checkout TINYLLAMA_COMMIT (which launch/Dockerfile sets), or None.
+    Outside a checkout returns TINYLLAMA_COMMIT (which launch/Dockerfile sets), or None.
     """
     here = pathlib.Path(__file__).parent
 

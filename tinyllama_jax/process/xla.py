@@ -1,4 +1,4 @@
-"""JAX's and XLA's settings for a process: platform, flags, memory, compilation cache; malloc's options."""
+"""Sets up JAX and XLA for a process: platform, flags, memory, compilation cache; and malloc."""
 
 import ctypes
 import os
@@ -8,14 +8,14 @@ import platform
 from tinyllama_jax import errors
 
 _NVIDIA_DEVICES = ('/dev/nvidiactl', '/dev/dxg')  # Linux, and Linux in Windows
-# glibc's mallopt: never take memory by mmap, never give it back, one arena for all threads.
+# glibc's mallopt: never allocate by mmap, never return memory, one arena for all threads.
 _MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
-# For GPUs, unless XLA_FLAGS says otherwise; each is known to both versions of jaxlib.
+# For GPUs, unless XLA_FLAGS sets them; both supported versions of jaxlib know each.
 GPU_XLA_FLAGS = {
-    'xla_gpu_enable_latency_hiding_scheduler': 'true',  # collectives run beside matrix products
-    # XLA 0.11.2 computes a product twice whose result is saved and used (plan counts its FLOPs: a sixth more).
+    'xla_gpu_enable_latency_hiding_scheduler': 'true',  # overlaps collectives with matmuls
+    # With it XLA 0.11.2 computes a matmul twice if its result is both saved and used: a sixth more FLOPs by plan.
     'xla_gpu_enable_dynamic_slice_fusion': 'false',
-    'xla_gpu_all_gather_combine_threshold_bytes': str(128 << 20),  # a layer's weights at once: 88 MB in bfloat16
+    'xla_gpu_all_gather_combine_threshold_bytes': str(128 << 20),  # one all-gather a layer: 88 MB in bfloat16
     'xla_gpu_reduce_scatter_combine_threshold_bytes': str(128 << 20),
     'xla_gpu_all_reduce_combine_threshold_bytes': str(128 << 20),
 }
@@ -24,17 +24,22 @@ _GPU_ENVIRONMENT = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.9', 'NCCL_NVLS_ENABLE':
 
 
 def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = None) -> None:
-    """Chooses the platform and tunes for it; to be called before JAX is imported. The environment's own settings win.
+    """Chooses the platform and tunes for it; call it before JAX is imported. Settings of the environment win.
 
-    Without an NVIDIA device JAX is told so, which keeps an installed CUDA plugin quiet. Each step on
-    a CPU allocates hundreds of megabytes anew; kept by malloc, they cost no page faults (a tenth of the demo's time).
+    Without an NVIDIA device it sets JAX_PLATFORMS=cpu, which keeps an installed CUDA plugin quiet. Each step on a CPU
+    allocates hundreds of megabytes; memory that malloc keeps costs no page faults (a tenth of the demo's time).
 
     Args:
-      deterministic: on GPUs, leave out operations whose sums come in any order.
-      compiled: where compiled programs are kept, and with them what autotuning chose on these GPUs.
+      deterministic: on GPUs, use only operations with a fixed order of summation.
+      compiled: cache folder for compiled programs, and with them the choices of autotuning on these GPUs.
     """
     if any(os.path.exists(device) for device in _NVIDIA_DEVICES):
-        _set_up_gpus(gpu_xla_flags(deterministic=deterministic), compiled)
+        flags = [f'--{name}={value}' for name, value in gpu_xla_flags(deterministic=deterministic).items()]
+        os.environ['XLA_FLAGS'] = ' '.join([*os.environ.get('XLA_FLAGS', '').split(), *flags])
+        for name, value in _GPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if compiled:
+            os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled.absolute()))
     else:
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     if platform.libc_ver()[0] == 'glibc':
@@ -43,14 +48,14 @@ def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = N
 
 
 def gpu_xla_flags(*, deterministic: bool) -> dict[str, str]:
-    """What XLA is told on GPUs beside what XLA_FLAGS says already, by the name of the flag."""
+    """Returns the XLA flags for GPUs (name: value) that XLA_FLAGS does not set yet."""
     flags = GPU_XLA_FLAGS | (_DETERMINISTIC_XLA_FLAGS if deterministic else {})
     given = {flag.lstrip('-').partition('=')[0] for flag in os.environ.get('XLA_FLAGS', '').split()}
     return {name: value for name, value in flags.items() if name not in given}
 
 
 def memory_fraction() -> float:
-    """The share of a GPU's memory that JAX takes, as the environment says. Raises UsageError for what is no share."""
+    """Returns the share of a GPU's memory that JAX takes, by the environment. Raises UsageError if it is invalid."""
     name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
     text = os.environ.get(name) or _GPU_ENVIRONMENT[name]
     try:
@@ -62,16 +67,7 @@ def memory_fraction() -> float:
     return fraction
 
 
-def _set_up_gpus(flags: dict[str, str], compiled: pathlib.Path | None) -> None:
-    given = os.environ.get('XLA_FLAGS', '').split()
-    os.environ['XLA_FLAGS'] = ' '.join([*given, *(f'--{name}={value}' for name, value in flags.items())])
-    for name, value in _GPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if compiled:
-        os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled.absolute()))
-
-
 def gpu_settings() -> str:
-    """One line with the environment's settings for GPUs, as `set_up_jax` and the user left them."""
+    """Returns one line with the environment's settings for GPUs, the user's and those of `set_up_jax`."""
     names = ('XLA_FLAGS', *_GPU_ENVIRONMENT, 'JAX_COMPILATION_CACHE_DIR')
     return 'environment: ' + ' '.join(f'{name}={os.environ[name]!r}' for name in names if name in os.environ)

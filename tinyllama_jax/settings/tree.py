@@ -1,4 +1,4 @@
-"""Configurations read back from the plain dictionaries that files hold (`config.to_dict`), and compared."""
+"""Reads configurations back from the dictionaries of `config.to_dict`, and compares such dictionaries."""
 
 import dataclasses
 import typing
@@ -10,7 +10,7 @@ from tinyllama_jax.config import Config, to_dict
 
 
 def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
-    """The inverse of `to_dict`; a missing field takes its default. Raises UsageError on an unknown one."""
+    """Inverts `to_dict`; a missing field takes its default. Raises UsageError for an unknown field."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -27,15 +27,15 @@ def _from_plain(value: Any, hint: Any) -> Any:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved `to_dict` tree with the settings that are newer than it, at their defaults."""
+    """Returns a saved `to_dict` tree with every field that it lacks, at its default."""
     return to_dict(from_dict(config))
 
 
 def differences(old: Any, new: Any, prefix: str = '') -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (old, new) of every leaf in which two `to_dict` trees differ."""
+    """Returns {dotted field: (old, new)} for every leaf in which two `to_dict` trees differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {prefix: (old, new)}
-    found = {}
+    changes = {}
     for key in {**old, **new}:
-        found |= differences(old.get(key), new.get(key), f'{prefix}.{key}' if prefix else key)
-    return found
+        changes |= differences(old.get(key), new.get(key), f'{prefix}.{key}' if prefix else key)
+    return changes

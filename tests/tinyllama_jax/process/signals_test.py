@@ -23,7 +23,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
 
 
 def _with_ctrl_c(program, *prefix):
-    """How a process ends that gets SIGINT when it has printed a line: (status, rest of stdout, stderr)."""
+    """Runs a process, sends it SIGINT after its first line, and returns (status, rest of stdout, stderr)."""
     command = [
         *prefix,
         sys.executable,

@@ -32,7 +32,7 @@ def with_a_gpu(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_settings_for_gpus_are_known_to_xla_and_shown(with_a_gpu, tmp_path):
+def test_xla_knows_the_settings_for_gpus_and_they_are_shown(with_a_gpu, tmp_path):
     xla.set_up_jax(deterministic=True, compiled=tmp_path)
     flags = os.environ['XLA_FLAGS'].split()
     assert '--xla_gpu_exclude_nondeterministic_ops=true' in flags and f'--{FLAG}=true' in flags
@@ -67,7 +67,7 @@ def test_the_share_of_memory_is_the_environment_s(with_a_gpu, monkeypatch, text,
 
 
 @pytest.mark.parametrize('text', ['most', '0', '1.5', '-0.5', 'nan'])
-def test_what_is_no_share_of_memory_is_refused(monkeypatch, text):
+def test_an_invalid_share_of_memory_is_refused(monkeypatch, text):
     monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', text)
     with pytest.raises(errors.UsageError, match=f'XLA_PYTHON_CLIENT_MEM_FRACTION={text}: give the share'):
         xla.memory_fraction()
