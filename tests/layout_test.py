@@ -213,6 +213,6 @@ ACROSS = {f'tests/{name}_test.py' for name in ('layout', 'trajectory', 'launch',
 
 
 def test_every_module_has_a_test_file_of_its_name_and_every_test_file_its_module():
-    # An experiment needs none: main_test validates every file in configs/.
+    # An experiment needs none: settings/experiment_test.py validates every file in configs/.
     modules = {path.removesuffix('.py') for path in SOURCES if not path.startswith('configs/')}
     assert {f'tests/{module}_test.py' for module in modules} == TESTS - ACROSS

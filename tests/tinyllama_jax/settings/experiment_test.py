@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.conftest import ROOT
+from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors
 from tinyllama_jax.config import Config, DataConfig, SourceConfig
 from tinyllama_jax.settings import experiment
@@ -19,6 +21,11 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
         ('train.keep_every_steps', '5000', 5000),
         ('data.store', 'gs://bucket/store', 'gs://bucket/store'),
         ('seed', '7', 7),
+        ('mesh.zero', '1', 1),
+        ('optimizer.beta2', '0.9', 0.9),
+        ('optimizer.warmup_steps', '0', 0),
+        ('train.remat', 'none', 'none'),
+        ('model.compute_dtype', 'none', None),
     ],
 )
 def test_override_sets_a_field_of_the_right_type(path, text, value):
@@ -70,6 +77,11 @@ def test_override_names_the_field_and_the_mend(path, text, message):
 def test_split_overrides_takes_both_spellings():
     rest, overrides = experiment.split_overrides(['train', '--config.seed=3', '--workdir=w', '--config.a.b', '4'])
     assert rest == ['train', '--workdir=w'] and overrides == [('seed', '3'), ('a.b', '4')]
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'configs').glob('*.py')), ids=lambda file: file.stem)
+def test_every_experiment_is_valid(file):
+    assert experiment.resolve(str(file), None, []) == config_lib.validated(experiment.load_experiment(str(file)))
 
 
 @pytest.mark.parametrize('spec', ['configs/nothing.py', 'configs/tinyllama_1b.py:modern'])
