@@ -97,7 +97,8 @@ def _loss_fwd(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
 def _loss_bwd(z_loss, vocab_axis, rows, residuals, gradients):
     dx_nCD, dhead_DV = residuals
     dloss = gradients[0]
-    return (dloss * dx_nCD).astype(dx_nCD.dtype), None, None, (dloss * dhead_DV).astype(dhead_DV.dtype)
+    dx_nCD, dhead_DV = ((dloss * x.astype(dloss.dtype)).astype(x.dtype) for x in (dx_nCD, dhead_DV))
+    return dx_nCD, None, None, dhead_DV
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)

@@ -16,7 +16,7 @@ _MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 def _wide(dtype):
     """The dtype to compute in: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):

@@ -25,6 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is a third quicker one level below what XLA itself chooses; the commands that tests start keep XLA's choice.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8 --xla_backend_optimization_level=1'.strip()
+os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'  # so is a bfloat16 plus a float32, instead of a silent float32
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # a [D] added to a [B, T, D] by mistake is an error
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_DATASETS_OFFLINE'] = '1'

@@ -24,9 +24,15 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
     def rate(step):
         micro_step = m * (step + 1) - 1
-        return jnp.where(step < config.stuck_until_step, stuck(micro_step), schedule(micro_step))
+        with _mixed_dtypes():
+            return jnp.where(step < config.stuck_until_step, stuck(micro_step), schedule(micro_step))
 
     return rate
+
+
+def _mixed_dtypes():
+    """A context in which optax may multiply floats by its integer counts. Our own arithmetic never mixes dtypes."""
+    return jax.numpy_dtype_promotion('standard')
 
 
 def _schedule(config: OptimizerConfig, floor: float, num_steps: int) -> optax.Schedule:
@@ -68,4 +74,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             )
         case name:
             raise ValueError(f'optimizer.name: {name!r} has no update in optimizer.py')
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+    def update_fn(grads, state, params=None):
+        with _mixed_dtypes():
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update_fn)
