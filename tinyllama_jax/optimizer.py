@@ -76,8 +76,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             raise ValueError(f'optimizer.name: {name!r} has no update in optimizer.py')
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
-    def update_fn(grads, state, params=None):
+    def update_fn(updates, state, params=None):
         with _mixed_dtypes():
-            return chain.update(grads, state, params)
+            return chain.update(updates, state, params)
 
     return optax.GradientTransformation(chain.init, update_fn)

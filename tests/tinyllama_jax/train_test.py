@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from eval_bridge.hf import convert
 from tests.conftest import ROOT
 from tests.support import kernel_checks, tiny
-from tinyllama_jax import errors, train
+from tinyllama_jax import errors, sharding, train
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster import place
 from tinyllama_jax.config import KernelConfig
@@ -51,10 +53,10 @@ def _with_optimizer(config, **fields):
 
 
 def _losses(folder):
-    records = metrics.read_entries(folder / 'metrics.jsonl')
-    steps = [record['step'] for record in records]
+    entries = metrics.read_entries(folder / 'metrics.jsonl')
+    steps = [entry['step'] for entry in entries]
     assert steps == list(range(1, len(steps) + 1)), 'a step is missing or written twice'
-    return [record['loss'] for record in records]
+    return [entry['loss'] for entry in entries]
 
 
 @pytest.fixture(scope='module')
@@ -88,8 +90,8 @@ def _said(folder):
 
 def _wait_for_step(folder, step, process):
     while process.poll() is None:
-        records = metrics.read_entries(folder / 'metrics.jsonl')
-        if records and records[-1]['step'] >= step:
+        entries = metrics.read_entries(folder / 'metrics.jsonl')
+        if entries and entries[-1]['step'] >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f'ended before step {step}: {_said(folder)}')
@@ -98,8 +100,8 @@ def _wait_for_step(folder, step, process):
 def test_a_run_learns_and_writes_what_others_read(uninterrupted):
     losses = _losses(uninterrupted)
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
-    record = metrics.read_entries(uninterrupted / 'metrics.jsonl')[-1]
-    assert {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_seconds'} <= set(record)
+    entry = metrics.read_entries(uninterrupted / 'metrics.jsonl')[-1]
+    assert {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_seconds'} <= set(entry)
     validation = metrics.read_entries(uninterrupted / 'validation.jsonl')
     assert [r['step'] for r in validation] == [10, 20, 30, 40] and set(validation[0]['loss']) == {'prose', 'code'}
     saved = json.loads((uninterrupted / 'config.json').read_text())
@@ -169,9 +171,9 @@ def test_a_run_from_before_there_were_masks_goes_on_without_them(store, short_ru
     folder = shutil.copytree(short_run, tmp_path / 'run')
     meta_path = folder / 'checkpoints' / '2' / 'meta' / 'metadata'
     for path in (folder / 'config.json', meta_path):
-        record = json.loads(path.read_text())
-        del record['config']['data']['document_mask'], record['config']['data']['restart_positions']
-        path.write_text(json.dumps(record))
+        content = json.loads(path.read_text())
+        del content['config']['data']['document_mask'], content['config']['data']['restart_positions']
+        path.write_text(json.dumps(content))
     config = _config(store, num_steps=3)
     with pytest.raises(errors.UsageError, match=r'^config\.data\.document_mask is True, but'):
         train.train(experiment.override(config, 'data.document_mask', 'true'), folder)
@@ -286,10 +288,10 @@ def _pretend_killed_at(folder, step, *, change_loss_of):
         if int(newer.name) > step:
             newer.rename(folder / f'gone-{newer.name}')
     path = folder / 'metrics.jsonl'
-    records = metrics.read_entries(path)
-    for record in records:
-        record['loss'] += 1e-7 * (record['step'] == change_loss_of)
-    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    entries = metrics.read_entries(path)
+    for entry in entries:
+        entry['loss'] += 1e-7 * (entry['step'] == change_loss_of)
+    path.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(store, tmp_path):
@@ -304,11 +306,11 @@ def test_a_kernel_is_tested_named_and_gives_the_same_losses(store, tmp_path, sho
     config = dataclasses.replace(_config(store, num_steps=2), kernels=KernelConfig(swiglu='interpret'))
     train.train(config, tmp_path)
     said = capsys.readouterr().err
-    assert 'ops on CPU: attention xla, rms_norm xla, rope xla, swiglu interpret, cross_entropy xla\n' in said
+    assert 'ops on CPU: attention xla, rms_norm xla, rope xla, swiglu interpret, cross_entropy xla, ' in said
     assert 'self-test passed: largest errors in float32 swiglu ' in said
     first, *others = metrics.read_entries(tmp_path / 'metrics.jsonl')
     assert first['kernels']['swiglu'] == 'interpret' and first['kernels']['rope'] == 'xla'
-    assert not any('kernels' in record for record in others)
+    assert not any('kernels' in entry for entry in others)
     assert _losses(tmp_path) == pytest.approx(_losses(short_run), abs=1e-5)
 
 
@@ -327,6 +329,16 @@ def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp
     assert called == [(1, (320, 32)), (2, (320, 32))]
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
     assert metrics.read_entries(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
+
+
+def test_an_implicit_transfer_in_the_loop_raises_and_one_in_a_hook_does_not(store, tmp_path, monkeypatch):
+    def implicit(step, params):
+        jax.jit(lambda x: x + 1)(np.ones(3))
+
+    train.train(_config(store, num_steps=1), tmp_path / 'hook', hooks=[implicit])
+    monkeypatch.setattr(sharding, 'global_arrays', lambda batch, *_, **__: batch)  # leaves numpy arrays to the step
+    with pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device transfer'):
+        train.train(_config(store, num_steps=1), tmp_path / 'loop')
 
 
 class Noted(cluster.Members):
