@@ -44,7 +44,7 @@ def _check_flags(name: str) -> None:
 
 
 def main(argv: list[str]) -> int | None:
-    """Parses, dispatches, and turns a foreseen failure into one line and its exit status."""
+    """Runs the command; prints a foreseen failure as one line and returns its exit status."""
     try:
         arguments, overrides = experiment.split_overrides(argv[1:])
         name, *rest = FLAGS([argv[0], *arguments])[1:] or ['']
@@ -68,5 +68,5 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == '__main__':
-    signals.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command takes it up again.')
+    signals.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command resumes or starts over.')
     sys.exit(main(sys.argv))

@@ -6,7 +6,7 @@ backward pass recomputes the weights. It is kept as two terms, the row's maximum
 sum, because their sum would lose digits where logits are large. A program of the second backward
 kernel owns a tile of keys and values and loops over all query heads that read them, so that nothing
 is added atomically. The tiles with the most work start first, across all heads: head by head, a few
-long ones would remain at the end while the other multiprocessors wait.
+long tiles would run last while the other multiprocessors wait.
 
 Shapes: B batch, T time (queries and keys alike), N query heads, K key-value heads, G = N / K,
 H head dim; lse_BN2T: maximum and log2 of the sum. Query head n reads key-value head n // G. Sizes
@@ -46,7 +46,7 @@ def _row_values(ptr, rows, T: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _visible(queries, keys, query_segments, keys_segments, DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Which [queries, keys] pairs attend; called only for tiles in which some may not."""
+    """Returns which [queries, keys] pairs attend; called only for tiles in which some may not."""
     if DIAGONAL and SEGMENTS:
         return (queries >= keys) & (query_segments == keys_segments)
     if SEGMENTS:
@@ -59,7 +59,7 @@ def _visible_keys(
     queries, query_segments, keys, segments_ptr,
     T: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """`_visible`, after loading the keys' segments."""
+    """Loads the keys' segments and returns what `_visible` does."""
     key_segments = _row_values(segments_ptr, keys, T, EVEN) if SEGMENTS else keys
     return _visible(queries[:, None], keys[None, :], query_segments[:, None], key_segments[None, :], DIAGONAL, SEGMENTS)
 
@@ -317,7 +317,7 @@ def attention_dkv_kernel(
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip: Chip):
-    """Causal attention, scaled by 1 / sqrt(H), on one device; as `reference.attention`.
+    """Returns causal attention, scaled by 1 / sqrt(H), on one device; as `reference.attention`.
 
     The output and the log-sum-exp are named 'attention_out' and 'attention_lse'. A remat policy that keeps
     these does not run the forward kernel again.

@@ -33,7 +33,7 @@ STREAMING = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as a static argument has to be
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static argument of jit must be hashable
 class Chip:
     """What kernels run on: a GPU of one compute capability, or Triton's interpreter (`launch.INTERPRETER`)."""
 
@@ -46,22 +46,22 @@ class Chip:
     run: Callable | None = None  # runs a kernel in place of jax-triton (`launch.call`)
 
     def attention_tile(self, kernel: str, dtype: str, head_dim: int, *, segments: bool) -> Tile:
-        """The tile shape of an attention kernel, which with segment ids may have one of its own."""
+        """Returns the tile shape of an attention kernel, which may be another one with segment ids."""
         tiles = self.attention[dtype, head_dim]
         return tiles.get(f'{kernel}_segments' if segments else kernel, tiles[kernel])
 
 
 def attention_tiles(**kernels: tuple[int, int, int, int]) -> dict[str, Tile]:
-    """Tiles of the attention kernels from (BLOCK_Q, BLOCK_K, warps, stages) of each."""
+    """Returns the tiles of the attention kernels from (BLOCK_Q, BLOCK_K, warps, stages) of each."""
     return {
         f'attention_{name}': Tile({'BLOCK_Q': block_q, 'BLOCK_K': block_k}, warps, stages)
         for name, (block_q, block_k, warps, stages) in kernels.items()
     }
 
 
-# Registers limit these tiles: kernels/resources.py finds no spills, for which kernels with segment ids may need smaller
-# ones. Those of sm_90, bfloat16 and 64 are the fastest of a sweep on an H100 (bench/results); they are small, so that
-# several share a multiprocessor and one multiplies while another computes exponentials. The others are not tuned.
+# Registers limit these tiles: no kernel may spill (kernels/resources.py), and some need smaller ones with segment ids.
+# Those of sm_90, bfloat16 and head dim 64 are the fastest of a sweep on an H100 (bench/results): small, so that several
+# share a multiprocessor and one multiplies while another computes exponentials. The others are not tuned.
 _FLOAT32 = {  # for checks, not for speed: tensor cores have no float32
     ('float32', 64): attention_tiles(forward=(32, 32, 4, 2), dq=(16, 32, 4, 2), dkv=(16, 32, 8, 1)),
     ('float32', 128): attention_tiles(forward=(32, 16, 8, 2), dq=(32, 16, 8, 2), dkv=(16, 64, 8, 2)),

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head by chunks of tokens, the gradient with the loss, so that whole logits never exist.
+"""Cross-entropy of a linear head, computed with its gradient by chunks of tokens: whole logits never exist.
 
 A few large chunks keep the matrix products large. The gradient is computed while a chunk's logits are
 in memory, so that nothing is computed twice. The arithmetic on each row of logits is passed in
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from kernels import reference, varying
 
-CHUNK = 2_048  # tokens: float32 logits of 262 MB at 32,000 pieces
+CHUNK = 2_048  # tokens: float32 logits of 262 MB at a vocabulary of 32,000
 
 
 class LogitRows(Protocol):
@@ -40,7 +40,7 @@ class LogitRows(Protocol):
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, weights_BT, *, z_loss: float, vocab_axis: str | None, rows: LogitRows):
-    """(loss, {'nll', 'z_loss'}) as `reference.cross_entropy`; weights are constants."""
+    """Returns (loss, {'nll', 'z_loss'}), as `reference.cross_entropy` does; weights are constants."""
     if weights_BT is None:
         weights_BT = jnp.ones_like(targets_BT, jnp.float32)
     weights_BT = weights_BT.astype(jnp.float32)
@@ -64,7 +64,7 @@ def _chunks(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _loss(x_nCD, targets_nC, weights_nC, head_DV, z_loss, vocab_axis, rows):
-    """(loss, nll, z_loss); only the loss has a gradient."""
+    """Returns (loss, nll, z_loss); only the loss has a gradient."""
 
     def add(parts, chunk):
         added, _ = _parts(chunk, head_DV, z_loss, vocab_axis, rows)
@@ -117,7 +117,7 @@ def _zeros(weights_nC):
 
 
 def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
-    """((negative log-likelihood, z-loss), (residuals, own_top, top, log) for `LogitRows.gradient`) of a chunk."""
+    """Returns a chunk's (negative log-likelihood, z-loss), and (residuals, own_top, top, log) for its gradient."""
     x_CD, targets_C, weights_C = chunk
     logits_CV = _product(x_CD, head_DV)
     own_top_C, total_C, picked_C, residuals = rows.sums(logits_CV, targets_C)
@@ -128,7 +128,7 @@ def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
 
 
 def _reduced_over_vocabulary(own_top_C, total_C, picked_C, vocab_axis):
-    """(top, log, target's logit) over the whole vocabulary, from those of each device's part."""
+    """Returns (top, log, target's logit) over the whole vocabulary, from those of each device's part."""
     if not vocab_axis:
         return own_top_C, jnp.log(total_C), picked_C
     top_C = jax.lax.pmax(own_top_C, vocab_axis)

@@ -1,4 +1,4 @@
-"""The ops in plain JAX that XLA compiles well for CPUs, held to `reference` by tests.
+"""The ops in plain JAX that XLA compiles well for CPUs; tests compare them with `reference`.
 
 They differ from `reference` in their gradients. Autodiff gives matrix products on transposed
 operands, which take XLA two to five times as long as a plain product, and keeps what can be
@@ -35,7 +35,7 @@ _MOST_BLOCKS = 16  # limits compile time
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x, w, gradient_dtype=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype, as `reference.linear`."""
+    """Returns x [B, T, *inputs] times w [*inputs, *outputs], in x's dtype, as `reference.linear` does."""
     return _linear_fwd(x, w, gradient_dtype)[0]
 
 
@@ -61,7 +61,7 @@ def _matrix(x):
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
-    """x / sqrt(mean(x^2) + eps) * scale, or (the norm of x + residual, x + residual); as `reference.rms_norm`."""
+    """Returns the norm of x, or (the norm of x + residual, x + residual), as `reference.rms_norm` does."""
     if residual_BTD is None:
         return _rms_norm(*varying.together(x_BTD, scale_D), eps)
     sum_BTD = x_BTD + residual_BTD
@@ -95,7 +95,7 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
-    """Rotary position embedding, half rotation, as `reference.rope`."""
+    """Returns x turned by rotary position embedding, half rotation, as `reference.rope` does."""
     angles = reference.rotary_angles(positions_BT, x_BTNH.shape[-1] // 2, base=base, scaling=scaling)
     return _turned(x_BTNH, *jax.lax.optimization_barrier(angles))
 
@@ -117,7 +117,7 @@ _turned.defvjp(_turned_fwd, _turned_bwd)
 
 @jax.custom_vjp
 def swiglu(gate_BTF, up_BTF):
-    """silu(gate) * up, as `reference.swiglu`."""
+    """Returns silu(gate) * up, as `reference.swiglu` does."""
     return _swiglu_fwd(gate_BTF, up_BTF)[0]
 
 
@@ -136,7 +136,7 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
-    """Causal grouped-query attention over whole sequences (S = T), as `reference.attention`."""
+    """Returns causal grouped-query attention over whole sequences (S = T), as `reference.attention` does."""
     return _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
 
@@ -190,7 +190,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _blocks(length: int) -> list[slice]:
-    """Slices of `_QUERY_BLOCK` that cover `length`, or larger ones where these would be more than `_MOST_BLOCKS`."""
+    """Returns slices of `_QUERY_BLOCK` that cover `length`; larger ones if there would be more than `_MOST_BLOCKS`."""
     size = max(_QUERY_BLOCK, -(-length // _MOST_BLOCKS))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -215,7 +215,7 @@ def _transposed_heads(x_BSKH):
 
 
 def _block_matrix(x_BKGTH, block: slice):
-    """The block's queries of all heads of a group, as rows [B, K, R, H]."""
+    """Returns the block's queries of all heads of a group, as rows [B, K, R, H]."""
     B, K, _, _, H = x_BKGTH.shape
     return x_BKGTH[:, :, :, block].reshape(B, K, -1, H)
 
@@ -226,13 +226,13 @@ def _unrows(x_BKRH, block: slice):
 
 
 def _matmul(x, y):
-    """Matrix product, batched over two leading axes, in float32."""
+    """Returns the float32 product of matrices, batched over two leading axes."""
     dims = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 def _scores(q_BKRH, kt_BKHS, block: slice, segment_ids_BT):
-    """Masked float32 logits of a block's rows with all keys up to the block's end."""
+    """Returns the masked float32 logits of a block's rows with all keys up to the block's end."""
     scores_BKRS = _matmul(q_BKRH, kt_BKHS[..., : block.stop])
     B, K, R, S = scores_BKRS.shape
     queries = block.stop - block.start
@@ -253,7 +253,7 @@ def _row_sum(x):
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None):
-    """Mean next-token loss in nats, by chunks of tokens, as `reference.cross_entropy`; weights are constants."""
+    """Returns (loss, its parts) in nats, by chunks of tokens, as `reference.cross_entropy`; weights are constants."""
     return chunked_loss.cross_entropy(
         x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=_PlainLogitRows()
     )

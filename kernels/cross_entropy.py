@@ -54,7 +54,7 @@ def cross_entropy_gradient_kernel(
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT, z_loss, vocab_axis, chip: Chip):
-    """(loss, its parts) as `reference.cross_entropy`."""
+    """Returns (loss, its parts), as `reference.cross_entropy` does."""
     rows = _TritonLogitRows(chip)
     return chunked_loss.cross_entropy(
         x_BTD, head_DV, targets_BT, weights_BT, z_loss=z_loss, vocab_axis=vocab_axis, rows=rows

@@ -1,4 +1,4 @@
-"""The seven ops of the model, each with a choice of implementation; a name works or raises, and nothing falls back.
+"""The seven ops of the model, each with a choice of implementation; a name works or raises: nothing falls back.
 
     impl=None         the default for the op and the chip
     impl='xla'        plain JAX: reference.py on GPUs, cpu.py on CPUs
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from kernels import checks, chips, cpu, embedding, launch, reference
 
 _ALL = ('xla', 'triton', 'interpret')
-# op: its implementations. An op runs Triton on a GPU and plain JAX on a CPU unless told otherwise, and plain JAX
-# everywhere if it has no kernel: XLA's matrix product is the library's, and the embedding only moves rows.
+# op: its implementations. By default an op runs Triton on a GPU and plain JAX on a CPU. An op without a kernel runs
+# plain JAX everywhere: XLA calls a library for matrix products, and the embedding only moves rows.
 OPS = {
     'attention': (*_ALL, 'cudnn'),
     'rms_norm': _ALL,
@@ -33,9 +33,9 @@ OPS = {
     'linear': ('xla',),
     'embed': ('xla',),
 }
-# How far right results may be from plain JAX's in float32: (a row, relative to its norm; a whole result). By dtype, or
-# by implementation if it rounds more than its inputs' dtype does. bfloat16 rounds by up to 4e-3, several times on the
-# way; a wrong tile or mask is off by a tenth and more, a slightly wrong scale everywhere alike.
+# The largest error of a correct result against plain JAX in float32: (of a row, relative to its norm; of the whole). By
+# dtype, or by implementation if it rounds more than its inputs' dtype does. bfloat16 rounds by up to 4e-3, several
+# times on the way. A wrong tile or mask puts rows off by a tenth or more; a slightly wrong scale shows in the whole.
 TOLERANCES = {'float32': (1e-4, 3e-5), 'bfloat16': (3e-2, 1e-2)}
 
 
@@ -60,7 +60,7 @@ def implementation(op: str, *, impl: str | None = None, chip: str | None = None)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=None):
-    """Causal grouped-query attention, scaled by 1 / sqrt(H): [B, T, N, H] in q's dtype.
+    """Returns causal grouped-query attention, scaled by 1 / sqrt(H): [B, T, N, H] in q's dtype.
 
     Query head n reads key-value head n // (N / K). With `segment_ids_BT` (integers) a position
     attends to its own segment only. Triton: FlashAttention-2 (Dao, 2023). Raises ValueError for
@@ -85,10 +85,10 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=No
 
 
 def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
-    """x / sqrt(mean(x^2) + eps) * scale: [B, T, D] in x's dtype (Zhang and Sennrich, 2019).
+    """Returns x / sqrt(mean(x^2) + eps) * scale: [B, T, D] in x's dtype (Zhang and Sennrich, 2019).
 
-    The scale has x's dtype or float32. With `residual_BTD`: (the norm of x + residual, x + residual), in
-    one pass. Raises ValueError as `attention` does.
+    The scale has x's dtype or float32. With `residual_BTD` returns (the norm of x + residual,
+    x + residual), computed in one pass. Raises ValueError as `attention` does.
     """
     op = 'rms_norm'
     impl = implementation(op, impl=impl, chip=chip)
@@ -103,7 +103,7 @@ def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
-    """Rotary position embedding, half rotation, of queries or keys: [B, T, N, H] in x's dtype (Su et al., 2021).
+    """Returns queries or keys [B, T, N, H] turned by rotary position embedding, half rotation (Su et al., 2021).
 
     The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H). Raises ValueError as `attention` does.
     """
@@ -118,7 +118,7 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
 
 
 def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):
-    """silu(gate) * up: [B, T, F] in the inputs' dtype (Shazeer, 2020). Raises ValueError as `attention` does."""
+    """Returns silu(gate) * up, [B, T, F] in their dtype (Shazeer, 2020). Raises ValueError as `attention` does."""
     op = 'swiglu'
     impl = implementation(op, impl=impl, chip=chip)
     checks.require_implementation(op, impl, checks.require_floats(op, 'BTF', gate=gate_BTF, up=up_BTF))
@@ -128,7 +128,7 @@ def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vocab_axis=None, impl=None, chip=None):
-    """(mean loss, {'nll', 'z_loss'}) of a linear head, float32 scalars; by chunks, so that whole logits never exist.
+    """Returns (mean loss, {'nll', 'z_loss'}) of a linear head, float32 scalars; by chunks: whole logits never exist.
 
     The loss is the sum of its parts: nll, the mean negative log-likelihood of `targets_BT` (integers)
     in nats, and `z_loss` times the mean squared log-sum-exp (PaLM, section 5). Only the loss has a
@@ -152,7 +152,7 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vo
 
 
 def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs], which is rounded to x's dtype: [B, T, *outputs].
+    """Returns x [B, T, *inputs] times w [*inputs, *outputs], which is rounded to x's dtype: [B, T, *outputs].
 
     w's gradient leaves its matrix product in `gradient_dtype` (x's dtype by default). Raises ValueError as
     `attention` does.
@@ -165,7 +165,7 @@ def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
 
 
 def embed(table_VD, tokens_BT, *, impl=None, chip=None):
-    """Rows [B, T, D] of the table, zeros for tokens outside it; the table's gradient is added up in one order.
+    """Returns rows [B, T, D] of the table, zeros for tokens outside it; its gradient is added up in one order.
 
     Raises ValueError as `attention` does.
     """

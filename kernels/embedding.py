@@ -16,7 +16,7 @@ from kernels import varying
 
 
 def embed(table_VD, tokens_BT, *, by_sorting: bool):
-    """Each token's row, [B, T, D]; zeros for tokens outside [0, V), which another device may own."""
+    """Returns each token's row, [B, T, D]; zeros for tokens outside [0, V), which another device may own."""
     return _embed(*varying.together(table_VD, tokens_BT), by_sorting)
 
 
@@ -49,7 +49,7 @@ _embed.defvjp(_embed_fwd, _embed_bwd)
 
 
 def _segment_sums(tokens_M, dx_MD, V: int):
-    """Sorts by token; returns (the token at the last position of its segment, V or above elsewhere; sums so far)."""
+    """Sorts by token; returns (tokens, sums so far). A token is V or above except at the end of its segment."""
     order_M = jnp.argsort(tokens_M)
     tokens_M, dx_MD = tokens_M[order_M], dx_MD[order_M]
     differs_M = tokens_M[1:] != tokens_M[:-1]

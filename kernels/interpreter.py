@@ -77,14 +77,14 @@ def _widened(handle):
 
 
 def _rounded(data: np.ndarray):
-    """A bfloat16 handle for float32 data, rounded to nearest even."""
+    """Returns a bfloat16 handle for float32 data, rounded to nearest even."""
     return interpreter.TensorHandle(
         np.ascontiguousarray(data, np.float32).astype(_BFLOAT16).view(np.uint16), tl.bfloat16
     )
 
 
 def _patched_methods(builder) -> dict:
-    """The builder's methods that get bfloat16 wrong, each with bfloat16 handled first."""
+    """Returns {name: a method that handles bfloat16 first} for the builder's methods that get it wrong."""
     dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
     binary, unary = builder.binary_op, builder.unary_op
 
@@ -127,7 +127,7 @@ def _patched_methods(builder) -> dict:
 
 @functools.cache
 def _rewritten(function):
-    """A function that a kernel calls, rewritten for the interpreter; the language is patched already."""
+    """Returns a function that a kernel calls, rewritten for the interpreter; the language is already patched."""
     return interpreter.InterpretedFunction(function).rewrite()
 
 
@@ -143,7 +143,7 @@ def _interpreting():
 
     def patch_tensor_and_index(tensor, *rest):
         patch_tensor(tensor, *rest)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # numpy 2.5 takes no [1] as an index
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # numpy 2.5 refuses a [1] as an index
 
     def call(function, *arguments, **constants):
         return _rewritten(function.fn)(*arguments, **constants)
@@ -155,7 +155,7 @@ def _interpreting():
     try:
         for owner, name, patched in patches:
             setattr(owner, name, patched)
-        # Here for the functions that a kernel calls, too, which see the language under another name.
+        # Patched here too: the functions that a kernel calls see the language under another name.
         interpreter._patch_lang(types.SimpleNamespace(__globals__={'tl': tl, 'core': core}))
         yield
     finally:

@@ -60,7 +60,7 @@ def interpret(chip, kernel, inputs, outputs, grid, tile, constants):
 INTERPRETER = Chip(
     'interpreter',
     multiprocessors=1,
-    shared_bytes=0,  # not limited, and not asked for
+    shared_bytes=0,  # not limited, and never read
     attention=dict.fromkeys(
         itertools.product(checks.KERNEL_DTYPES, checks.HEAD_DIMS),
         chips.attention_tiles(forward=(64, 32, 4, 2), dq=(64, 32, 4, 2), dkv=(32, 64, 4, 2)),

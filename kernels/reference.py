@@ -1,4 +1,4 @@
-"""Each op stated once in plain JAX, to which tests hold every faster implementation.
+"""Each op stated once in plain JAX; tests compare every faster implementation with it.
 
 Shapes: B batch, T query time, S key time, D model, N query heads, K key-value
 heads, G = N / K, H head dim, F feed-forward, V vocabulary.
@@ -15,12 +15,12 @@ _MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 
 def _wide(dtype):
-    """The dtype to compute in: float32, or float64 for float64 inputs."""
+    """Returns the dtype to compute in: float32, or float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
-    """Causal grouped-query attention, scaled by 1 / sqrt(H); returns [B, T, N, H].
+    """Returns causal grouped-query attention, scaled by 1 / sqrt(H): [B, T, N, H].
 
     Query head n reads key-value head n // G. With `segment_ids_BT`, a position
     attends only to earlier positions of its own segment.
@@ -33,7 +33,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
 
 
 def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
-    """Attention of one query per row over the visible slots of a key-value cache; returns [B, 1, N, H].
+    """Attends with one query per row to the visible slots of a key-value cache; returns [B, 1, N, H].
 
     The cache has heads before slots, [B, K, S, H].
     """
@@ -63,7 +63,7 @@ def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x, w, gradient_dtype=None):
-    """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; w is rounded to it.
+    """Returns x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs] in x's dtype; w is rounded to it.
 
     w's gradient leaves its matrix product, and is reduced between devices, in `gradient_dtype` (x's dtype by default).
     """
@@ -88,14 +88,14 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def precision(x):
-    """The precision to ask for in products of x: true float32 for float32 (GPUs default to TF32)."""
+    """Returns the precision to ask for in products of x: true float32 for float32 (GPUs default to TF32)."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
-    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019).
+    """Returns x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 2019).
 
-    With `residual_BTD`: (the norm of x + residual, x + residual).
+    With `residual_BTD` returns (the norm of x + residual, x + residual).
     """
     if residual_BTD is not None:
         x_BTD = x_BTD + residual_BTD
@@ -106,7 +106,7 @@ def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
 
 
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
-    """Rotary position embedding, half rotation (the layout Llama checkpoints use).
+    """Returns x turned by rotary position embedding, half rotation (the layout Llama checkpoints use).
 
     The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H);
     `scaling` > 1 is linear position interpolation.
@@ -116,7 +116,7 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
 
 
 def rotary_angles(positions_BT, half: int, *, base, scaling=1.0, dtype=jnp.float32):
-    """Cosines and sines, [B, T, 1, half], of the angles that `rope` turns by."""
+    """Returns the cosines and sines, [B, T, 1, half], of the angles that `rope` turns by."""
     frequency_h = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle_BT1h = (positions_BT.astype(dtype) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
     return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
@@ -132,12 +132,12 @@ def turned(x_BTNH, cos_BT1h, sin_BT1h):
 
 
 def swiglu(gate_BTF, up_BTF):
-    """silu(gate) * up (Shazeer, 2020)."""
+    """Returns silu(gate) * up (Shazeer, 2020)."""
     return jax.nn.silu(gate_BTF) * up_BTF
 
 
 def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
-    """(loss, {'nll', 'z_loss'}), float32 scalars: the loss to minimise is the sum of the two parts.
+    """Returns (loss, {'nll', 'z_loss'}), float32 scalars: the loss to minimise is the sum of the two parts.
 
     nll: mean negative log-likelihood, in nats, of `targets_BT` under softmax(x @ head).
     z_loss: `z_loss` times the mean squared log of the softmax's denominator (PaLM, section 5).

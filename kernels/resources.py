@@ -44,13 +44,13 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Such as attention_forward bfloat16 H64."""
+        """The kernel and its variant, such as attention_forward bfloat16 H64."""
         back = ' back' if self.constants.get('SIGN') == -1 else ''  # rope's own gradient
         return f'{self.kernel.__name__.removesuffix("_kernel")} {self.variant}{back}'
 
 
 def launches(chip: str) -> list[Launch]:
-    """Each form of each kernel that the ops launch at 1.1 B shapes: dtypes, head dims, segment ids, fused residual."""
+    """Returns every kernel that the ops launch at 1.1 B shapes, for each dtype, head dim and option."""
     launched = []
     for dtype in ('bfloat16', 'float32'):
         for H in (64, 128):
@@ -60,7 +60,7 @@ def launches(chip: str) -> list[Launch]:
 
 
 def _recorded(chip: str, variant: str, function, *arrays) -> list[Launch]:
-    """What `function(chip, *arrays)` and its gradient launch."""
+    """Returns what `function(chip, *arrays)` and its gradient launch."""
     recorded = []
 
     def record(_, kernel, inputs, outputs, grid, tile, constants):
@@ -89,7 +89,7 @@ def _attention(chip: str, dtype: str, H: int, *, segments: bool) -> list[Launch]
 
 
 def _streaming(chip: str, dtype: str) -> list[Launch]:
-    """The launches of the ops that stream memory."""
+    """Returns the launches of the ops that stream memory."""
     x, scale = jax.ShapeDtypeStruct((_B, _T, _D), dtype), jax.ShapeDtypeStruct((_D,), jnp.float32)
     queries, keys = (jax.ShapeDtypeStruct((_B, _T, heads, 64), dtype) for heads in (_N, _K))
     wide = jax.ShapeDtypeStruct((_B, _T, _F), dtype)
@@ -116,7 +116,7 @@ def _streaming(chip: str, dtype: str) -> list[Launch]:
 
 
 def compiled(launched: Launch, chip: str):
-    """Triton's compiled kernel, as jax-triton compiles it: every address is a multiple of 16 bytes."""
+    """Returns the kernel compiled by Triton as jax-triton does it: every address is a multiple of 16 bytes."""
     pointers = [_POINTERS[array.dtype.name] for array in launched.arrays]
     names = launched.kernel.arg_names
     signature = dict(zip(names, pointers, strict=False)) | dict.fromkeys(names[len(pointers) :], 'constexpr')
@@ -135,7 +135,7 @@ def compiled(launched: Launch, chip: str):
 
 
 def usage(launched: Launch, chip: str) -> dict:
-    """What a kernel needs of the chip; `spills` counts loads and stores, `tf32` instructions that round float32."""
+    """Returns a kernel's needs; `spills` counts loads and stores, `tf32` the instructions that round float32."""
     binary = compiled(launched, chip)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(binary.asm['cubin'])
@@ -144,7 +144,7 @@ def usage(launched: Launch, chip: str) -> dict:
         registers, stack, local = (
             int(re.findall(rf'{name}:(\d+)', resources)[0]) for name in ('REG', 'STACK', 'LOCAL')
         )
-        # A kernel that spills has a stack. Disassembling takes longer than most compilations, so the others are not.
+        # A kernel that spills has a stack; the others are not disassembled, which takes longer than most compilations.
         code = _output_of('nvdisasm', '-c', file.name) if stack or local else ''
     return {
         'kernel': launched.name,
@@ -162,7 +162,7 @@ def _output_of(tool: str, *arguments: str) -> str:
 
 
 def table() -> list[dict]:
-    """The usage of every kernel on every chip; prints its progress on stderr."""
+    """Returns the usage of every kernel on every chip; prints its progress on stderr."""
     pairs, rows = [(launched, chip) for chip in chips.CHIPS for launched in launches(chip)], []
     for number, (launched, chip) in enumerate(pairs, start=1):
         print(f'[{number}/{len(pairs)}] {launched.name} on {chip}', file=sys.stderr)
@@ -171,7 +171,7 @@ def table() -> list[dict]:
 
 
 def faults(row: dict) -> list[str]:
-    """Why a kernel would run slowly or wrongly on its chip; empty if nothing is wrong."""
+    """Returns why a kernel would run slowly or wrongly on its chip; empty if nothing is wrong."""
     reasons = [f'{row[name]} {name}' for name in ('spills', 'global_scratch_bytes', 'tf32') if row[name]]
     limit = chips.CHIPS[row['chip']].shared_bytes
     if row['shared_bytes'] > limit:
@@ -180,7 +180,7 @@ def faults(row: dict) -> list[str]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table as docs/kernels.md holds it."""
+    """Returns the table in Markdown, as docs/kernels.md holds it."""
     columns = list(rows[0])
     lines = ['| ' + ' | '.join(column.replace('_', ' ') for column in columns) + ' |', '|' + '---|' * len(columns)]
     return '\n'.join(lines + ['| ' + ' | '.join(str(row[column]) for column in columns) + ' |' for row in rows])

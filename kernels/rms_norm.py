@@ -51,7 +51,7 @@ def rms_norm_add_forward_kernel(
     x_ptr, residual_ptr, scale_ptr, sum_ptr, y_ptr, inverse_ptr,
     D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes a row of sum = x + residual and, as `rms_norm_forward_kernel`, the norm of the sum as rounded."""
+    """Writes a row of sum = x + residual and the norm of the rounded sum, as `rms_norm_forward_kernel` does."""
     row = tl.program_id(0).to(tl.int64)
     added = _load_row(x_ptr, row, D, BLOCK) + _load_row(residual_ptr, row, D, BLOCK)
     added = added.to(sum_ptr.dtype.element_ty)
@@ -81,7 +81,7 @@ def rms_norm_backward_kernel(
 
 
 def rms_norm(x_BTD, scale_D, residual_BTD, eps, chip: Chip):
-    """The normed [B, T, D] on one device, as `reference.rms_norm`; with a residual (normed, x + residual)."""
+    """Returns the normed [B, T, D] on one device, as `reference.rms_norm`; with a residual (normed, x + residual)."""
     x_BTD, scale_D = varying.together(x_BTD, scale_D)
     if residual_BTD is None:
         return _norm(x_BTD, scale_D, eps, chip)

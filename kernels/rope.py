@@ -38,7 +38,7 @@ def rope_kernel(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def rope(x_BTNH, positions_BT, base, scaling, chip: Chip):
-    """Queries or keys [B, T, N, H] turned on one device, as `reference.rope`; the gradient recomputes the angles."""
+    """Turns queries or keys [B, T, N, H] on one device, as `reference.rope`; the gradient recomputes the angles."""
     return _turn(x_BTNH, positions_BT, base, scaling, chip, sign=1)
 
 

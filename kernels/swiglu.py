@@ -39,7 +39,7 @@ def swiglu_backward_kernel(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, SIZE: t
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def swiglu(gate_BTF, up_BTF, chip: Chip):
-    """silu(gate) * up on one device, as `reference.swiglu`, rounded once."""
+    """Returns silu(gate) * up on one device, as `reference.swiglu`, rounded once."""
     return _swiglu_fwd(gate_BTF, up_BTF, chip)[0]
 
 

@@ -1,4 +1,4 @@
-"""The mesh axes along which an array varies, which `jax.shard_map` tracks in types and a custom gradient must respect.
+"""The mesh axes along which an array varies: `jax.shard_map` tracks them in types, custom gradients must respect them.
 
 Outside `shard_map` arrays have no such type, and these functions change nothing.
 """
@@ -7,7 +7,7 @@ import jax
 
 
 def axes(*arrays) -> tuple[str, ...]:
-    """The mesh axes along which any of the arrays varies, sorted."""
+    """Returns the mesh axes along which any of the arrays varies, sorted."""
     return tuple(sorted(frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))))
 
 

@@ -100,7 +100,7 @@ def _stopped(arguments, ready, then=lambda: None) -> None:
     then()
     output, said = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, ''), said
-    assert said.splitlines()[-1] == 'main.py: stopped by Ctrl-C; the same command takes it up again.'
+    assert said.splitlines()[-1] == 'main.py: stopped by Ctrl-C; the same command resumes or starts over.'
     assert 'Traceback' not in said and said.count('main.py') == 1
 
 

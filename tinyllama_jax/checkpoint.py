@@ -1,7 +1,7 @@
 """Checkpoints through orbax: asynchronous, complete or absent, checksummed.
 
-A checkpoint at step n is the state after n optimiser steps, as three items:
-`params`, `rest` (step and optimiser state) and `meta` (JSON: configuration, data
+A checkpoint at step n is the state after n optimizer steps, as three items:
+`params`, `rest` (step and optimizer state) and `meta` (JSON: configuration, data
 fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
 by renaming it, so a killed save leaves nothing behind. The checksums catch later
 changes of bytes, which orbax does not notice. If storage, memory or a device fails

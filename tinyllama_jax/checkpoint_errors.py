@@ -18,7 +18,7 @@ import jax
 
 from tinyllama_jax import errors
 
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # tensorstore raises only ValueErrors, which name errno so
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # tensorstore raises only ValueErrors, which name errno like this
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that mean damage
 
 
@@ -31,7 +31,7 @@ def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
 
 
 def set_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> pathlib.Path:
-    """Moves damaged checkpoints, {step: error}, out of `folder`; returns where to. Processes may do it at once."""
+    """Moves damaged checkpoints, {step: error}, out of `folder`; returns where to. Processes may call it at once."""
     aside = folder.with_name(folder.name + '-damaged')
     aside.mkdir(exist_ok=True)
     for step in map(str, damaged):

@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, clipping and the learning rate (paper, section 2.3). Steps are optimiser steps."""
+    """AdamW, clipping and the learning rate (paper, section 2.3). Steps are optimizer steps."""
 
     name: Literal['adamw'] = 'adamw'
     # After the warmup, cosine decay; or wsd: a stable rate, then linear decay over the last decay_steps.
@@ -128,7 +128,7 @@ class MeshConfig:
     data: Annotated[int, '>= -1', '!= 0'] = 1  # whole copies, whose gradients are added up
     fsdp: Annotated[int, '>= -1', '!= 0'] = -1  # splits batch and weights
     tensor: Annotated[int, '>= -1', '!= 0'] = 1  # splits heads, feed-forward width and vocabulary
-    # ZeRO's stage, along fsdp. 3 (FSDP): parameters, gradients and optimiser state are split, weights gathered layer by
+    # ZeRO's stage, along fsdp. 3 (FSDP): parameters, gradients and optimizer state are split, weights gathered layer by
     # layer, forward and backward. 1: a device holds a whole copy of the weights in the compute dtype through a step
     # (2.2 GB in bfloat16 for 1.1 B parameters), gathered once a step: less traffic, the more so with accumulation.
     zero: Literal[1, 3] = 3
@@ -149,7 +149,7 @@ class TrainConfig:
     """The loop: how long, how much at once, what is written when."""
 
     num_steps: int = 1_430_512
-    global_batch_size: int = 1_024  # sequences per optimiser step
+    global_batch_size: int = 1_024  # sequences per optimizer step
     micro_batch_size: int = 8  # sequences per device in one forward pass
     # What the backward pass finds saved, per layer and token of the 1.1 B model in bfloat16 with our kernels. none:
     # 58 KiB, everything. names: 40 KiB; norms and SwiGLU are recomputed. attention: 8 KiB, its output and log-sum-exp;
@@ -182,7 +182,7 @@ class TrainConfig:
     hang_timeout_s: Annotated[float, '>= 0'] = 1_800.0  # 0: neither is watched
 
     def due(self, step: int, every_steps: int) -> bool:
-        """Whether an every-N-steps action is due at `step` (0: never; always at the last step)."""
+        """Returns whether an every-N-steps action is due at `step` (0: never; always at the last step)."""
         return step == self.num_steps or bool(every_steps and step % every_steps == 0)
 
 

@@ -1,7 +1,7 @@
 """Counts parameters and FLOPs per token, and knows the peak FLOP/s of chips.
 
-Three conventions of training FLOPs per token are in use, and their figures do not
-compare (L layers, d = heads x head_dim, T sequence length):
+Three conventions of training FLOPs per token are in use, and their figures cannot
+be compared (L layers, d = heads x head_dim, T sequence length):
 
     C  6 (body + head) + 6 L d T     causal attention, as executed by flash attention
     F  6 (body + head) + 12 L d T    full attention (PaLM, appendix B, without the embedding)

@@ -201,7 +201,7 @@ def hidden(
 
 
 def _over_layers(layer, x_BTD, layers, cache, config: ModelConfig):
-    """Runs all layers: scanned, which compiles one layer, or unrolled, which runs faster; (x_BTD, cache)."""
+    """Runs all layers: scanned, which compiles one layer, or unrolled, which runs faster. Returns (x_BTD, cache)."""
     if config.scan_layers and not isinstance(layers, list):
         return jax.lax.scan(layer, x_BTD, (layers, cache))
     layers = layers if isinstance(layers, list) else unstacked(layers, config.num_layers)

@@ -1,4 +1,4 @@
-"""The model's ops under a mesh: each runs on its device's part of the arrays, split as one table of partitions says.
+"""The model's ops under a mesh: each device runs them on its part of the arrays, split as one table says.
 
 XLA would gather a kernel's inputs and run it whole on every device; so every op, whichever its
 implementation, is called inside `jax.shard_map`, which only this file calls.
@@ -34,7 +34,7 @@ _PARTITIONS = {
 
 
 def every_op(impl: str) -> KernelConfig:
-    """The KernelConfig that chooses `impl` for every op that has it; the others stay at their default."""
+    """Returns the KernelConfig with `impl` for every op that has it; the others keep their default."""
     fields = (field.name for field in dataclasses.fields(KernelConfig))
     choices: dict[str, Any] = {op: impl for op in fields if impl in dispatch.OPS.get(op, ())}
     return KernelConfig(**choices)
@@ -55,27 +55,27 @@ class Ops:
     gradient_dtype: str | None = None  # dtype in which weight gradients are reduced; none: the weights'
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
-        """Causal grouped-query attention over whole sequences [B, T, N, H]."""
+        """Returns causal grouped-query attention over whole sequences, [B, T, N, H]."""
         return self._run('attention', q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def rms_norm(self, x_BTD, scale_D, *, eps, residual_BTD=None):
-        """The normed [B, T, D]; with a residual (normed sum, sum)."""
+        """Returns the normed [B, T, D]; with a residual (normed sum, sum)."""
         return self._run('rms_norm', x_BTD, scale_D, residual_BTD, eps=eps)
 
     def rope(self, x_BTNH, positions_BT, *, base, scaling=1.0):
-        """Queries or keys [B, T, N, H] turned by their positions."""
+        """Returns queries or keys [B, T, N, H], turned by their positions."""
         return self._run('rope', x_BTNH, positions_BT, base=base, scaling=scaling)
 
     def swiglu(self, gate_BTF, up_BTF):
-        """silu(gate) * up, [B, T, F]."""
+        """Returns silu(gate) * up, [B, T, F]."""
         return self._run('swiglu', gate_BTF, up_BTF)
 
     def linear(self, x, w):
-        """x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs]."""
+        """Returns x [B, T, *inputs] times w [*inputs, *outputs]: [B, T, *outputs]."""
         return self._run('linear', x, w, gradient_dtype=self.gradient_dtype)
 
     def embed(self, table_VD, tokens_BT, dtype):
-        """Rows of the table, [B, T, D] in `dtype`."""
+        """Returns rows of the table, [B, T, D] in `dtype`."""
         embed = self._chosen('embed')
         if not self._sharded():
             return embed(table_VD, tokens_BT).astype(dtype)
@@ -91,7 +91,7 @@ class Ops:
         return self._on_each_device('embed', local, table_VD, tokens_BT)
 
     def cross_entropy(self, x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
-        """(mean loss over all devices, its parts), scalars; the head is rounded to x's dtype."""
+        """Returns (mean loss over all devices, its parts), scalars; the head is rounded to x's dtype."""
         cross_entropy = self._chosen('cross_entropy', z_loss=z_loss)
         if not self._sharded():
             return cross_entropy(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT=weights_BT)
@@ -99,7 +99,7 @@ class Ops:
         def local(x, head, targets, weights):
             head = self._gathered(head, x.dtype, 0)
             losses = cross_entropy(x, head, targets, weights_BT=weights, vocab_axis=vocab_axis)
-            # Each device has the mean over its own tokens, which counts by the weight they have among all.
+            # A device's mean over its own tokens counts by their share of the weight of all tokens.
             share = jnp.sum(weights) / jnp.maximum(jax.lax.psum(jnp.sum(weights), batch), 1e-9)
             return jax.tree.map(lambda loss: jax.lax.psum(loss * share, batch), losses)
 
@@ -108,17 +108,17 @@ class Ops:
         return self._on_each_device('cross_entropy', local, x_BTD, head_DV, targets_BT, weights_BT)
 
     def table(self) -> str:
-        """One line that says which implementation runs each op, and on which chip."""
+        """Returns one line that says which implementation runs each op, and on which chip."""
         names = ', '.join(f'{op} {name}' for op, name in self.implementations)
         return f'ops on {self.chip or "CPU"}: {names}'
 
     def padded_batch(self, count: int) -> int:
-        """`count` rounded up to a multiple of the batch shards."""
+        """Returns `count` rounded up to a multiple of the batch shards."""
         shards = sharding.batch_shards(self.mesh) if self.mesh else 1
         return -(-count // shards) * shards
 
     def _chosen(self, op: str, **options):
-        """The op's function with its implementation, the chip and `options` bound."""
+        """Returns the op's function with its implementation, the chip and `options` bound."""
         impl = dict(self.implementations)[op]
         return functools.partial(getattr(dispatch, op), impl=impl, chip=self.chip, **options)
 
@@ -137,7 +137,7 @@ class Ops:
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
 
     def _laid_out(self, x, spec: P, mesh: Mesh):
-        """The argument and its PartitionSpec; under ZeRO-1 a whole weight gets a leading axis of per-device copies."""
+        """Returns the argument and its PartitionSpec; under ZeRO-1 a whole weight gets an axis of device copies."""
         if spec in (EMBEDDING, HEAD) and self._copied():
             return _copies(x, mesh, spec), _copies_spec(mesh, spec)
         return x, sharding.split_axes(spec, mesh)
@@ -228,12 +228,12 @@ def _scatter(dw, dim: int | None, batch_axes: tuple[str, ...]):
 
 
 def chip_of(device) -> str | None:
-    """The compute capability of an NVIDIA GPU, such as sm_90; None for a CPU."""
+    """Returns the compute capability of an NVIDIA GPU, such as sm_90; None for a CPU."""
     return f'sm_{device.compute_capability.replace(".", "")}' if device.platform in ('gpu', 'cuda') else None
 
 
 def compute_dtype(model: ModelConfig, chip: str | None):
-    """The dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
+    """Returns the dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
     return jnp.dtype(model.compute_dtype or ('bfloat16' if chip else 'float32'))
 
 
@@ -257,7 +257,7 @@ def make_ops(
 
 
 def for_run(config: Config, mesh: Mesh, *, chip: str | None = None) -> Ops:
-    """`make_ops` for a run. Raises UsageError also if an implementation cannot do what the run needs of it."""
+    """Returns the ops of a run, as `make_ops`. Raises UsageError also if one cannot do what the run needs of it."""
     ops, model = make_ops(config.kernels, mesh, chip=chip), config.model
     whole_weights = config.mesh.zero == 1
     ops = dataclasses.replace(ops, whole_weights=whole_weights, gradient_dtype=config.train.gradient_dtype)

@@ -131,7 +131,7 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops)
     if rows_ABR.shape[0] == 1:
         return one(*jax.tree.map(lambda x_ABR: x_ABR[0], (rows_ABR, segment_ids_ABR)))
 
-    # One compiled pass, scanned: A rows of micro-batches, whose gradients add up as the parameters are sharded.
+    # One compiled pass, scanned over the A steps. Gradients are added up in the sharding of the parameters.
     def add(total, batch):
         return jax.tree.map(jnp.add, total, one(*batch)), None
 

@@ -21,7 +21,7 @@ _SPACE = '\u2581'  # sentencepiece writes a space as this character
 # Before each run of spaces, and around newlines and tabs.
 _CUT = re.compile(f'\\n|\\t|[ {_SPACE}]*[^ {_SPACE}\\n\\t]+|[ {_SPACE}]+')
 _MEMO_ENTRIES = 1 << 18  # about 50 MB
-_MEMO_CHARACTERS = 48  # longer cuts seldom come again
+_MEMO_CHARACTERS = 48  # longer cuts seldom recur
 _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
 
@@ -44,7 +44,7 @@ class Tokenizer:
             ) from None
         try:
             if not model:
-                raise ValueError('an empty file')  # sentencepiece would take it for no model given
+                raise ValueError('an empty file')  # sentencepiece would treat it as no model
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
             raise errors.UsageError(

@@ -82,7 +82,7 @@ class _Run:
         )
         self.profiler = _Profiler(config.train, folder / 'profile', self.journal.say, enabled=members.primary)
         self.throughput = metrics.Throughput()
-        self.logged = self.saved = self.start  # the last step of which that was done
+        self.logged = self.saved = self.start  # the last steps that were logged and saved
 
     def _restore_or_init(self) -> tuple[step_lib.TrainState, int]:
         check = functools.partial(resume.check_resume, self.config, self.data.fingerprint, self.folder)
@@ -227,7 +227,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _aside(self):
-        """A context for work beside training: its time is not the steps', and it may transfer."""
+        """A context for work beside training: its time is left out of the steps', and it may transfer."""
         with self.throughput.timed('paused'), jax.transfer_guard('allow'):
             yield
         self.lockstep.pause()  # the next step's time would otherwise include this work

@@ -3,8 +3,8 @@
     python bench/cpu/decode.py [--shapes=tiny,120m] [--batches=1,16]
 
 Random weights are exported to a Hugging Face folder, which both read, in float32. Each continues the same prompts of
-32 tokens by 128, greedily; the tokens must be the same. Then the two take turns; prints the time per token of a row
-(prompt included) and the median ratio.
+32 tokens by 128, greedily; the tokens must be the same. Then the two take turns; it prints the time per token of a
+row (prompt included) and the median ratio.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def write_export(config: config_lib.ModelConfig, folder: pathlib.Path) -> pathlib.Path:
-    """A Hugging Face folder with random weights, and a tokenizer that nothing here asks."""
+    """Writes a Hugging Face folder with random weights and a tokenizer that nothing here uses; returns its path."""
     text = pathlib.Path(__file__).read_text(encoding='utf-8') + ''.join(map(chr, range(32, 127)))
     tokenizer.train_tokenizer([text], folder / 'tokenizer.model', 400)
     params = model.init_params(config, jax.random.key(0))
@@ -66,7 +66,7 @@ def our_generator(folder: pathlib.Path, tokens: int):
 
 
 def their_generator(folder: pathlib.Path, tokens: int):
-    """Returns the same function by transformers, with its default attention and cache."""
+    """Returns a function like `our_generator`'s by transformers, with its default attention and cache."""
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     net.generation_config.eos_token_id = None  # so that every text reaches its full length
 

@@ -7,7 +7,7 @@ the same lengths; four endings an example. The `hf` model runs the export of the
 number of threads at batch sizes 1, 8 and 32; the best of them counts. After each has answered everything once, which
 compiles ours and is timed apart, and the answers agree, all take turns. Goal: 1.2 x the best.
 
-On a machine that others use too, --threads=1 --cpu_time counts the time of the processor instead of the clock's.
+On a machine that others use too, --threads=1 --cpu_time counts processor time instead of wall time.
 """
 
 import pathlib
@@ -55,7 +55,7 @@ def shape(name: str) -> ModelConfig:
 
 
 def synthetic(count: int, vocab_size: int) -> list:
-    """(texts, context ids, continuation ids) of `count` examples with lengths like HellaSwag's."""
+    """Returns (texts, context ids, continuation ids) of `count` examples with lengths like HellaSwag's."""
     rng, requests = np.random.default_rng(0), []
 
     def ids(mean, deviation):
@@ -68,7 +68,7 @@ def synthetic(count: int, vocab_size: int) -> list:
 
 
 def real(path: pathlib.Path, pieces: tokenizer.Tokenizer, count: int, vocab_size: int) -> list:
-    """The same of random examples in a file of HellaSwag's; ids above the vocabulary wrap around."""
+    """Returns the same as `synthetic` for random examples of a HellaSwag file; ids above the vocabulary wrap around."""
     with gzip.open(path, 'rt', encoding='utf-8') as file:
         examples = [json.loads(line) for line in file]
     requests = []

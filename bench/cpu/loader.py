@@ -8,7 +8,7 @@ with prefetch. Goal: 5,000 rows/s on two cores, cold and warm. Eight GPUs at
 80,000 tokens/s need 312. The last figure is with segment ids for document masks.
 
 The cold figure drops the page cache (/proc/sys/vm/drop_caches where that is
-permitted, else posix_fadvise on every file) and opens the store anew; it is
+permitted, else posix_fadvise on every file) and opens the store again; it is
 taken over the first batches, before the cache is warm again.
 """
 
@@ -36,7 +36,7 @@ TOKENS_PER_DOCUMENT = 1_000
 
 
 def write_store(path: pathlib.Path, megabytes: int) -> None:
-    """A store of random tokens, two thirds of them in the first of two sources."""
+    """Writes a store of random tokens, two thirds of them in the first of two sources."""
     texts = (f'{i} words of some text for a tokenizer' for i in range(1_000))
     tokenizer.train_tokenizer(texts, path / store.TOKENIZER, 300)
     model = tokenizer.Tokenizer(path / store.TOKENIZER)
@@ -78,7 +78,7 @@ def drop_cache(path: pathlib.Path) -> str:
 
 
 def rows_per_second(config: Config, path: pathlib.Path, *, start: int, seconds: float, batches: int | None) -> float:
-    """Serves batches from a freshly opened store for `seconds` or for `batches`."""
+    """Returns the rate at which a freshly opened store serves rows, over `seconds` or `batches`."""
     data = pipeline.make_dataset(config, store.TokenStore(path))
     served, begin, checked = 0, time.perf_counter(), None
     for batch, _ in data.batches(start, start + (batches or 1 << 30)):

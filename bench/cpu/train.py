@@ -36,7 +36,7 @@ CHECKED_STEPS = 5
 
 
 def bench_config(batch: int, seq_len: int) -> config_lib.Config:
-    """4 layers, d 256, 8/2 heads, hidden 704, vocabulary 4,096; AdamW at a constant rate with clipping."""
+    """Returns the run: 4 layers, d 256, 8/2 heads, hidden 704, vocabulary 4,096; clipping and AdamW at one rate."""
     return config_lib.validated(
         config_lib.Config(
             model=config_lib.ModelConfig(
@@ -124,7 +124,7 @@ class TorchLlama(torch.nn.Module):
         self.register_buffer('sin_TH', angle_TH.sin(), persistent=False)
 
     def forward(self, tokens_BT, targets_BT):
-        """Mean loss in nats."""
+        """Returns the mean loss in nats."""
         x_BTD = self.embed(tokens_BT)
         T = tokens_BT.shape[1]
         for layer in self.layers:
@@ -154,7 +154,7 @@ def _matrix(weight, *, inputs: int):
 
 
 def torch_optimizer(net: torch.nn.Module, config: config_lib.OptimizerConfig) -> torch.optim.Optimizer:
-    """Torch's fused AdamW; norms are not decayed."""
+    """Returns torch's fused AdamW; norms are not decayed."""
     matrices = [p for p in net.parameters() if p.ndim > 1]
     scales = [p for p in net.parameters() if p.ndim == 1]
     groups = [{'params': matrices, 'weight_decay': config.weight_decay}, {'params': scales, 'weight_decay': 0.0}]
@@ -164,7 +164,7 @@ def torch_optimizer(net: torch.nn.Module, config: config_lib.OptimizerConfig) ->
 
 
 def torch_trainer(config: config_lib.Config, params: dict, *, compiled: bool):
-    """A function rows_BR -> loss that takes one optimiser step of the torch peer."""
+    """Returns a function rows_BR -> loss that takes one optimizer step of the torch peer."""
     net = TorchLlama(config.model)
     net.load(params)
     optimizer = torch_optimizer(net, config.optimizer)
@@ -183,7 +183,7 @@ def torch_trainer(config: config_lib.Config, params: dict, *, compiled: bool):
 
 
 def our_trainer(config: config_lib.Config, state: step.TrainState, mesh):
-    """A function rows_BR -> loss that takes one step of the product's own train step."""
+    """Returns a function rows_BR -> loss that takes one step of the product's own train step."""
     train_step = step.jit_train_step(config, mesh)
 
     def train(rows_BR):
@@ -206,7 +206,7 @@ def check_losses(trainers: dict, batches: list) -> None:
 
 
 def seconds_of(train, batches: list) -> float:
-    """Wall time of one step on each batch, up to the last loss."""
+    """Returns the wall time of one step on each batch, up to the last loss."""
     start = time.perf_counter()
     for rows in batches:
         loss = train(rows)

@@ -31,7 +31,7 @@ from tinyllama_jax.process import versions
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'triton', 'jax-triton', 'torch', 'transformers')
 _ERROR_CHARACTERS = 2_000
-_SHORTEST = 30  # a phase is not begun with less than so many seconds left
+_SHORTEST = 30  # a phase is not begun with fewer seconds left than this
 _HASTY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _SMALL = config_lib.ModelConfig(
     vocab_size=256, seq_len=32, num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, hidden_dim=128,

@@ -24,7 +24,7 @@ from tinyllama_jax import ops as ops_lib
 from tinyllama_jax import step as step_lib
 
 STEPS = 300
-TAIL = 20  # the final loss is the mean over so many last steps
+TAIL = 20  # the final loss is the mean over this many last steps
 TOLERANCE = 0.003  # of the final loss, relative
 _SMOKE_STEPS = 24
 _CLASSES = 64
@@ -42,7 +42,7 @@ class Language:
     word_W: np.ndarray  # cumulative probabilities of the ranks in a class
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """`count` rows of `length` tokens, uint16."""
+        """Returns `count` rows of `length` tokens, uint16."""
         classes = rng.integers(0, len(self.next_CC), count)
         ranks = np.searchsorted(self.word_W, rng.random((count, length)))
         chances, tokens = rng.random((length, count)), np.empty((count, length), np.uint16)

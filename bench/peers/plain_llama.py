@@ -17,14 +17,14 @@ from tinyllama_jax.step import TrainState
 
 
 def rms_norm(x_BTD, scale_D, eps: float):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32 inside."""
+    """Returns x / sqrt(mean(x^2) + eps) * scale, in float32 inside."""
     wide_BTD = x_BTD.astype(jnp.float32)
     inverse_BT1 = jax.lax.rsqrt(jnp.mean(wide_BTD**2, axis=-1, keepdims=True) + eps)
     return (wide_BTD * inverse_BT1 * scale_D[None, None, :]).astype(x_BTD.dtype)
 
 
 def rotated(x_BTNH, base: float):
-    """Rotary embedding, half rotation."""
+    """Returns x turned by rotary embedding, half rotation."""
     half = x_BTNH.shape[-1] // 2
     angle_Th = jnp.arange(x_BTNH.shape[1])[:, None] * base ** (-jnp.arange(half) / half)[None, :]
     cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))
@@ -33,7 +33,7 @@ def rotated(x_BTNH, base: float):
 
 
 def layer(x_BTD, weights: dict, config: ModelConfig, attention: str):
-    """One decoder layer; `attention` is jax.nn.dot_product_attention's implementation."""
+    """Runs one decoder layer; `attention` is jax.nn.dot_product_attention's implementation."""
     w = jax.tree.map(lambda leaf: leaf.astype(x_BTD.dtype), weights)
     y_BTD = rms_norm(x_BTD, weights['attention_norm']['scale'], config.norm_eps)
     q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('btd,dnh->btnh', y_BTD, w['attention'][name]) for name in 'qkv')
@@ -46,7 +46,7 @@ def layer(x_BTD, weights: dict, config: ModelConfig, attention: str):
 
 
 def token_losses(params: dict, rows_BR, config: ModelConfig, attention: str, remat: str = 'none'):
-    """The negative log-likelihood [B, T] of each next token, float32, from whole logits."""
+    """Returns the negative log-likelihood [B, T] of each next token, float32, from whole logits."""
     rows_BR = rows_BR.astype(jnp.int32)
     x_BTD = params['embed'][rows_BR[:, :-1]].astype(config.compute_dtype)
     body = functools.partial(layer, config=config, attention=attention)
@@ -58,7 +58,7 @@ def token_losses(params: dict, rows_BR, config: ModelConfig, attention: str, rem
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping and AdamW at a constant rate; norms are not decayed."""
+    """Returns clipping and AdamW at a constant rate; norms are not decayed."""
     given = config.optimizer
     rate = optax.constant_schedule(given.peak_learning_rate)  # a schedule: the state then has the form of ours
     return optax.chain(
@@ -71,7 +71,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def train_step(state: TrainState, rows_ABR, *, config: Config, attention: str, remat: str):
-    """One optimiser step: (state, {'loss'})."""
+    """Takes one optimizer step; returns (state, {'loss'})."""
 
     def loss_of(params):
         return jnp.mean(token_losses(params, rows_ABR[0], config.model, attention, remat))

@@ -19,13 +19,13 @@ _KERNELS = ('flash', 'fmha', 'cudnn', 'sdpa', 'attention')  # parts of the names
 
 
 def _causal_attention(module, query, key, value, attention_mask, *, scaling=None, **_):
-    """SDPA told that it is causal. Hugging Face's own builds a mask under torch.compile before torch 2.14."""
+    """Runs SDPA told that it is causal. Hugging Face's own builds a mask under torch.compile before torch 2.14."""
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _repeated_attention(module, query, key, value, attention_mask, *, scaling=None, **_):
-    """Causal SDPA for a backend that does not support grouped-query attention: repeats keys and values."""
+    """Runs causal SDPA for a backend that does not support grouped-query attention: repeats keys and values."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -44,7 +44,7 @@ def _knows_groups(backend, device: str) -> bool:
 
 
 def make_net(config: ModelConfig, weights: dict[str, torch.Tensor], device: str) -> transformers.LlamaForCausalLM:
-    """Hugging Face's Llama in float32 with the weights of `state_dict`; the residual stream runs in bfloat16."""
+    """Returns Hugging Face's Llama in float32 with `state_dict`'s weights; the residual stream runs in bfloat16."""
     assert config.rope_base == 10_000 and config.rope_scaling == 1  # its defaults
     transformers.AttentionInterface.register(_CAUSAL, _causal_attention)
     transformers.AttentionInterface.register(_CAUSAL_REPEATED, _repeated_attention)
@@ -63,7 +63,7 @@ def make_net(config: ModelConfig, weights: dict[str, torch.Tensor], device: str)
 
 
 def state_dict(weights: dict[str, np.ndarray], num_layers: int) -> dict[str, torch.Tensor]:
-    """Our weights, by their paths, under Hugging Face's names and in its layout [out, in]."""
+    """Returns our weights, given by path, under Hugging Face's names and in its layout [out, in]."""
 
     def matrix(array, inputs: int):
         return array.reshape(int(np.prod(array.shape[:inputs])), -1).T
@@ -119,7 +119,7 @@ class Trainer:
         self.loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
     def __call__(self, rows_BR: np.ndarray, optimizer: torch.optim.Optimizer):
-        """One optimiser step; the loss, still on its way."""
+        """Takes one optimizer step; returns the loss, which may still be computing."""
         if self.net.config._attn_implementation != self.implementation:
             self.net.set_attn_implementation(self.implementation)
         if self.net.is_gradient_checkpointing != self.recomputes:
@@ -139,7 +139,7 @@ def _split(rows_BR: np.ndarray, device: str):
 
 
 def make_optimizer(net, config: Config) -> torch.optim.Optimizer:
-    """Fused AdamW; norms are not decayed."""
+    """Returns fused AdamW; norms are not decayed."""
     given = config.optimizer
     matrices = [p for p in net.parameters() if p.ndim > 1]
     scales = [p for p in net.parameters() if p.ndim == 1]
@@ -150,7 +150,7 @@ def make_optimizer(net, config: Config) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def token_losses(net, rows_BR: np.ndarray) -> np.ndarray:
-    """The negative log-likelihood [B, T] of each next token."""
+    """Returns the negative log-likelihood [B, T] of each next token."""
     tokens_BT, targets_BT = _split(rows_BR, str(net.device))
     with torch.autocast(net.device.type, torch.bfloat16):
         logits_BTV = net(input_ids=tokens_BT, use_cache=False).logits
@@ -158,7 +158,7 @@ def token_losses(net, rows_BR: np.ndarray) -> np.ndarray:
 
 
 def attention_kernels(train) -> str:
-    """Names of the attention kernels that a call of `train` runs on the GPU."""
+    """Returns the names of the attention kernels that a call of `train` runs on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         train()
         torch.cuda.synchronize()

@@ -31,11 +31,11 @@ class Lockstep:
 
     @property
     def stop(self) -> int | None:
-        """The signal because of which all processes stop after this step; None if they continue."""
+        """The signal that stops all processes after this step; None if they continue."""
         return self._signals.received if self._members.count == 1 else self._agreed
 
     def tell(self):
-        """Sends this process's signal and step time; call it when a step was dispatched.
+        """Sends this process's signal and step time; call it after dispatching a step.
 
         Returns a [processes or devices, 2] array on the devices; pass it to `hear` when the step is done.
         """

@@ -16,7 +16,7 @@ from tinyllama_jax import errors
 from tinyllama_jax.cluster.members import Members
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce')
-_SECONDS = 1.0  # a measurement is repeated for so long
+_SECONDS = 1.0  # a measurement is repeated for this long
 _PRODUCTS = 9  # repetitions of a device's matrix product
 _MATMUL = {'cpu': (256, jnp.float32), 'gpu': (4_096, jnp.bfloat16)}  # platform -> size, dtype
 

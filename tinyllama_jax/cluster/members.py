@@ -1,8 +1,8 @@
 """The processes of a run: how they join, compare settings, and end together when one is lost.
 
 Process 0 opens a hub at the coordinator's address (watchdog.py) and every process connects to it. When all have, JAX
-joins them in its own way, at a port that the hub names. When a process is lost, JAX aborts with a number and without
-its host; a stuck one JAX never notices. The hub reports both, at once or within a minute.
+joins them in its own way, at a port that the hub names. JAX alone aborts when a process is lost, with its number and
+without its host, and never notices a stuck one. The hub reports both, at once or within a minute.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from tinyllama_jax.settings import tree
 
 _RETRY_SECONDS = 0.5
 _VERDICT_SECONDS = 5.0  # a collective fails before the hub has said whose fault it is
-_LAST_WORD_SECONDS = 2.0  # process 0 waits so long before it ends, so that its hub can tell the others
+_LAST_WORD_SECONDS = 2.0  # process 0 waits this long before it ends, so that its hub can tell the others
 _SHUTDOWN_SECONDS = 60
 
 

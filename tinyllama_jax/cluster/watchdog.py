@@ -32,7 +32,7 @@ from tinyllama_jax.cluster.place import Place
 from tinyllama_jax.config import TrainConfig
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 20.0  # a process silent for so long is stopped, or its host is gone
+LOST_SECONDS = 20.0  # a process silent for this long is stopped, or its host is gone
 _COMPILING_SECONDS = 1_800.0
 _NAMED = 8  # the most processes that a message names
 _SAVED = (0, 130, 143)  # exit statuses of a process that ended well, so that the others need not end

@@ -51,6 +51,6 @@ def _spin_on(core: int):
 
 
 def _has_cpu_quota() -> bool:
-    """Whether this container may use only a part of its cores' time."""
+    """Returns whether this container may use only a part of its cores' time."""
     quotas = [path.read_text() for path in map(pathlib.Path, _CPU_QUOTAS) if path.exists()]
     return any(not quota.startswith(('max', '-1')) for quota in quotas)

@@ -33,7 +33,7 @@ class Silent:
 class Journal(Silent):
     """The journal of the process that writes. Opening it prepares the run's folder for steps from `start` on.
 
-    It keeps the tokenizer, cuts the metrics to `start`, writes config.json, and says which settings changed.
+    It copies the tokenizer, cuts the metrics to `start`, writes config.json, and says which settings changed.
     """
 
     def __init__(self, folder: pathlib.Path, config: Config, command: str, start: int, tokenizer_path: pathlib.Path):

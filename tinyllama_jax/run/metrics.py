@@ -34,7 +34,7 @@ def cut_entries(path: pathlib.Path, step: int) -> list[dict]:
 
 
 class Recomputed:
-    """Losses that were logged before an interruption; computed again, they must be the same digits.
+    """Losses that were logged before an interruption; computed again, they must have the same digits.
 
     Cuts `path` to `step`. The entries cut off are kept in a file beside it until their
     losses have been computed again, so that they survive further interruptions.

@@ -41,7 +41,7 @@ def check_kernels(config: Config, ops: Ops, say=print) -> dict[str, float]:
 
 
 def _errors(op: str, config: Config, ops: Ops) -> tuple[float, float]:
-    """The largest error of a row, and of a whole result, among an op's values and gradients."""
+    """Returns the largest error of a row, and of a whole result, among an op's values and gradients."""
     compared = functools.partial(_compared, op=op, config=config, ops=ops)
     try:
         errors_of = jax.jit(compared, compiler_options=_GPU_OPTIONS if ops.chip else None)
@@ -59,7 +59,7 @@ def _failure(op: str, ops: Ops, what: str) -> errors.RunError:
 
 
 def _compared(key, op: str, config: Config, ops: Ops):
-    """As `_errors`, of inputs drawn with `key`; traced."""
+    """Returns the traced errors of `_errors`, for inputs drawn with `key`."""
     plain = Ops(tuple((name, 'xla') for name in dispatch.OPS), None, ops.mesh)
     arrays, function = _case(key, op, config, ops)
     with model.matmul_precision(model.compute_dtype(config.model, ops)):
@@ -71,7 +71,7 @@ def _compared(key, op: str, config: Config, ops: Ops):
 
 
 def _results(function, arrays):
-    """Values and gradients under fixed random cotangents, in float32."""
+    """Returns values and gradients under fixed random cotangents, in float32."""
     out, vjp = jax.vjp(function, *arrays)
     leaves, structure = jax.tree.flatten(out)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -81,7 +81,7 @@ def _results(function, arrays):
 
 
 def _worst_row(result, expected):
-    """The largest norm of a row's error, relative to the row's norm, or to the rows' root mean square if larger."""
+    """Returns the largest error of a row, relative to its norm or, if larger, the rows' root mean square norm."""
     result, expected = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (result, expected))
     norms, error_norms = jnp.linalg.norm(expected, axis=1), jnp.linalg.norm(result - expected, axis=1)
     usual = jnp.sqrt(jnp.mean(jnp.square(norms)))
@@ -89,7 +89,7 @@ def _worst_row(result, expected):
 
 
 def _whole(result, expected):
-    """The norm of the error, relative to the norm."""
+    """Returns the norm of the error, relative to the norm of `expected`."""
     return jnp.linalg.norm((result - expected).ravel()) / jnp.maximum(jnp.linalg.norm(expected.ravel()), 1e-30)
 
 
@@ -99,11 +99,11 @@ def _finite(error):
 
 
 def _growth(ids_BT):
-    """About the root of the number of tokens that each position sees.
+    """Returns about the root of the number of tokens that each position sees.
 
-    An attention row is an average over what it sees. Times this factor all rows, and their gradients, have about one
-    norm; without it the rounding of rows that see few tokens is larger than the gradients of those that see many.
-    Powers of two, so that the factor itself rounds nothing.
+    An attention row is an average over what it sees. Multiplied by this factor, all rows have about the same norm, and
+    so have their gradients; without it the rounding of rows that see few tokens exceeds the gradients of those that
+    see many. The factors are powers of two, which round nothing.
     """
     seen_BT = jnp.sum(jnp.tril(ids_BT[:, :, None] == ids_BT[:, None, :]), axis=2)
     return jnp.exp2(jnp.log2(seen_BT.astype(jnp.float32)) // 2)

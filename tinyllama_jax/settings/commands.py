@@ -13,7 +13,7 @@ class Command:
     needs_workdir: bool = True
     joins_cluster: bool = False  # it runs in several processes: PLACE_FLAGS become `members`
     keeps_command: bool = False  # it also takes `command`, the command line, which config.json keeps
-    trains: bool = False  # by the settings of config.train it is deterministic, and takes hooks that evaluate
+    trains: bool = False  # it heeds `deterministic` and takes evaluation hooks, both by config.train
 
 
 PLACE_FLAGS = 'coordinator num_processes process_id'
@@ -83,7 +83,7 @@ FLAGS = {
     'log_samples': ('bool', False, 'keep every example with its log-likelihoods.'),
     'prompt': ('multi_string', [], 'a text to continue; may be given several times.'),
     'prompts': ('string', None, 'a file with one text to continue per line.'),
-    'max_new_tokens': ('integer', 128, 'at most so many tokens.'),
+    'max_new_tokens': ('integer', 128, 'at most this many tokens.'),
     'temperature': ('float', 0.0, '0 takes the most likely token.'),
     'top_k': ('integer', None, 'sample from the k most likely tokens.'),
     'top_p': ('float', None, 'sample from the most likely tokens that together have this probability.'),
