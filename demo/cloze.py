@@ -52,7 +52,7 @@ def build(corpus: pathlib.Path, folder: pathlib.Path, *, items: int = _ITEMS, se
     Args:
       corpus: a SlimPajama folder; reads only its validation/.
       folder: the task's folder.
-      items: the most items to write.
+      items: the largest number of items to write.
       seed: decides, with the corpus, which passages become items.
     """
     rng = random.Random(seed)

@@ -31,7 +31,7 @@ Request = tuple[list[int], list[int]]  # context ids, at least one; continuation
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A context, and the number and ids of each of its continuations."""
+    """A context with its continuations: for each the index of its request, and its ids."""
 
     trunk: list[int]
     branches: list[tuple[int, list[int]]]
@@ -55,7 +55,7 @@ class Batch:
       tokens_BT, positions_BT, branch_ids_BT: int32; branch id 0 is padding.
       indices_P: where each prediction is made, as row x T + column.
       targets_P: the token to predict there.
-      spans: number of a continuation -> its slice of the predictions.
+      spans: index of a request -> its continuation's slice of the predictions.
     """
 
     tokens_BT: np.ndarray

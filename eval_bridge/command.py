@@ -47,7 +47,7 @@ class Flags:
 
 
 def evaluate_run(config: Config | None, workdir: pathlib.Path | None, **flags: Any) -> None:
-    """Evaluates one model, a checkpoint of `workdir` or the folder --model, or makes --table or --figure of several.
+    """Evaluates one model (a checkpoint of `workdir` or the folder --model), or makes --table or --figure from several.
 
     `flags` are the fields of `Flags`. Raises UsageError for what cannot be evaluated, RunError where parity does not
     hold.
@@ -118,7 +118,7 @@ def _require_shown(tasks: Sequence[str], table: int | None) -> None:
     if others := [task for task in tasks if task not in shown]:
         flag = f'--table={table}' if table else '--figure=2'
         raise errors.UsageError(
-            f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; evaluate those alone.'
+            f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; leave them out.'
         )
 
 
@@ -133,7 +133,7 @@ class Evaluator:
     kept: pathlib.Path | None  # the folder that keeps the models' answers
 
     def evaluate(self, source: _Source, *, backend: str | None = None, label: str = '', **options) -> dict[str, Any]:
-        """Returns the result of one model; a `label` is stamped into it."""
+        """Evaluates one model and returns the result, whose protocol has the `label` if there is one."""
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(source.open(self.protocol, backend or self.backend))
             model = opened.model
@@ -146,7 +146,7 @@ class Evaluator:
             return evaluate.evaluate(model, self.tasks, protocol=self.protocol, identity=identity, **options)
 
     def compare(self, source: _Source) -> dict[str, Any]:
-        """Returns the result of one model with `parity`, a report of how the other backend's answers differ."""
+        """Evaluates one model with both backends; returns the first's result, with their differences under `parity`."""
         result = self.evaluate(source, log_samples=True)
         other = 'hf' if result['protocol']['backend'] == 'jax' else 'jax'
         result['parity'] = parity_lib.compare(result, self.evaluate(source, log_samples=True, backend=other))
@@ -173,7 +173,7 @@ def evaluate_model(
     *,
     parity: bool = False,
 ) -> None:
-    """Evaluates one model and prints its scores; with `parity` also by the other backend, to compare.
+    """Evaluates one model and prints its scores; with `parity`, compares the other backend's answers.
 
     The result goes to the file `output`, else to step-STEP.json in `folder`. Raises RunError if parity does not hold.
     """
@@ -236,13 +236,13 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
         path = pathlib.Path(folder)
         name = name if separator else path.resolve().name
         if name in folders:
-            raise errors.UsageError(f'--models: {name} is there twice; name them, as --models=NAME=FOLDER.')
+            raise errors.UsageError(f'--models: {name} is given twice; choose other names: --models=NAME=FOLDER.')
         folders[name] = opening.Folder(path)
     return folders
 
 
 def _by_tokens(folders: Mapping[str, _Source], checkpoints: _Points) -> _Points:
-    """Adds folders, whose names end with their training tokens, as ...-105b or ...-1T, to a run's checkpoints."""
+    """Returns a run's checkpoints and the folders, whose names must end with their training tokens (-105b, -1T)."""
     models = dict(checkpoints)
     for name, source in folders.items():
         match = _TOKENS.search(name)

@@ -66,7 +66,7 @@ def evaluate(
       model: an lm-eval model, such as lm.JaxLM, opened as the protocol says.
       tasks: names of tasks, groups or tags.
       protocol: decides the number of shots of each task.
-      identity: what to stamp about the model.
+      identity: what identifies the model; added to `protocol`.
       include_path: a folder with the user's own task files. Relative data files are looked up from the
         current folder, then from the folders that contain `include_path` and `task_data`.
       task_data: a folder with the tasks' data (local_data.py); None: the hub's cache, or the hub.
@@ -164,7 +164,7 @@ def check_tasks(
     task_data: pathlib.Path | str | None = None,
     confirm_run_unsafe_code: bool = False,
 ) -> None:
-    """Makes sure, before a model is opened, that `tasks` may run and can.
+    """Checks, before a model is opened, that `tasks` can run and are allowed to.
 
     Raises UsageError for data that `task_data` lacks, and for a task that runs programs if the user did not confirm
     it, if no jail can be made, or if the task does not use our jail.
@@ -173,7 +173,7 @@ def check_tasks(
     for name in unsafe:
         entry = manager.task_index.get(name)
         if not (entry and entry.yaml_path and _TASKS in entry.yaml_path.parents):
-            raise errors.UsageError(f'the task {name} runs programs that the model wrote, and not in our jail.')
+            raise errors.UsageError(f'the task {name} runs programs of the model outside our jail; leave it out.')
     if unsafe and not confirm_run_unsafe_code:
         raise errors.UsageError(
             f'{", ".join(unsafe)}: these tasks run programs that the model wrote; give --confirm_run_unsafe_code to '
@@ -191,7 +191,7 @@ def running_programs(tasks: Sequence[str], manager: lm_eval.tasks.TaskManager) -
 
 
 def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_data) -> list[str]:
-    """Returns and prints the tasks that take few-shot examples from validation, as their training split is missing."""
+    """Returns and prints the tasks whose few-shot examples are from validation: their training split is missing."""
     if not task_data:
         return []
     affected = [
@@ -227,8 +227,8 @@ def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) 
     """Returns an lm-eval TaskManager that knows `names` and everything they refer to.
 
     lm-eval's own manager reads 13,000 files, half a minute on a slow machine. This one reads only the folders of the
-    tasks wanted, as far as a search of the files' text can tell them. Raises UsageError naming the nearest task for an
-    unknown name.
+    tasks wanted, which it finds by searching the files' text. Raises UsageError for an unknown name, naming the
+    nearest task.
     """
     if not names:
         raise errors.UsageError('--tasks=NAME,NAME is missing.')
@@ -267,7 +267,7 @@ def _with_generated(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskMan
 
 
 def _missing(names, manager: lm_eval.tasks.TaskManager, folders: set[pathlib.Path]) -> set[str]:
-    """Returns the names, among `names` and their groups' members, that `manager`, having read `folders`, lacks."""
+    """Returns those of `names` and their groups' members that `manager`, which has read `folders`, lacks."""
     missing, pending = set(), list(names)
     while pending:
         name = pending.pop()

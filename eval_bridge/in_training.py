@@ -28,7 +28,7 @@ _FIELD = 'config.train.evaluate_tasks'
 
 
 def hooks(config: Config, folder: pathlib.Path, processes: int) -> tuple['Evaluation', ...]:
-    """Returns the hook that `config` asks for, or none. Raises UsageError for what cannot be evaluated."""
+    """Returns a tuple with the hook that `config` asks for, if any. Raises UsageError for what cannot be evaluated."""
     if not config.train.evaluate_tasks:
         return ()
     if processes > 1:
@@ -43,7 +43,7 @@ def hooks(config: Config, folder: pathlib.Path, processes: int) -> tuple['Evalua
 class Evaluation:
     """A hook: called with (step, params), it evaluates if that is due at `step`, and writes the scores.
 
-    Making one tries every task on a model that answers at once. Raises UsageError for a task that cannot run.
+    The constructor tries every task on a model that answers at once, and raises UsageError for one that cannot run.
     """
 
     def __init__(self, config: Config, folder: pathlib.Path):
@@ -64,7 +64,7 @@ class Evaluation:
             raise errors.usage(_FIELD, str(error).rstrip('.')) from None
 
     def __call__(self, step: int, params: Any) -> None:
-        """Evaluates `params`, those of `step`, if that is due."""
+        """Evaluates `params`, the parameters after step `step`, if an evaluation is due."""
         train = self._config.train
         if not train.due(step, train.evaluate_every_steps):
             return

@@ -2,7 +2,7 @@
 
 Requests are encoded, truncated and scored as lm-eval's own `hf` model does, so both give the same
 log-likelihoods. Continuations of one context are scored together, in rows of a few lengths
-(branches.py), so that few programs are compiled. Prompts of about the same length are generated from
+(branches.py), so that few programs are compiled. Prompts of about the same length are continued
 together.
 
 Shapes: B rows, T positions, P predictions, C predictions of a chunk, D model, V vocabulary.
@@ -33,7 +33,7 @@ from tinyllama_jax.config import Dtype, ModelConfig
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096  # a larger batch is no faster on a CPU, and its last batch has more padding
 _CHUNK = 256  # predictions C whose logits exist at once; divides the positions of every row
-_MOST_PROMPTS = 64  # generated from together
+_MOST_PROMPTS = 64  # continued together
 
 
 class JaxLM(TemplateLM):
@@ -72,17 +72,17 @@ class JaxLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model reads."""
+        """The largest number of tokens that the model reads."""
         return self._config.seq_len
 
     @property
     def max_gen_toks(self) -> int:
-        """The tokens to generate for a task that names no number; lm-eval's own default."""
+        """How many tokens to generate for a task that sets no number; lm-eval's own default."""
         return MOST_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """The id of EOS, which ends a text."""
         return self._tokenizer.eos_id
 
     @property

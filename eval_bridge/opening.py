@@ -34,7 +34,7 @@ _TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model for lm-eval, and its identity: plain values, unlike every other model's, stamped into its results."""
+    """A model for lm-eval, and its identity: JSON values that tell it from other models, stamped into its results."""
 
     model: TemplateLM
     identity: dict[str, Any]
@@ -49,7 +49,7 @@ class Run:
     config: Config | None = None
 
     def check_exists(self, *, compared: bool = False) -> None:
-        """Raises UsageError if there is no run, so that it is known before another model is evaluated."""
+        """Raises UsageError if there is no run; meant to be called before any model is evaluated."""
         del compared  # a run is always a Llama
         workdir.read_config(self.folder)
 
@@ -75,7 +75,7 @@ class Folder:
     folder: pathlib.Path
 
     def check_exists(self, *, compared: bool = False) -> None:
-        """Raises UsageError if there is no model, or, when `compared`, none that JAX and transformers both run."""
+        """Raises UsageError if there is no model, or, when `compared`, if it is not a Llama: JAX runs no other."""
         model_type = convert.read_config(self.folder).get('model_type')
         if compared and model_type != 'llama':
             raise errors.UsageError(
@@ -98,7 +98,7 @@ class Folder:
 
 
 def _open_in_jax(params, model_config: ModelConfig, tokenizer, protocol, stored: str, bos: bool, identity) -> Opened:
-    """`stored` is the dtype of the weights as stored; `bos`: whether the model's tokenizer adds BOS by default."""
+    """Opens a Llama. `stored`: its weights' dtype as stored; `bos`: whether its tokenizer adds BOS by default."""
     _refuse_large_tokenizer(tokenizer.path, tokenizer.vocab_size, model_config.vocab_size)
     dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
     model = lm.JaxLM(
@@ -115,7 +115,7 @@ def _open_in_jax(params, model_config: ModelConfig, tokenizer, protocol, stored:
 
 
 def _mesh(config: ModelConfig) -> Mesh | None:
-    """Returns a mesh of all devices, or None for one; weights are sharded if the devices divide their width."""
+    """Returns a mesh of all devices (None for one), which shards weights if the device count divides their width."""
     if jax.device_count() == 1:
         return None
     divided = config.embed_dim % jax.device_count() == 0

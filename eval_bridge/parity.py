@@ -16,7 +16,7 @@ BOUND = 1e-3  # nats; the largest difference of a float32 log-likelihood that pa
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A question that the two answer differently.
+    """A question for which the two implementations choose different answers.
 
     `gap` is the lead of our choice over theirs in our log-likelihoods (nats, normalised as the metric is).
     """
@@ -31,7 +31,7 @@ class Difference:
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parity report of two results of `evaluate` with samples, as plain values for JSON.
 
-    Raises RunError if the two were not asked the same.
+    Raises RunError if the two were not asked the same requests.
     """
     largest, at, loglikelihoods, texts, differing_texts = 0.0, None, 0, 0, 0
     choices: list[Difference] = []
@@ -67,7 +67,7 @@ def _pairs(ours, theirs):
             other = others.get((sample['doc_id'], sample['filter']))
             # Arguments are tuples, or lists once they went through JSON.
             if other is None or [*map(list, other['arguments'])] != [*map(list, sample['arguments'])]:
-                raise errors.RunError(f'parity: {task}, document {sample["doc_id"]}: the two were not asked the same.')
+                raise errors.RunError(f'parity: {task}, document {sample["doc_id"]}: the requests differ.')
             yield task, sample, other
 
 
@@ -78,7 +78,7 @@ def _answers(sample: Mapping[str, Any]) -> list:
 
 
 def _differing_choices(task: str, sample: Mapping[str, Any], ours: Sequence[float], theirs: Sequence[float]):
-    """Yields how the choices differ by likelihood, and by likelihood a character, in one multiple-choice question."""
+    """Yields how the choices by likelihood, and by likelihood per character, differ in one multiple-choice question."""
     lengths = np.array([max(len(arguments[1]), 1) for arguments in sample['arguments']])
     for scale in (np.ones(len(ours)), lengths):
         a, b = np.array(ours) / scale, np.array(theirs) / scale

@@ -15,7 +15,7 @@ class Protocol:
     """Everything that decides a score besides the model and the task.
 
     Attributes:
-      zero_shot: tasks are zero-shot, except Table 3's, which have the paper's shots; else a task's file decides.
+      zero_shot: tasks are zero-shot, but Table 3's have the paper's shots; if false, each task's file decides.
       dtype: of the computation: float32, or auto for the dtype of the stored weights.
       add_bos: whether BOS comes before every text; None: the model's tokenizer decides.
     """

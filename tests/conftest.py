@@ -18,15 +18,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICES = '--xla_force_host_platform_device_count'
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and with them the processes they interrupt.
+# Started in the background by a shell, the tests would ignore Ctrl-C, and so would the processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All of this must be set before jax and the Hugging Face libraries are imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is a third quicker one level below what XLA itself chooses; the commands that tests start keep XLA's choice.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8 --xla_backend_optimization_level=1'.strip()
-os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'  # so is a bfloat16 plus a float32, instead of a silent float32
-os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # a [D] added to a [B, T, D] by mistake is an error
+os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'  # a bfloat16 plus a float32 is an error, not a silent float32
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # so is a [D] added to a [B, T, D] by mistake
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_DATASETS_OFFLINE'] = '1'
 if 'TEST_CACHES' not in os.environ:  # the first process of a run makes it, pytest-xdist's workers share it

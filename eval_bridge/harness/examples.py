@@ -12,7 +12,7 @@ Rule = Callable[[Example], str | None]
 
 
 def non_empty(*fields: str) -> Rule:
-    """Each of `fields` is a text that is not empty, or a list of one or more of them."""
+    """Returns the rule that each of `fields` is a text that is not empty, or a list of one or more such texts."""
 
     def fault(example: Example) -> str | None:
         return next(filter(None, (_empty_text(field, example[field]) for field in fields)), None)
@@ -21,12 +21,12 @@ def non_empty(*fields: str) -> Rule:
 
 
 def non_blank(field: str) -> Rule:
-    """`field` is a text that is more than white space."""
+    """Returns the rule that `field` is a text that is more than white space."""
     return lambda example: _empty_text(field, example[field].strip())
 
 
 def texts(field: str, count: int) -> Rule:
-    """`field` is a list of `count` texts, which may be empty."""
+    """Returns the rule that `field` is a list of `count` texts, which may be empty."""
 
     def fault(example: Example) -> str | None:
         values = example[field]
@@ -37,17 +37,17 @@ def texts(field: str, count: int) -> Rule:
 
 
 def gap(field: str) -> Rule:
-    """`field` is a text with a gap, _, to fill in."""
+    """Returns the rule that `field` is a text with a gap, _, to fill in."""
     return lambda example: None if '_' in example[field] else f'{field} is {example[field]!r}, which has no gap _'
 
 
 def one_of(field: str, *values: str) -> Rule:
-    """`field` is one of `values`, as text or as a number."""
+    """Returns the rule that `field` is one of `values`, as text or as a number."""
     return lambda example: _unknown(field, example[field], values)
 
 
 def index(field: str, count: int | str) -> Rule:
-    """`field` is the index of one of `count` choices, or of those in the list field that `count` names."""
+    """Returns the rule that `field` is an index below `count`, or into the list in the field that `count` names."""
 
     def fault(example: Example) -> str | None:
         choices = range(len(example[count]) if isinstance(count, str) else count)
@@ -57,7 +57,7 @@ def index(field: str, count: int | str) -> Rule:
 
 
 def lettered(example: Example) -> str | None:
-    """OpenBookQA and ARC: `choices` has texts and as many labels, and `answerKey` is one of the labels."""
+    """The rule of OpenBookQA and ARC: `choices` has texts and as many labels; `answerKey` is one of the labels."""
     answers, labels = (example['choices'].get(name) for name in ('text', 'label'))
     for name, values in {'text': answers, 'label': labels}.items():
         if not isinstance(values, list):
@@ -70,7 +70,7 @@ def lettered(example: Example) -> str | None:
 
 
 def drop(example: Example) -> str | None:
-    """DROP: an answer, and the parts of the validated answers as lists of one length."""
+    """The rule of DROP: it has an answer, and the parts of its validated answers are lists of one length."""
     names = ('number', 'date', 'spans')
     many = example['validated_answers']
     parts = [many.get(name) for name in names]

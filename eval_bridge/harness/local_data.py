@@ -31,7 +31,7 @@ class Dataset:
     least: Mapping[str, int] = dataclasses.field(default_factory=dict)  # split -> least number of examples, if not 1
 
     def file(self, config: Mapping[str, Any], split: str) -> str:
-        """Returns the path of a split's file within the folder, for a task file's content."""
+        """Returns the path of a split's file within the folder; `config` is the content of the task's file."""
         return self.path.format(name=config.get('dataset_name'), split=split)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ DATASETS = {
     'SaylorTwift/bbh': Dataset(
         'bbh/{name}.json',
         {'input': str, 'target': str},
-        (non_empty('input'), non_blank('target')),  # every text begins with an empty target
+        (non_empty('input'), non_blank('target')),  # an empty target would match every answer
         inside='examples',
     ),
     'EleutherAI/drop': Dataset(
@@ -90,7 +90,7 @@ DATASETS = {
 
 
 def require_files(folder: pathlib.Path | str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Makes sure that `folder` has the data of `tasks` (name -> the task file's content) that it can hold.
+    """Checks that `folder` has the data of those `tasks` (name -> the task file's content) that `DATASETS` knows.
 
     Raises UsageError naming every missing file: a mean over fewer tasks would be another number.
     """
@@ -150,7 +150,7 @@ def downloader(
 
 
 def from_validation(config: Mapping[str, Any], folder: pathlib.Path | str) -> bool:
-    """Whether a task that takes its few-shot examples from its training split finds none in `folder`."""
+    """Returns whether a task wants few-shot examples from its training split and `folder` does not have that."""
     dataset, split = _dataset(config), config.get('training_split')
     if not (dataset and split) or config.get('fewshot_split'):
         return False

@@ -27,7 +27,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def scoring_gold() -> contextlib.AbstractContextManager[None]:
-    """Adds the metric `GOLD` to multiple-choice tasks: the right answers' log-likelihood in bits per byte."""
+    """Returns a context in which multiple-choice tasks have the metric `GOLD`: bits per byte of the right answers."""
     original = ConfigurableTask.process_results
 
     def process_results(self, doc, results):
@@ -56,7 +56,7 @@ def _refuse_unknown_choice(task: ConfigurableTask, doc, gold, choices) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Makes tasks refuse an example that would get a meaningless score or none, and log-likelihoods that are nan.
+    """A context in which tasks refuse examples that would get a meaningless score or none, and nan log-likelihoods.
 
     Refused are examples whose answer is not among the choices, that have an empty text, or that raise an error. An
     empty text has the likelihood 1 under every model, and acc_norm divides by its length, 0.
@@ -67,7 +67,7 @@ def refusing() -> Iterator[None]:
     def checked_results(self, doc, results):
         if any(_is_nan(result) for result in results):
             raise errors.RunError(
-                f'the task {self.config.task}: the model gives what is not a number (nan) for {doc}; its weights are '
+                f'the task {self.config.task}: the answer of the model to {doc} is not a number (nan); its weights are '
                 'damaged, or its values overflow.'
             )
         return process_results(self, doc, results)
@@ -102,7 +102,7 @@ def refusing() -> Iterator[None]:
 
 
 def _naming_failures(method: str) -> Callable:
-    """Returns the method of tasks changed to name the task and the example when it fails."""
+    """Returns a method of tasks, wrapped so that its failures name the task and the example."""
     original = getattr(ConfigurableTask, method)
 
     def called(self, doc, *arguments, **options):
@@ -119,7 +119,7 @@ def _naming_failures(method: str) -> Callable:
 
 
 def _is_nan(result) -> bool:
-    """Whether `result` is a nan: a log-likelihood, a pair (log-likelihood, is greedy), or a text, which never is."""
+    """Returns whether `result` is nan: a log-likelihood, (log-likelihood, is greedy), or a text, which never is."""
     value = result[0] if isinstance(result, tuple) else result
     return isinstance(value, float) and math.isnan(value)
 
@@ -129,7 +129,7 @@ def _refuse_empty(task: ConfigurableTask, doc) -> None:
 
 
 def fitting(model) -> contextlib.AbstractContextManager[None]:
-    """Makes InstructEval's tasks drop few-shot examples that don't fit `model`; a model without tokens fits all."""
+    """Returns a context in which InstructEval drops examples that don't fit `model`; one without tokens fits all."""
     encode = getattr(model, 'tok_encode', None)
     most = min(instructeval.MOST_TOKENS, getattr(model, 'max_length', instructeval.MOST_TOKENS))
 

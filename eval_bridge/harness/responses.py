@@ -52,15 +52,15 @@ class Remembering(LM):
         self._file.close()
 
     def loglikelihood(self, requests, **options) -> list[tuple[float, bool]]:
-        """Returns what the model's method does."""
+        """Returns (log-likelihood, whether greedy) of each request, from the file or the model."""
         return [tuple(answer) for answer in self._answers('loglikelihood', requests, options)]
 
     def loglikelihood_rolling(self, requests, **options) -> list[float]:
-        """Returns what the model's method does."""
+        """Returns the log-likelihood of each request's text, from the file or the model."""
         return self._answers('loglikelihood_rolling', requests, options)
 
     def generate_until(self, requests, **options) -> list[str]:
-        """Returns what the model's method does."""
+        """Returns the text that answers each request, from the file or the model."""
         return self._answers('generate_until', requests, options)
 
     def _answers(self, kind: str, requests, options) -> list:

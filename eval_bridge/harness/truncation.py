@@ -1,7 +1,7 @@
 """Counts the requests that were longer than the model reads and so were truncated on the left.
 
-lm-eval's `hf` model truncates them alike. They are counted from lm-eval's samples, not while they are answered, so
-that kept answers and every backend count alike.
+lm-eval's `hf` model truncates the same requests. They are counted in lm-eval's samples, not while they are answered,
+so kept answers and the other backend count too.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.models import utils
 
-# For a piece more where two texts meet, BOS, and the space that SentencePiece puts in front.
+# Room for BOS, the space that SentencePiece puts in front, and one more piece where two texts meet.
 _SLACK = 16
 
 
@@ -31,7 +31,7 @@ def count(model, samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str
 
 
 def _is_cut(model, tokens, context: str, second: str | dict[str, Any] | None = None) -> bool:
-    """`second` is a continuation, the options of a text to generate, or None for a rolling log-likelihood."""
+    """Returns whether a request loses tokens; `second`: a continuation, generation options, or None (rolling)."""
     if second is None:
         return False
     if isinstance(second, dict):

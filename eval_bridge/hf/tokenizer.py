@@ -136,7 +136,7 @@ def _bos_first(model) -> dict[str, Any]:
 
 
 class JsonTokenizer:
-    """A tokenizer.json behind the part of tinyllama_jax.tokenizer.Tokenizer's interface that evaluation needs.
+    """A tokenizer.json with those methods of tinyllama_jax.tokenizer.Tokenizer that evaluation needs.
 
     Attributes: path, sha256 (of the file), vocab_size, bos_id and eos_id (-1 for none).
     Raises UsageError if the file cannot be used.

@@ -1,6 +1,6 @@
 """Reads and writes the files of a Hugging Face folder: named tensors and JSON.
 
-Tensors lie in safetensors or PyTorch's .bin files, whole or in shards. They are read and
+Tensors are in safetensors or PyTorch's .bin files, whole or in shards. They are read and
 written one at a time; writing safetensors needs the memory of one tensor. This file knows
 file formats, not models.
 """

@@ -1,4 +1,4 @@
-"""Runs one program in a jail; sandbox.py starts it as `python -I -S jail.py`, with its order as JSON on stdin.
+"""Runs one program in a jail; sandbox.py starts it as `python -I -S jail.py`, with program and limits on stdin.
 
 Four processes, each the parent of the next. The launcher stays outside and maps the jail's user. The builder makes the
 namespaces and the file system. init is process 1 inside: it writes `BEGUN` to stdout when everything is set up, watches

@@ -41,7 +41,7 @@ TABLES = MappingProxyType(
 )
 SECOND_HAND = ('OPT-1.3B', 'Pythia-1.4B')
 FIGURE_2_BASELINE = 'Pythia-1.4B'
-# The models above that are checkpoints of one run -> training tokens, in thousand millions.
+# The models above that are checkpoints of one run -> training tokens, in billions.
 TOKENS = MappingProxyType(
     {
         'TinyLlama-1.1B-103b': 103, 'TinyLlama-1.1B-503b': 503, 'TinyLlama-1.1B-1007b': 1_007,

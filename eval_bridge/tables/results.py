@@ -162,7 +162,7 @@ def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score
     cells = [('training tokens', *(_TITLES[task] for task in tasks))]
     cells += [(f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()]
     cells.append((f'{baseline}, published', *(f'{_published(baseline, task):.2f}' for task in tasks)))
-    parts = [page.heading('Figure 2', 1), page.picture('Scores in the course of the training', picture)]
+    parts = [page.heading('Figure 2', 1), page.picture('Scores during training', picture)]
     html = folder / 'figure2.html'
     files.write_atomically(html, page.page('Figure 2', [*parts, page.table(cells), *_notes({baseline})]))
     return html
@@ -197,7 +197,7 @@ def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> No
 
 
 def _draw_task(axes, task: str, curve: Sequence[tuple[float, Score]], unit: float) -> None:
-    """Draws the measured points with standard errors, Pythia-1.4B's line and TinyLlama's points of as many tokens."""
+    """Draws measured points with standard errors, Pythia-1.4B's line and TinyLlama's points up to as many tokens."""
     tokens, values = zip(*curve, strict=True)
     baseline = published.FIGURE_2_BASELINE
     style = {'color': '0.45', 'linestyle': '--', 'linewidth': 1}

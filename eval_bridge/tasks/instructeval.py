@@ -19,7 +19,7 @@ _SHOTS = 3
 
 
 class InstructEval(ConfigurableTask):
-    """A task whose file says everything but how few-shot examples are dropped and how an answer is judged.
+    """An InstructEval task: its file says all but how few-shot examples are dropped and how an answer is judged.
 
     `fits` says whether a prompt and a number of new tokens fit the model; patches.fitting sets it.
     """
@@ -63,7 +63,7 @@ class Bbh(InstructEval):
 
 
 class Drop(InstructEval):
-    """DROP: the questions whose validated answers all agree, three of which, drawn with seed 0, are few-shot examples.
+    """DROP: the questions whose validated answers all agree. Three, drawn with seed 0, are the few-shot examples.
 
     No other question is about the passage of a few-shot example.
     """

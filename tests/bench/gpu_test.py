@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.support.kernel_checks import needs_triton
 from tinyllama_jax import config, flops
 
-# What the product needs elsewhere, and an image with JAX, Triton, torch and transformers alone has not.
+# What the product needs elsewhere and an image with only JAX, Triton, torch and transformers lacks.
 MISSING = (
     'array_record', 'datasets', 'datatrove', 'grain', 'lm_eval', 'matplotlib', 'ml_collections', 'pandas', 'pyarrow',
     'sentencepiece', 'tensorboardX', 'zstandard',
@@ -29,21 +29,21 @@ MISSING = (
 
 @pytest.fixture
 def bare_env(tmp_path):
-    """Environment of a process that cannot import `MISSING`."""
+    """The environment of a process that cannot import `MISSING`."""
     (tmp_path / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update(dict.fromkeys({MISSING}))\n')
     return {**os.environ, 'PYTHONPATH': str(tmp_path), 'PYTHON': sys.executable}
 
 
 def run(benchmark: str, name: str, tmp_path, env):
-    """The process of a smoke run, and its record."""
+    """Runs a benchmark's smoke run and returns the phases of its result."""
     command = [f'{ROOT}/bench/gpu.sh', benchmark, str(tmp_path / 'results'), '--smoke']
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    record = json.loads((tmp_path / f'results/{name}.json').read_text())
-    assert record['failures'] == []
-    assert {'jax', 'triton', 'torch', 'driver'} <= record['versions'].keys()
+    result = json.loads((tmp_path / f'results/{name}.json').read_text())
+    assert result['failures'] == []
+    assert {'jax', 'triton', 'torch', 'driver'} <= result['versions'].keys()
     assert f'# {name} on ' in (tmp_path / f'results/{name}.md').read_text()
-    return record['phases']
+    return result['phases']
 
 
 @needs_triton
@@ -95,8 +95,8 @@ def test_a_broken_kernel_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, 'attention', broken)
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])  # restored afterwards, as the command adds to it
     assert gpu.main([str(tmp_path), '--smoke', '--only=attention']) == 1
-    record = json.loads((tmp_path / 'gpu.json').read_text())
-    assert any(failure.startswith('attention: interpret: error ') for failure in record['failures'])
+    result = json.loads((tmp_path / 'gpu.json').read_text())
+    assert any(failure.startswith('attention: interpret: error ') for failure in result['failures'])
 
 
 def test_a_phase_that_breaks_does_not_keep_the_others_from_running(tmp_path, monkeypatch):
@@ -106,9 +106,9 @@ def test_a_phase_that_breaks_does_not_keep_the_others_from_running(tmp_path, mon
     monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'])
     phases = {'first': breaks, 'second': lambda setting: {'rows': [{'figure': 1.5}]}}
     assert benchmark.run('x', 'A benchmark.', phases, name='x', arguments=[str(tmp_path), '--smoke']) == 1
-    record = json.loads((tmp_path / 'x.json').read_text())
-    assert record['failures'] == ['first: OSError: no such luck']
-    assert record['phases']['second']['status'] == 'ok'
+    result = json.loads((tmp_path / 'x.json').read_text())
+    assert result['failures'] == ['first: OSError: no such luck']
+    assert result['phases']['second']['status'] == 'ok'
     assert '| figure |\n|---|\n| 1.5 |' in (tmp_path / 'x.md').read_text()
 
 

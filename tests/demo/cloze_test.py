@@ -11,7 +11,7 @@ from tests.support import corpora
 
 
 class Oracle(LM):
-    """Knows which continuation follows which context, or prefers any other."""
+    """A model that prefers the right continuation of each context, or else any other."""
 
     def __init__(self, known: dict[str, str], *, right: bool = True):
         super().__init__()

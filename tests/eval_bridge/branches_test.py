@@ -28,7 +28,7 @@ def test_a_tree_is_divided_where_it_is_too_long():
     assert sizes == [(4, [0, 1]), (5, [2])]
 
 
-def test_a_batch_says_what_is_read_and_what_is_predicted_where():
+def test_a_batch_says_which_tokens_are_read_and_which_are_predicted_where():
     (batch,) = branches.make_batches(branches.make_trees(ROWS, 64), 4 * branches.ROW)
     assert batch.tokens_BT.shape == (1, branches.ROW)
     # The tree of three branches, then that of one.
@@ -70,7 +70,7 @@ def test_every_request_is_in_one_batch_and_little_is_padding(multiple):
     assert np.mean([batch.branch_ids_BT > 0 for batch in short[:-1]]) > 0.9
 
 
-def test_attention_is_that_of_each_branch_alone():
+def test_attention_equals_that_of_each_branch_alone():
     rng = np.random.default_rng(0)
     (batch,) = branches.make_batches(branches.make_trees([*ROWS, *_random_rows(6, 90, rng)], 512), branches.ROW)
     B, T = batch.tokens_BT.shape

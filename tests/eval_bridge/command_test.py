@@ -191,7 +191,7 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
         ({'figure': 3, 'output': 'x'}, '--figure=3: only figure 2 exists'),
         ({'table': 2, 'figure': 2, 'output': 'x'}, 'one at a time'),
         ({'figure': 2, 'models': ['somewhere'], 'output': 'x'}, 'somewhere does not end with its training tokens'),
-        ({'table': 2, 'models': ['a=x', 'a=y'], 'output': 'x'}, 'a is there twice'),
+        ({'table': 2, 'models': ['a=x', 'a=y'], 'output': 'x'}, 'a is given twice'),
         ({'table': 2, 'models': ['a', 'b=x'], 'output': 'x'}, 'a/config.json cannot be read'),
         ({'figure': 2, 'models': ['a-1b=x', 'b-1B=y'], 'output': 'x'}, 'a-1b and b-1B have the same training tokens'),
         ({'table': 3, 'output': 'x', 'model': 'nowhere'}, '--tasks: piqa: not in --table=3, which shows mmlu'),

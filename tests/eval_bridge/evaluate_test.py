@@ -206,7 +206,7 @@ def test_our_files_are_enough_and_official_folders_are_found(tasks):
             r'put hellaswag/validation.jsonl \(JSON lines, .*endings.*\) into a folder and give --task_data=',
         ),
         (['humaneval'], r'humaneval: these tasks run programs .* give --confirm_run_unsafe_code'),
-        (['mbpp'], 'mbpp runs programs that the model wrote, and not in our jail'),
+        (['mbpp'], 'mbpp runs programs of the model outside our jail'),
         (['tiny_empty'], "tiny_empty has an empty choice or target in .*'choices': \\['a', ''"),
         (['tiny_wrong'], "tiny_wrong: the answer 7 is none of the choices .*'answer': 7"),
         (['tiny_template'], "tiny_template does not fit its task's template: 'contxt' is undefined"),

@@ -48,5 +48,5 @@ def test_a_differing_choice_comes_with_the_gap_that_decided_it():
 
 def test_other_requests_are_not_compared():
     result = _result((-1.0, -2.0), (-3.0, -1.0))
-    with pytest.raises(errors.RunError, match='choose, document 0: the two were not asked the same'):
+    with pytest.raises(errors.RunError, match='choose, document 0: the requests differ'):
         parity.compare(result, _result((-1.0, -2.0), (-3.0, -1.0), context='other'))

@@ -105,7 +105,7 @@ def test_under_remat_the_forward_kernel_runs_again_unless_both_its_results_are_k
     arrays = [x.astype(jnp.bfloat16) for x in _inputs(1, 256, 4, 1, 64)]
 
     def loss(q, k, v):
-        # What comes before makes q anew in the backward pass, as a layer does.
+        # What comes before recomputes q in the backward pass, as a layer does.
         out = dispatch.attention(q * 2, k, v, impl='triton', chip='sm_90')
         return jnp.sum(jnp.sin(out.astype(jnp.float32)))
 

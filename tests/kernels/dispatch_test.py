@@ -151,7 +151,7 @@ def test_what_is_not_a_number_fails_the_checks(monkeypatch, gradient):
             check('swiglu', (X, X))
 
 
-def test_products_of_float32_are_of_float32_on_a_gpu():
+def test_float32_products_stay_float32_on_a_gpu():
     how = {'impl': 'xla', 'chip': 'sm_90'}
     programs = {
         'attention': jax.jit(lambda q, k: dispatch.attention(q, k, k, **how)).trace(Q, K),

@@ -42,7 +42,7 @@ def test_a_bfloat16_table_gets_a_float32_sum_rounded_once(by_sorting):
     assert dtable_VD[0, 0] == jnp.bfloat16(4_096 * jnp.bfloat16(1 / 3).astype(jnp.float32))
 
 
-def test_a_gpu_adds_nothing_twice_to_one_place():
+def test_on_a_gpu_no_two_rows_are_added_to_one_place():
     def gradient(table_VD, tokens_BT):
         return jax.grad(lambda table: jnp.sum(jnp.sin(dispatch.embed(table, tokens_BT, chip='sm_90'))))(table_VD)
 

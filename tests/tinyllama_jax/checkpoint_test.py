@@ -59,7 +59,7 @@ def test_restored_on_any_mesh_bit_for_bit(tmp_path, state, meshes):
             np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
 
 
-def test_training_goes_on_on_fewer_devices_and_other_axes(tmp_path):
+def test_training_resumes_on_fewer_devices_and_other_axes(tmp_path):
     meshes = [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=2, zero=1), MeshConfig(fsdp=1)]
     batches, losses, checkpointer = tiny.batches(8), [], checkpoint.Checkpointer(tmp_path / 'c')
 
@@ -86,7 +86,7 @@ def test_training_goes_on_on_fewer_devices_and_other_axes(tmp_path):
     np.testing.assert_allclose(losses, whole, atol=1e-5, rtol=0)
 
 
-def test_none_where_there_is_none(tmp_path, meshes):
+def test_without_a_checkpoint_none_is_returned(tmp_path, meshes):
     assert checkpoint.Checkpointer(tmp_path / 'c').restore(_abstract(meshes[0]), lambda meta: None) is None
 
 
@@ -149,7 +149,7 @@ def test_half_a_checkpoint_is_not_used(tmp_path, state, meshes, missing):
     assert meta['step'] == (6 if missing.startswith('_') else 3)  # the last is orbax's own note, not needed
 
 
-def test_a_save_that_was_killed_is_removed_and_said(tmp_path, state, capsys):
+def test_a_save_that_was_killed_is_removed_and_reported(tmp_path, state, capsys):
     _save(tmp_path / 'c', state, [3])
     (tmp_path / 'c' / '6.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
     assert checkpoint.Checkpointer(tmp_path / 'c', read_only=True).steps() == [3]

@@ -44,7 +44,7 @@ def test_warmup_stable_decay_at_its_corners(step, rate):
 
 
 @pytest.mark.parametrize('step', [0, 1, 1_999, 2_000, 700_000, STEPS - 1])
-def test_the_original_s_rate_is_that_of_the_last_micro_step(step):
+def test_the_original_s_rate_is_that_of_the_step_s_last_micro_step(step):
     iteration, warmup, total = 8 * (step + 1) - 1, 16_000, 8 * STEPS
     ratio = (iteration - warmup) / (total - warmup)
     expected = 4e-4 * iteration / warmup if ratio < 0 else 4e-5 + 0.5 * (1 + np.cos(np.pi * ratio)) * (4e-4 - 4e-5)

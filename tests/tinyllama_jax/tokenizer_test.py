@@ -1,3 +1,5 @@
+"""The tokenizer: sentencepiece's ids, special tokens, training, invalid files."""
+
 import io
 import json
 
@@ -113,7 +115,7 @@ def test_awkward_texts_go_through(tokenizer):
     assert len(tokenizer.encode('x1' * 100_000)) == len(plain(tokenizer.path).encode('x1' * 100_000))
 
 
-def test_missing_and_invalid_files(tmp_path):
+def test_missing_and_invalid_files_are_refused(tmp_path):
     with pytest.raises(errors.UsageError, match=r'config\.data\.tokenizer=.*absent.*cannot be read'):
         tokenizer_lib.Tokenizer(tmp_path / 'absent.model')
     for content in (b'', b'{"model": "BPE"}', corpora.tokenizer_path().read_bytes()[:1000]):
@@ -136,7 +138,7 @@ def test_training_is_llamas_and_deterministic(tmp_path, tokenizer):
     assert tokenizer.decode(tokenizer.encode('🦙\n')) == '🦙\n'
 
 
-def test_too_many_pieces_for_the_texts(tmp_path):
+def test_too_many_pieces_for_the_texts_are_refused(tmp_path):
     with pytest.raises(errors.UsageError, match='tokenizer_pieces=5000'):
         tokenizer_lib.train_tokenizer(['a few words'], tmp_path / 'x.model', 5000)
     assert not list(tmp_path.iterdir())

@@ -124,7 +124,7 @@ def test_killed_anywhere_any_number_of_times_the_losses_are_the_same_digits(stor
 
 
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_saves_and_says_how_to_go_on(store, uninterrupted, tmp_path, number, status):
+def test_a_stop_signal_saves_and_says_how_to_resume(store, uninterrupted, tmp_path, number, status):
     process = _main(store, tmp_path)
     _wait_for_step(tmp_path, 7, process)
     process.send_signal(number)
@@ -142,7 +142,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints_before(store, tmp_p
     assert again.wait() == 0, _said(tmp_path)
 
 
-def test_a_finished_run_says_so_and_an_extended_one_goes_on(store, tmp_path, capsys):
+def test_a_finished_run_says_so_and_an_extended_one_resumes(store, tmp_path, capsys):
     train.train(_config(store, num_steps=8), tmp_path)
     train.train(_config(store, num_steps=8), tmp_path)
     assert 'nothing to do for num_steps=8' in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_what_may_not_change_on_resume_is_named(store, short_run, path, value, m
     assert len(_losses(short_run)) == 2
 
 
-def test_a_run_from_before_there_were_masks_goes_on_without_them(store, short_run, tmp_path, capsys):
+def test_a_run_from_before_there_were_masks_resumes_without_them(store, short_run, tmp_path, capsys):
     folder = shutil.copytree(short_run, tmp_path / 'run')
     meta_path = folder / 'checkpoints' / '2' / 'meta' / 'metadata'
     for path in (folder / 'config.json', meta_path):
@@ -199,7 +199,7 @@ def _masked(config):
     return next(config for config in seeds if pipeline.make_dataset(config, tokens).segment_ids(0)[..., 16].any())
 
 
-def test_with_document_masks_a_stopped_run_goes_on_with_the_same_digits(store, tmp_path):
+def test_with_document_masks_a_stopped_run_resumes_with_the_same_digits(store, tmp_path):
     config = _masked(_config(store, num_steps=2, eval_every_steps=1))
     whole, stopped, plain = (tmp_path / name for name in ('whole', 'stopped', 'plain'))
     train.train(config, whole)
@@ -222,7 +222,7 @@ def short_run(store, tmp_path_factory):
     return folder
 
 
-def test_a_loss_that_is_not_computed_again_alike_stops_the_run(store, tmp_path):
+def test_a_recomputed_loss_that_differs_stops_the_run(store, tmp_path):
     config = _config(store, num_steps=8)
     train.train(config, tmp_path)
     _pretend_killed_at(tmp_path, 5, change_loss_of=7)
@@ -342,7 +342,7 @@ def test_an_implicit_transfer_in_the_loop_raises_and_one_in_a_hook_does_not(stor
 
 
 class Noted(cluster.Members):
-    """One process, and what its watchdog is told: what is done, and whether that compiles."""
+    """One process that keeps what its watchdog is told: (what it does, whether that compiles)."""
 
     def __init__(self):
         super().__init__(place.Place('host'), None)
@@ -366,7 +366,7 @@ def test_resumed_one_step_before_a_validation_only_what_compiles_is_given_time_f
     ]
 
 
-def test_an_imported_run_goes_on_with_settings_of_its_own(store, tmp_path, short_run):
+def test_an_imported_run_trains_with_settings_of_its_own(store, tmp_path, short_run):
     convert.export_run(None, short_run, step=None, output=str(tmp_path / 'hf'), dtype='float32', format='safetensors')
     convert.import_run(None, tmp_path / 'run', input=str(tmp_path / 'hf'), command='main.py import')
     config = _config(store, num_steps=2, checkpoint_every_steps=1)

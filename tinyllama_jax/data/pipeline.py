@@ -1,7 +1,7 @@
 """Computes the batch of step n as a pure function of (config, manifest, n), read ahead through grain.
 
 A step is `global_batch_size` consecutive *positions* of one endless list of rows.
-`mixture` assigns position p to a source and to number i within that source. Epoch
+`mixture` assigns position p to a source and to index i within that source. Epoch
 i // rows of a source visits all its training rows once, in an order of its own
 (`permuted`). Nothing is stored and only the keys of the permutations are random,
 so any step is computed in O(1).
@@ -54,7 +54,7 @@ def mixture_counts(positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def mixture(positions: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (source, number within the source) of each position, both int64 in the shape of `positions`."""
+    """Returns (source, index within the source) of each position, both int64 in the shape of `positions`."""
     before, after = mixture_counts(positions, weights), mixture_counts(positions + 1, weights)
     sources = np.argmax(after - before, axis=0)
     return sources, np.take_along_axis(before, sources[None], axis=0)[0]
@@ -101,7 +101,7 @@ class _SourceRows:
     validation: int
 
     def train_row(self, index: np.ndarray, seed: int) -> np.ndarray:
-        """Returns the rows of the training split that come at numbers `index`, epoch after epoch."""
+        """Returns the training rows at `index` of the source's endless order, one epoch after another."""
         epochs, within = np.divmod(index, self.train)
         rows = np.empty_like(within)
         for epoch in np.unique(epochs):
@@ -138,7 +138,7 @@ class Dataset:
         self.fingerprint = self._fingerprint()
 
     def batch(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray:
-        """Returns the rows [A, B, R] of a step (the first is 0), or only the slice `columns` of B."""
+        """Returns the rows [A, B, R] of a step (the first step is 0), or only the slice `columns` of B."""
         return self._read(self._store.read_rows, self._store.manifest['dtype'], step, accumulation, columns)
 
     def segment_ids(self, step: int, *, accumulation: int = 1, columns: slice = slice(None)) -> np.ndarray | None:

@@ -124,7 +124,7 @@ def _list_tasks(config: DataConfig, inputs: Inputs) -> tasks.TaskList:
 
 
 def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: dict[str, Any]) -> tasks.Executor:
-    """Lays the store out, or resumes an interrupted run with the same settings."""
+    """Creates the empty store, or resumes an interrupted run with the same settings; returns the executor."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     executor = tasks.Executor(path, num_tasks=len(task_list.tasks), workers=config.workers or cores)
     try:
@@ -157,7 +157,7 @@ def _can_resume(
         result = tasks.read_result(executor.path, rank)
         outdated = result['stamp'] != tasks.input_stamp(task_list.tasks[rank].input)
         if outdated and trained:
-            return False  # the tokenizer would be another
+            return False  # another tokenizer would be trained
         if outdated or 'bad' in result:
             executor.forget(rank)
             incomplete.add(rank)
@@ -171,7 +171,7 @@ def _clear(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise errors.UsageError(f'--config.data.store={path} is not a folder; choose another.')
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    # A killed run may leave temporary names; .part was theirs in earlier versions.
+    # A killed run may leave temporary files; earlier versions named them .part.
     temporary = {f'{name}{suffix}' for name in (store.TOKENIZER, store.MANIFEST) for suffix in ('.tmp', '.part')}
     others = set(present) - {'tokens', 'documents', store.TOKENIZER, tasks.PROGRESS} - temporary
     if others or (present and tasks.PROGRESS not in present):

@@ -33,7 +33,7 @@ class BadFile(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """What becomes one stream: one file, or a group of plain text files."""
+    """The files that become one stream: one file, or a group of plain text files."""
 
     root: str  # the source's folder
     names: tuple[str, ...]  # of the files, relative to root
@@ -47,7 +47,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record of an input: its text, or the fault for which it has none."""
+    """One record of an input: its text, or the fault that leaves it without one."""
 
     number: int  # line, parquet row or file of a group, from 0
     text: str = ''
@@ -166,7 +166,7 @@ def _json_record(number: int, line: bytes, field: str | None) -> Record:
     except (ValueError, RecursionError):
         return Record(number, fault='is not JSON')
     if not isinstance(record, dict):
-        return Record(number, fault='is no JSON object')
+        return Record(number, fault='is not a JSON object')
     if field not in record:
         return Record(number, fault=f'has no {field!r}')
     meta = record.get('meta')
@@ -188,7 +188,7 @@ def _decompressed(path: Path) -> Iterator[bytes]:
 
 
 def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Decompresses any number of frames; the library itself takes a truncated frame for the end."""
+    """Decompresses any number of frames; the library itself takes a truncated frame for the end of the file."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, frames = None, 0
     for chunk in chunks:

@@ -355,7 +355,7 @@ def segment_dtype(seq_len: int) -> np.dtype:
 
 
 def read_manifest(store: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a complete store, None if there is none. Raises UsageError if its version is another."""
+    """Returns the manifest of a complete store, None if there is none. Raises UsageError for another version."""
     try:
         manifest = json.loads((store / MANIFEST).read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError):

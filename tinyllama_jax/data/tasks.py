@@ -169,7 +169,7 @@ def result_path(path: Path, rank: int) -> Path:
 
 
 def read_result(path: Path, rank: int) -> dict[str, Any]:
-    """Returns a finished task's documents, dropped, tokens, bad_records, sha256, faults; `bad`: why its file is bad."""
+    """Returns the result of a finished task: its counts, sha256 and faults, and as `bad` why a bad file is bad."""
     return json.loads(result_path(path, rank).read_text())
 
 

@@ -1,4 +1,4 @@
-"""The command `plan`: does a run fit into GPUs that are not there, what would make it fit, how fast may it be.
+"""The command `plan`: whether a run fits GPUs that are not there, what would make it fit, and how fast it may be.
 
 docs/plan.md says how to read the answers and how far to trust them.
 """
@@ -63,7 +63,7 @@ def search_steps(config: Config, cluster: Cluster) -> list[Compiled]:
 
 
 def _compiled_or_none(config: Config, cluster: Cluster) -> Compiled | None:
-    """Returns the step, or None if `train` would refuse `config`: the mesh does not divide, the policy has no use."""
+    """Returns the compiled step, or None if `train` would refuse `config`, for a mesh that does not divide, say."""
     try:
         return compile_lib.compile_step(config, cluster)
     except errors.UsageError:
@@ -71,9 +71,9 @@ def _compiled_or_none(config: Config, cluster: Cluster) -> Compiled | None:
 
 
 def remedy(config: Config, compiled: Compiled) -> str:
-    """Returns a sentence with the least change of `config` that makes its step fit, which `compiled` does not.
+    """Returns words that name the least change of `config` with which its step fits; `compiled`, its step, does not.
 
-    Compiles the changes to know.
+    Compiles the changed steps to find out.
     """
     cluster = compiled.cluster
     known: dict[tuple, Compiled | None] = {(compiled.config.mesh, compiled.config.train): compiled}

@@ -1,4 +1,4 @@
-"""The train step compiled for GPUs that this machine does not have, and what the compiled program tells of it."""
+"""Compiles the train step for GPUs that this machine does not have, and reads facts off the compiled program."""
 
 import contextlib
 import dataclasses
@@ -86,7 +86,7 @@ def check_ptxas(folders: Iterable[str | pathlib.Path] = ()) -> None:
 
 
 def make_cluster(target: str | None, topology: str | None) -> Cluster:
-    """Returns the cluster that --target and --topology describe; raises UsageError."""
+    """Returns the cluster that --target and --topology describe. Raises UsageError for invalid ones."""
     match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', topology or '')
     if not match:
         raise errors.usage(f'--topology={topology or ""}', 'write NODESxGPUS, as 2x8 for two nodes of eight GPUs')
@@ -112,17 +112,17 @@ class Compiled:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches in an optimiser step."""
+        """Micro-batches in an optimizer step."""
         return step_lib.accumulation_steps(self.config, sharding.batch_shards(self.mesh))
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in an optimiser step, on all GPUs together."""
+        """Tokens in an optimizer step, on all GPUs together."""
         return self.config.train.global_batch_size * self.config.model.seq_len
 
     @functools.cached_property
     def estimate(self) -> Estimate:
-        """The estimated time of an optimiser step."""
+        """The estimated time of an optimizer step."""
         cluster = self.cluster
         machine = roofline.Machine(cluster.target, cluster.size, cluster.gpus_per_node, self.config.model.seq_len)
         return roofline.estimate(self.program, machine)
@@ -133,7 +133,7 @@ class Compiled:
         return self.tokens_per_step / self.estimate.total
 
     def gpu_hours(self, tokens: float) -> float:
-        """Returns the estimated GPU-hours of training on so many tokens."""
+        """Returns the estimated GPU-hours of training on this many tokens."""
         return tokens / self.tokens_per_second * self.cluster.size / 3_600
 
     def collectives(self) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def _without_compilation_cache():
 
 
 def _abstract_batch(config: Config, mesh: Mesh):
-    """Returns the shapes of rows and segment ids of a step as `train` reads them; None for ids that it does not."""
+    """Returns the shapes of rows and segment ids of a step as `train` reads them; ids None without document masks."""
     shards = sharding.batch_shards(mesh)
     A, B = step_lib.accumulation_steps(config, shards), config.train.micro_batch_size * shards
     dtypes = jnp.uint16 if config.model.vocab_size <= 2**16 else jnp.uint32, store.segment_dtype(config.model.seq_len)

@@ -49,7 +49,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Its size in memory; a token has none."""
+        """The size in memory; XLA's type `token` has none."""
         return -(-math.prod(self.shape) * _ELEMENT_BITS[self.dtype] // 8)
 
 
@@ -74,7 +74,7 @@ class Instruction:
         return self.attribute(rf'\b{role}=%?([\w.\-]+)')
 
     def attribute(self, pattern: str) -> str:
-        """Returns the first group of `pattern` in the attributes; raises ValueError if it is not there."""
+        """Returns the first group of `pattern` in the attributes; raises ValueError if nothing matches."""
         if match := re.search(pattern, self.attributes):
             return match[1]
         raise ValueError(f'{self.opcode} {self.name} has no {pattern!r} in {self.attributes[:200]!r}')
@@ -119,7 +119,7 @@ class Program:
     def trip_count(self, instruction: Instruction, computation: Computation) -> int:
         """Returns how often the body of a loop runs; 1 for an instruction that is not a loop.
 
-        XLA mostly writes it. If not, the loop's counter is computed until the condition fails. The counter is the
+        XLA mostly states it. If not, the loop's counter is computed until the condition fails. The counter is the
         element of the loop's tuple that the condition reads.
         """
         if instruction.opcode != 'while':
@@ -302,7 +302,7 @@ def _as_groups(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def mesh_axes(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> str:
-    """Returns the mesh axes along which devices exchange, such as `data+fsdp`; `other` if there are none.
+    """Returns the mesh axes along which devices exchange, such as `data+fsdp`; `other` if no axes match.
 
     `sizes` maps axes to sizes, the slowest axis first, as `jax.sharding.Mesh.shape` does.
     """

@@ -70,7 +70,7 @@ def parts(values: Iterable[Value], program: Program, shapes: 'Shapes', peak_byte
 
 
 class Shapes:
-    """The sizes by which a buffer's part is recognised; those of parameters in any order of the axes.
+    """The shapes by which a buffer's part is recognised; a parameter's axes may come in any order.
 
     `parameters`: shapes of parameters, whole and as a device holds them, the axis of the layers first.
     """

@@ -18,7 +18,7 @@ def make_plan(compiled: Compiled) -> dict[str, Any]:
     config, model, cluster, estimate = compiled.config, compiled.config.model, compiled.cluster, compiled.estimate
     product_flops = roofline.product_flops(compiled.program) * cluster.size
     seconds, collectives = config.train.num_steps * estimate.total, compiled.collectives()
-    rates: dict[str, float] = {}  # that the links of each axis must carry
+    rates: dict[str, float] = {}  # bytes a second that the links of each axis must carry
     for row in collectives:
         rates[row['axis']] = rates.get(row['axis'], 0.0) + row['bytes_per_step'] / estimate.total
     return {

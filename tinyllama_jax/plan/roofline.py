@@ -1,4 +1,4 @@
-"""The time that a compiled step takes at best: each instruction by its bottleneck, exchanges beside what hides them.
+"""Estimates the least time of a compiled step: each instruction by its bottleneck, exchanges beside other work.
 
 - A matrix product takes its FLOPs at the rate of the fastest product measured on the chip, times the share of its waves
   of tiles that is filled; then it writes its tiles. Attention takes its FLOPs at a published rate.
@@ -63,7 +63,7 @@ class Machine:
         return len(counts), min(counts.values())
 
     def memory_seconds(self, size: float) -> float:
-        """Returns the time of moving so many bytes to or from the GPU's memory."""
+        """Returns the time of moving this many bytes to or from the GPU's memory."""
         return size / (targets.MEMORY_SHARE * self.target.memory_bandwidth)
 
 
@@ -93,7 +93,7 @@ class Estimate:
 
 
 def estimate(program: Program, machine: Machine, name: str | None = None) -> Estimate:
-    """Estimates a step's time: instructions run one after another as scheduled, exchanges on a second line.
+    """Estimates a step's time: instructions run one after another as scheduled; so do exchanges, beside them.
 
     `name`: the computation to estimate; default: the program's entry.
     """

@@ -41,7 +41,7 @@ def least_change(config: Config, fitting: Callable[[Config], Any]) -> Any:
     """Returns the first answer of `fitting` that is not None, over changes of remat policy, micro-batch, then mesh.
 
     On a mesh memory falls with the micro-batch and with recomputation: the largest and the smallest micro-batch are
-    tried with most recomputation first, and a mesh is left if neither fits. May call `fitting` twice on a variant.
+    tried with most recomputation first, and a mesh is skipped if neither fits. May call `fitting` twice on a variant.
     """
     policies = list(config_lib.REMAT)  # the least recomputation first
     policies = policies[policies.index(config.train.remat) :]

@@ -12,7 +12,7 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
 from tinyllama_jax.tokenizer import Tokenizer
 
-_MOST_TOKENS = 1 << 22  # that are counted: enough for a few thousandths of a nat
+_MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 The page also shows WORKDIR/eval/figure2.png, which `evaluate --figure=2` makes.
 
-Losses are in nats per token. A note on the page stands for each part that the workdir has no files for.
+Losses are in nats per token. Where the workdir has no files for a part, the page has a note instead.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def _read(folder: pathlib.Path) -> _Run:
 
 
 def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the results of `evaluate` on checkpoints of this run, sorted by step."""
+    """Returns the results of `evaluate` on checkpoints of this run, sorted by step."""
     results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
     results = [result for result in results if isinstance(result, dict)]  # a table is a list
     return sorted((result for result in results if 'step' in result.get('protocol', {})), key=_step_of)
@@ -253,7 +253,7 @@ def _stderr(metric: str) -> str:
 
 def _step_axis(run: _Run, axes: Axes) -> None:
     axes.set_xlim(0, run.step * 1.02)
-    axes.set_xlabel('optimiser step')
+    axes.set_xlabel('optimizer step')
     axes.grid(alpha=0.3)
 
 
@@ -261,7 +261,7 @@ _PICTURES: dict[str, tuple[str, Callable[[_Run], Figure | None]]] = {
     'training': ('Loss and learning rate', _draw_training),
     'validation': ('Held-out loss of each source', _draw_validation),
     'evaluation': ('Tasks', _draw_evaluations),
-    'in_training': ('Tasks in the course of the training, on their first examples', _draw_in_training),
+    'in_training': ('Tasks during training, on their first examples', _draw_in_training),
     'throughput': ('Throughput', _draw_throughput),
 }
 

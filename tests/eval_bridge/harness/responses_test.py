@@ -99,7 +99,7 @@ def test_sampled_texts_are_asked_for_each_time(remembering, tmp_path):
     assert len(model.asked) == 4 and not (tmp_path / 'x.jsonl').read_text()
 
 
-def test_files_differ_with_what_was_computed(tmp_path):
+def test_another_model_or_protocol_has_another_file(tmp_path):
     identity = {'weights_sha256': 'a', 'protocol': 'paper'}
     others = [identity | {'protocol': 'current'}, identity | {'weights_sha256': 'b'}]
     assert len({responses.path(tmp_path, each) for each in (identity, *others)}) == 3

@@ -46,7 +46,7 @@ HOSTILE = {
     'mounts': 'import ctypes; assert ctypes.CDLL(None).mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0',
     'exits in time': 'import sys; sys.exit(0)',
     'exits at once': 'import os; os._exit(0)',
-    'is no program': 'x = (',
+    'is not a program': 'x = (',
 }
 GOOD = {
     'computes': 'assert sum(range(10 ** 5)) == 4999950000',
@@ -114,7 +114,7 @@ def test_nothing_is_left_running(outcomes):
 
 
 def _is_jail(path: pathlib.Path) -> bool:
-    """Whether the process of `path` is a jail that this process started."""
+    """Returns whether the process of `path` is a jail that this process started."""
     try:
         parent = int((path.parent / 'stat').read_text().rpartition(')')[2].split()[1])
         return b'jail.py' in path.read_bytes() and parent == os.getpid()

@@ -79,7 +79,7 @@ def test_mmlu_asks_five_examples_and_two_tokens(data):
 def test_few_shot_examples_that_do_not_fit_are_dropped_from_the_last_on(data):
     task = 'instructeval_mmlu_high_school_physics'
     whole = len(_run(data, [task])[1][0][0])
-    prompt = _run(data, [task], max_length=whole + 1)[1][0][0]  # but two more tokens are to come
+    prompt = _run(data, [task], max_length=whole + 1)[1][0][0]  # two new tokens would be one too many
     assert 'dev 3?' in prompt and 'dev 4?' not in prompt and prompt.endswith('D. test0z\nAnswer:')
     prompt = _run(data, [task], max_length=10)[1][0][0]
     assert 'dev' not in prompt and prompt.startswith('The following') and 'test 0?' in prompt
@@ -116,7 +116,7 @@ def test_the_means_are_those_of_instructeval():
         ]
 
 
-def test_drop_asks_what_has_one_answer_and_no_passage_twice(data):
+def test_drop_asks_questions_with_one_answer_and_no_passage_of_an_example(data):
     result, asked = _run(data, ['instructeval_drop'], lambda prompt: ' answer 1 and more')
     head = asked[0][0].split('\n\n')[:3]
     shots = [int(text.split()[1].strip('.')) for text in head]

@@ -1,3 +1,5 @@
+"""The corpus made from Python itself: its formats, the same files each time, no text in two splits."""
+
 import itertools
 import json
 

@@ -1,3 +1,5 @@
+"""Batches: the order of rows, slices of hosts, held-out rows, document masks, a config that does not fit the store."""
+
 import dataclasses
 import functools
 import threading
@@ -142,7 +144,7 @@ def test_a_host_reads_only_its_slice(tokens, monkeypatch):
 
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('prefetch', [1, 3])
-def test_batches_are_the_batches(tokens, prefetch, masked):
+def test_the_iterator_yields_each_step_s_batch(tokens, prefetch, masked):
     data = pipeline.make_dataset(config(data__prefetch_steps=prefetch, data__document_mask=masked), tokens)
     served = list(data.batches(7, 15, accumulation=2, columns=slice(0, 6)))
     assert len(served) == 8
@@ -252,7 +254,7 @@ def test_seen_counts_the_rows(tokens):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_fingerprint_tells_other_batches(tokens, change):
+def test_other_batches_have_another_fingerprint(tokens, change):
     base = pipeline.make_dataset(config(), tokens).fingerprint
     assert pipeline.make_dataset(config(train__eval_rows=5, data__prefetch_steps=9), tokens).fingerprint == base
     assert pipeline.make_dataset(config(**change), tokens).fingerprint != base
@@ -359,12 +361,12 @@ def test_with_restarted_positions_a_document_is_computed_as_at_the_start_of_a_ro
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
-def test_a_config_that_does_not_fit_the_store(tokens, changes, message):
+def test_a_config_that_does_not_fit_the_store_is_refused(tokens, changes, message):
     with pytest.raises(errors.UsageError, match=message):
         pipeline.make_dataset(config(**changes), tokens)
 
 
-def test_the_wrong_tokenizer(tokens, tmp_path):
+def test_a_wrong_tokenizer_is_refused(tokens, tmp_path):
     other = tmp_path / 'other.model'
     tokenizer.train_tokenizer(corpora.texts(50), other, 300)
     with pytest.raises(errors.UsageError, match=r'wrong tokenizer: .*other\.model'):

@@ -1,3 +1,5 @@
+"""Prepared stores against a plain reading of the corpora: counts, documents, workers, refusals."""
+
 import dataclasses
 import io
 import json
@@ -86,7 +88,7 @@ def test_every_document_has_its_record_and_one_eos(prepared):
 
 
 @pytest.mark.parametrize(('bos', 'eos'), [(True, 0), (True, 3)])
-def test_the_policy_of_special_tokens(tmp_path, prepared, bos, eos):
+def test_documents_get_the_configured_special_tokens(tmp_path, prepared, bos, eos):
     config, _, base = prepared
     manifest = prepare.prepare(dataclasses.replace(config, bos=bos, eos_per_document=eos), tmp_path / 'store')
     source, plain = manifest['sources']['starcoder'], base['sources']['starcoder']
@@ -156,7 +158,7 @@ def test_a_repaired_file_is_read_again(tmp_path):
     corpora.assert_same_files(path, tmp_path / 'fresh')
 
 
-def test_missing_and_empty_sources(tmp_path):
+def test_missing_and_empty_sources_are_refused(tmp_path):
     flag = r'--config\.data\.sources\.words'
     with pytest.raises(errors.UsageError, match='sources is empty'):
         prepare.prepare(DataConfig(tokenizer=str(corpora.tokenizer_path())), tmp_path / 'store')

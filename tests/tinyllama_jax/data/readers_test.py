@@ -1,3 +1,5 @@
+"""Readers of raw corpora: bad files, bad records, formats, splits."""
+
 import gzip
 import random
 import shutil
@@ -57,7 +59,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize('fault', BAD_FILES)
-def test_bad_files(tmp_path, fault):
+def test_bad_files_contribute_nothing(tmp_path, fault):
     write, reason = BAD_FILES[fault]
     good, root, path = tmp_path / 'good', tmp_path / 'words', tmp_path / 'store'
     for name in ('a', 'c'):
@@ -92,7 +94,7 @@ def test_bad_files(tmp_path, fault):
 def test_bad_records_are_counted_and_listed(tmp_path):
     faults = {
         1: (b'{"text": "cut', 'is not JSON'),
-        2: (b'[1, 2]', 'is no JSON object'),
+        2: (b'[1, 2]', 'is not a JSON object'),
         3: ({'meta': {}}, "has no 'text'"),
         4: (corpora.record(None), 'null'),
         5: (corpora.record(7), 'int'),
@@ -120,7 +122,7 @@ def test_the_list_of_bad_records_is_capped(tmp_path):
     assert len(source['faults']) == 100
 
 
-def test_bad_parquet_records(tmp_path):
+def test_bad_parquet_records_are_counted(tmp_path):
     corpora.write_parquet(tmp_path / 'words' / 'a.parquet', ['good', None, ''])
     source = prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
     assert (source['documents'], source['dropped'], source['bad']['records']) == (1, 1, 1)

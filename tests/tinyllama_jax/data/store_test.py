@@ -1,3 +1,5 @@
+"""The store: rows, streams, segment ids, cached document starts, damage."""
+
 import hashlib
 import json
 import pathlib
@@ -168,7 +170,7 @@ def test_threads_may_ask_for_segments_at_once(tmp_path, small_shards, monkeypatc
             np.testing.assert_array_equal(ids, expected[rows])
 
 
-def test_more_segments_than_16_bits_number(tmp_path):
+def test_rows_too_long_for_16_bits_have_segment_ids_of_32(tmp_path):
     assert store.segment_dtype(65_534) == np.uint16
     write_store(tmp_path, documents=[[1] * 65_537])
     ids = store.TokenStore(tmp_path).segment_ids('words', 'train', np.array([0]), 65_536)
@@ -241,7 +243,7 @@ def test_without_a_manifest_the_command_is_named(tmp_path):
         store.TokenStore(tmp_path)
 
 
-def test_a_document_that_exceeds_its_files_span(tmp_path, monkeypatch):
+def test_a_file_of_too_many_tokens_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(store, 'FILE_SPAN', 1 << 24)
     store.create_arrays(tmp_path, 'words', 'train', num_files=1, dtype=np.dtype(np.uint16))
     writer = store.StreamWriter(tmp_path, 'words', 'train', 0)

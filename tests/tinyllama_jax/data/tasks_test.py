@@ -1,3 +1,5 @@
+"""Prepare's processes: killed, stopped by Ctrl-C, out of disk, resumed."""
+
 import contextlib
 import os
 import signal

@@ -254,7 +254,7 @@ except errors.UsageError as error:
 
 
 def test_without_the_plugin_plan_says_what_to_install():
-    """In a process in which the plugin cannot be imported."""
+    """Runs plan in a process that cannot import the plugin."""
     done = subprocess.run([sys.executable, '-c', WITHOUT_PLUGIN], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("plan compiles with JAX's CUDA plugin, which cannot be used here (")
     assert done.stdout.endswith('pip install -r requirements-dev.txt.\n')

@@ -214,6 +214,6 @@ def test_an_attribute_that_is_missing_is_named():
     ('kind', 'sent'),
     [('all-gather', 300), ('reduce-scatter', 75), ('all-reduce', 150), ('all-to-all', 75), ('collective-permute', 100)],
 )
-def test_what_rings_send(kind, sent):
+def test_bytes_that_a_device_sends_in_a_ring(kind, sent):
     groups = tuple(tuple(row) for row in np.arange(8).reshape(2, 4).tolist())
     assert hlo.Collective(kind, ('f32',), groups, 100, ((25,),)).sent_bytes == sent

@@ -1,4 +1,4 @@
-"""What is said of a compiled step, by hand: a step of three instructions on two nodes of four GPUs."""
+"""The report of a compiled step, against hand calculation: three instructions on two nodes of four GPUs."""
 
 import dataclasses
 import json

@@ -7,7 +7,7 @@ from tinyllama_jax.run import validation
 
 
 class Rows:
-    """Two sources; a row's loss, by the steps below, is its first token, or 100 times its last segment id more."""
+    """Two sources. By the steps below a row's loss is its first token; `masked` adds 100 times its last segment id."""
 
     sources = ('some', 'none')
 

@@ -1,4 +1,4 @@
-"""A run's folder: the record, what contradicts it, and a run begun from given parameters."""
+"""A run's folder: its config.json, what contradicts that, and a run begun from given parameters."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def test_a_created_run_loads_bit_for_bit(run):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
-def test_the_record_says_what_ran(run):
+def test_config_json_says_what_ran(run):
     record = json.loads((run[0] / 'config.json').read_text())
     assert record['command'] == 'main.py import'
     assert record['devices'] == '8 x cpu'

@@ -69,7 +69,7 @@ def test_sources_are_made_changed_and_removed_by_name():
         ('data.sources.web.wieght', '3', "the nearest is 'weight'"),
     ],
 )
-def test_override_names_the_field_and_the_mend(path, text, message):
+def test_a_bad_override_names_the_field_and_the_remedy(path, text, message):
     with pytest.raises(errors.UsageError, match=message):
         experiment.override(CONFIG, path, text)
 
