@@ -28,7 +28,7 @@ def test_the_mean_over_rows_does_not_depend_on_the_batch(batch):
     def eval_step(params, rows_BR, segment_ids_BR, weights_B):
         assert rows_BR.shape == (batch, 2)
         assert segment_ids_BR is None
-        return (rows_BR[:, 0] * weights_B).sum() / weights_B.sum() + params
+        return (rows_BR[:, 0].astype(weights_B.dtype) * weights_B).sum() / weights_B.sum() + params
 
     assert validation.losses(eval_step, 0.5, Rows(), batch) == {'some': pytest.approx(9.5)}
 
@@ -37,7 +37,8 @@ def test_the_mean_over_rows_does_not_depend_on_the_batch(batch):
 def test_segment_ids_go_with_their_rows(batch):
     def eval_step(params, rows_BR, segment_ids_BR, weights_B):
         assert segment_ids_BR.shape == (batch, 2)
-        return ((rows_BR[:, 0] + 100 * segment_ids_BR[:, 1]) * weights_B).sum() / weights_B.sum()
+        losses_B = (rows_BR[:, 0] + 100 * segment_ids_BR[:, 1]).astype(weights_B.dtype)
+        return (losses_B * weights_B).sum() / weights_B.sum()
 
     assert validation.losses(eval_step, None, Rows(masked=True), batch) == {'some': pytest.approx(9 + 50)}
 
