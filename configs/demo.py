@@ -15,7 +15,7 @@ from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfi
 
 
 def get_config(arg: str = '') -> Config:
-    """The demo; it has no variants."""
+    """Returns the demo; it has no variants."""
     if arg:
         raise ValueError(f'configs/demo.py has no variant, got {arg!r}')
     return Config(

@@ -14,7 +14,7 @@ from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfi
 
 
 def get_config(arg: str = '') -> Config:
-    """The small run; it has no variants."""
+    """Returns the small run; it has no variants."""
     if arg:
         raise ValueError(f'configs/tinyllama_120m.py has no variant, got {arg!r}')
     return Config(

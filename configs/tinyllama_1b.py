@@ -18,7 +18,7 @@ from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfi
 
 
 def get_config(arg: str = '') -> Config:
-    """The paper's run; `original` follows the original code."""
+    """Returns the paper's run; `original` follows the original code."""
     if arg not in ('', 'original'):
         raise ValueError(f'configs/tinyllama_1b.py knows the variant original, not {arg!r}')
     config = Config(

@@ -177,7 +177,7 @@ class TrainConfig:
     profile_step: int | None = None  # first step of a profiler window
     profile_steps: int = 3
     join_timeout_s: float = 300.0  # for all processes to reach the coordinator
-    # If one process is silent, or none advances, for this long, the run ends with 75 (docs/cluster.md).
+    # If one process keeps the others waiting, or none advances, for this long, the run ends with 75 (docs/cluster.md).
     stuck_timeout_s: float = 40.0
     hang_timeout_s: Annotated[float, '>= 0'] = 1_800.0  # 0: neither is watched
 

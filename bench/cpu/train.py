@@ -72,7 +72,7 @@ class TorchAttention(torch.nn.Module):
         self.o = torch.nn.Linear(N * H, D, bias=False)
 
     def forward(self, x_BTD, cos_TH, sin_TH):
-        """[B, T, D] to [B, T, D]."""
+        """Returns the attention's output, [B, T, D]."""
         B, T, _ = x_BTD.shape
         q_BNTH, k_BKTH, v_BKTH = (
             project(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.q, self.k, self.v)
@@ -102,7 +102,7 @@ class TorchLayer(torch.nn.Module):
         self.down = torch.nn.Linear(F_, D, bias=False)
 
     def forward(self, x_BTD, cos_TH, sin_TH):
-        """[B, T, D] to [B, T, D]."""
+        """Returns the residual stream [B, T, D] after this layer."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
         y_BTD = self.mlp_norm(x_BTD)
         return x_BTD + self.down(F.silu(self.gate(y_BTD)) * self.up(y_BTD))

@@ -73,7 +73,7 @@ class Setting:
     def config(
         self, impl: str | None = None, *, remat: str = 'none', attention: str | None = None
     ) -> config_lib.Config:
-        """A run of `model` at a constant learning rate. Every op runs `impl`; `attention` overrides attention's."""
+        """Returns a run of `model` at a constant learning rate. Every op runs `impl`, attention runs `attention`."""
         kernels = ops_lib.every_op(impl or self.kernels)
         return config_lib.validated(
             config_lib.Config(
@@ -118,15 +118,15 @@ def wait(result) -> None:
         torch.cuda.synchronize()
 
 
-def relative_error(found, wanted) -> float:
+def relative_error(actual, wanted) -> float:
     """Returns the norm of the difference, relative to the norm of `wanted`, in float32."""
-    return float(_relative_error(found, wanted))
+    return float(_relative_error(actual, wanted))
 
 
 @jax.jit
-def _relative_error(found, wanted):
-    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
-    return jnp.linalg.norm((found - wanted).ravel()) / jnp.maximum(jnp.linalg.norm(wanted.ravel()), 1e-30)
+def _relative_error(actual, wanted):
+    actual, wanted = actual.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.linalg.norm((actual - wanted).ravel()) / jnp.maximum(jnp.linalg.norm(wanted.ravel()), 1e-30)
 
 
 def peak_bytes() -> int | None:

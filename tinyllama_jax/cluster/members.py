@@ -76,7 +76,7 @@ class Members:
         return [value]
 
     def agree(self, **facts: Any) -> None:
-        """Raises UsageError if the processes differ in a fact (JSON): its field, and who has which value."""
+        """Raises UsageError if the processes differ in a fact (JSON). It names the field, and who has which value."""
         values = self.gather(', '.join(facts), facts)
         differences = [tree.differences(values[0], other) for other in values]
         for field, (first, _) in {field: pair for fields in differences for field, pair in fields.items()}.items():

@@ -1,4 +1,4 @@
-"""What a start of a run writes into its folder and prints. Of several processes only the first does it."""
+"""What a start of a run writes into its folder and prints. Of several processes only process 0 does it."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What may change when a run resumes: the settings that may not, and those that change its losses."""
+"""Which settings may not change when a run resumes, and which of the others change its losses."""
 
 import pathlib
 from typing import Any
