@@ -20,7 +20,7 @@ HF_NAMES = re.compile(
 
 
 def _sources() -> dict[str, ast.Module]:
-    """Path -> syntax tree of every source file outside tests and benchmarks."""
+    """Returns path -> syntax tree of every source file outside tests and benchmarks."""
     paths = [ROOT / 'main.py', *(path for package in PACKAGES for path in sorted((ROOT / package).rglob('*.py')))]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths if path.name != '__init__.py'}
 
@@ -30,7 +30,7 @@ SOURCES = _sources()
 
 @functools.cache
 def _imports(tree: ast.Module) -> set[str]:
-    """Dotted names that are imported anywhere in a file: modules, and members as module.member."""
+    """Returns the dotted names that a file imports anywhere: modules, and members as module.member."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -41,14 +41,14 @@ def _imports(tree: ast.Module) -> set[str]:
 
 
 def _local_files(tree: ast.Module) -> set[str]:
-    """Files of this repository that a file imports."""
+    """Returns the files of this repository that a file imports."""
     candidates = {path for name in _imports(tree) for path in (name, name.rpartition('.')[0])}
     return {path for path in (f'{name.replace(".", "/")}.py' for name in candidates) if path in SOURCES}
 
 
 @functools.cache
 def _names(tree: ast.Module) -> set[str]:
-    """Every identifier and attribute that a file mentions."""
+    """Returns every identifier and attribute that a file mentions."""
     imported = {part for name in _imports(tree) for part in name.split('.')}
     nodes = list(ast.walk(tree))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -57,7 +57,7 @@ def _names(tree: ast.Module) -> set[str]:
 
 @functools.cache
 def _strings(tree: ast.Module) -> set[str]:
-    """Every string in a file that isn't a docstring."""
+    """Returns every string in a file that isn't a docstring."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
     return {node.value for node in constants if isinstance(node.value, str)}
@@ -86,7 +86,7 @@ ORDER = (
 
 
 def _line(path: str) -> int:
-    """The number of the line of ORDER that a file belongs to."""
+    """Returns the number of the line of ORDER that a file belongs to."""
     name = path.removeprefix('tinyllama_jax/').removesuffix('.py')
     return next(number for number, line in enumerate(ORDER) if {name, f'{name.split("/")[0]}/'} & set(line))
 
@@ -163,7 +163,7 @@ def test_only_files_of_kernels_import_triton_and_only_launch_jax_triton():
 
 
 def _modules_after(code: str) -> set[str]:
-    """Top-level modules loaded in a fresh interpreter after `code`, in which Triton cannot be imported."""
+    """Returns the top-level modules loaded in a fresh interpreter after `code`, in which Triton cannot be imported."""
     program = f"import sys\nsys.modules['triton'] = None\n{code}\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name.split('.')[0] for name in run.stdout.split()}

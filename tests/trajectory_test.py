@@ -29,7 +29,7 @@ def _config(variant: str, **optimizer) -> Config:
 
 
 def _batches(accumulation: int) -> list[np.ndarray]:
-    """rows_ABR whose next token is a function of the last one, with some noise: there is something to learn."""
+    """Returns rows_ABR whose next token is a function of the last one with some noise: something to learn."""
     rng = np.random.default_rng(0)
     tokens = np.zeros((STEPS * 8, tiny.MODEL.seq_len + 1), np.int64)
     tokens[:, 0] = rng.integers(tiny_export.PIECES, size=len(tokens))

@@ -15,7 +15,7 @@ def judge(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) ->
 
 
 def judge_first_block(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
-    """Judges only the first block of each completion, as InstructEval does."""
+    """Returns what `judge` does for the first block of each completion alone, as InstructEval does."""
     return _judge(responses, docs, first_block)
 
 

@@ -21,7 +21,7 @@ def _inputs(B, T, N, K, H, *, scale=1.0):
 
 
 def _floor(arrays) -> float:
-    """The size of the gradients' terms, which cancel where a position sees only itself or equal keys."""
+    """Returns the size of the gradients' terms, which cancel where a position sees only itself or equal keys."""
     return 0.3 * arrays[0].size ** 0.5
 
 

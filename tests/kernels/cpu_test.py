@@ -22,7 +22,7 @@ def _normal(seed: int, *shape: int, dtype='float32'):
 
 
 def _assert_close(got, want, tolerance: float, *, floor: float = 1e-9):
-    """Errors are relative to the largest value, or to `floor` if that is larger."""
+    """Asserts that errors, relative to the largest value or to `floor` if that is larger, are within the tolerance."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -31,7 +31,7 @@ def _assert_close(got, want, tolerance: float, *, floor: float = 1e-9):
 
 
 def _value_and_grads(f, *arrays):
-    """The value of f and its gradients under a fixed random cotangent."""
+    """Returns the value of f and its gradients under a fixed random cotangent."""
 
     @jax.jit
     def run(*arrays):

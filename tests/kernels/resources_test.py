@@ -43,7 +43,7 @@ def test_no_kernel_spills_or_asks_for_more_than_the_chip_has(chip):
 
 
 def _documented(chip: str) -> dict[str, tuple[int, ...]]:
-    """kernel -> (registers, spills, shared bytes) of a chip's rows in docs/kernels.md."""
+    """Returns kernel -> (registers, spills, shared bytes) of a chip's rows in docs/kernels.md."""
     text = (ROOT / 'docs/kernels.md').read_text()
     rows = re.findall(rf'^\| (\S[^|]*\S) \| {chip} \| (\d+) \| (\d+) \| (\d+) \|', text, re.MULTILINE)
     return {kernel: tuple(map(int, figures)) for kernel, *figures in rows}

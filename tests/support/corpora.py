@@ -19,7 +19,7 @@ _LETTERS = 'etaoinshrdlu'
 
 
 def texts(count: int, *, seed: int = 0, words: int = 120) -> list[str]:
-    """`count` texts of invented words, digits, indented lines and tabs, with some words that are not ASCII."""
+    """Returns `count` texts of invented words, digits, indented lines and tabs, with some words that are not ASCII."""
     rng = random.Random(seed)
     lexicon = [''.join(rng.choices(_LETTERS, k=rng.randint(1, 9))) for _ in range(300)]
     lexicon += ['naïve', '東京', '1984', 'x = [0]', '\n    if', '\n\treturn', '  ', '\n\n']
@@ -28,20 +28,20 @@ def texts(count: int, *, seed: int = 0, words: int = 120) -> list[str]:
 
 @functools.cache
 def tokenizer_path() -> pathlib.Path:
-    """A SentencePiece model of PIECES pieces trained on `texts`."""
+    """Returns the path of a SentencePiece model of PIECES pieces trained on `texts`."""
     path = pathlib.Path(tempfile.mkdtemp(prefix='tinyllama-test-tokenizer-')) / 'tokenizer.model'
     tokenizer.train_tokenizer(texts(200, seed=99), path, PIECES)
     return path
 
 
 def jsonl(records: list) -> bytes:
-    """Lines of JSON; bytes among the records become lines unchanged."""
+    """Returns the records as lines of JSON; bytes among the records become lines unchanged."""
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     return b''.join(line + b'\n' for line in lines)
 
 
 def record(text: object, set_name: str = 'RedPajamaC4') -> dict:
-    """A SlimPajama record."""
+    """Returns a SlimPajama record."""
     return {'text': text, 'meta': {'redpajama_set_name': set_name}}
 
 
@@ -79,7 +79,7 @@ def starcoder(root: pathlib.Path, *, files: int = 2, documents: int = 12) -> pat
 
 
 def config(root: pathlib.Path, **changes) -> DataConfig:
-    """A DataConfig of both trees below `root`; writes them if they do not exist."""
+    """Returns a DataConfig of both trees below `root`; writes them if they do not exist."""
     if not (root / 'slim').exists():
         slimpajama(root / 'slim')
         starcoder(root / 'star')
@@ -91,7 +91,7 @@ def config(root: pathlib.Path, **changes) -> DataConfig:
 
 
 def one_source(path, **changes) -> DataConfig:
-    """A DataConfig of one source, `words`, at `path`, for one worker."""
+    """Returns a DataConfig of one source, `words`, at `path`, for one worker."""
     fields = {field: changes.pop(field) for field in ('format', 'text_field') if field in changes}
     sources = {'words': SourceConfig(path=str(path), **fields)}
     return DataConfig(**{'sources': sources, 'tokenizer': str(tokenizer_path()), 'workers': 1, **changes})

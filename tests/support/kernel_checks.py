@@ -25,18 +25,18 @@ _ROUNDING = 2.0**-22  # of one float32 result, such as a loss
 
 
 def few_examples(count: int):
-    """hypothesis's settings for a slow property: the same few examples in every run, not made smaller if one fails."""
+    """Returns hypothesis's settings for a slow property: the same few examples in every run, none shrunk on failure."""
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     return hypothesis.settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=phases)
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0):
-    """Normal float32 numbers of this scale."""
+    """Returns normally distributed float32 numbers of this scale."""
     return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def results(function, arrays, *, seed: int = 7):
-    """Values of `function` and its gradients of `arrays` under random cotangents, as a flat list of numpy arrays."""
+    """Returns a flat list of arrays: `function`'s values and its gradients of `arrays` under random cotangents."""
     shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arrays))
     rng = np.random.default_rng(seed)
     cotangents = [jnp.asarray(rng.standard_normal(shape.shape), shape.dtype) for shape in shapes]
@@ -51,13 +51,13 @@ def results(function, arrays, *, seed: int = 7):
 
 
 def errors(found, wanted, floor: float = 1e-3) -> list[float]:
-    """Relative errors in norm; of results below `floor`, which are little but rounding, errors relative to it."""
+    """Returns errors relative to the norm, or to `floor` where the norm is smaller and so mostly rounding."""
     pairs = zip(found, wanted, strict=True)
     return [float(np.linalg.norm(x - y) / max(np.linalg.norm(y), floor)) for x, y in pairs]
 
 
 def within(found: list[float], bound: float) -> bool:
-    """Whether all errors are at most `bound`; one that is not a number is not (Python's `max` may pass it over)."""
+    """Returns whether all errors are at most `bound`; nan is not (Python's `max` may skip it)."""
     return all(error <= bound for error in found)
 
 
@@ -77,14 +77,14 @@ def _with_residual(function):
 
 
 def check_float32(op: str, arrays, *, impl: str = 'interpret', floor: float = 1e-3, **options) -> None:
-    """Values and gradients in float32 within `FLOAT32` of the reference's."""
+    """Asserts that values and gradients in float32 are within `FLOAT32` of the reference's."""
     kernel, plain = _functions(op, impl, options)
     found = errors(results(kernel, arrays), results(plain, arrays), floor)
     assert within(found, FLOAT32), found
 
 
 def check_bfloat16(op: str, arrays, *, impl: str = 'interpret', **options) -> None:
-    """In bfloat16 at most twice as far from the float32 reference as XLA's own bfloat16 is."""
+    """Asserts that bfloat16 is at most twice as far from the float32 reference as XLA's own bfloat16 is."""
     kernel, plain = _functions(op, impl, options)
     rounded = [x.astype(jnp.bfloat16) for x in arrays]
     exact = results(plain, [x.astype(jnp.float32) for x in rounded])
@@ -93,7 +93,7 @@ def check_bfloat16(op: str, arrays, *, impl: str = 'interpret', **options) -> No
 
 
 def check_extreme(op: str, arrays, *, impl: str = 'interpret', floor: float = 1e-3, **options) -> None:
-    """Finite, and at most 4 times as far from float64 as the float32 reference is (or float32's own rounding)."""
+    """Asserts finite results, at most 4 times as far from float64 as the float32 reference (or its rounding)."""
     kernel, plain = _functions(op, impl, options)
     found, in_float32 = results(kernel, arrays), results(plain, arrays)
     with jax.enable_x64(True):
@@ -106,13 +106,13 @@ def check_extreme(op: str, arrays, *, impl: str = 'interpret', floor: float = 1e
 
 
 def cuda_kernels(function, *arrays) -> list[str]:
-    """Names of the Triton kernels that a function's program for CUDA calls, in the order of the program's text."""
+    """Returns the Triton kernels that a function's program for CUDA calls, by name, in the order of its text."""
     program = jax.jit(function).trace(*arrays).lower(lowering_platforms=('cuda',))
     return kernels_in(program.as_text())
 
 
 def kernels_in(program: str) -> list[str]:
-    """Names of the Triton kernels that a lowered program calls: each call holds its kernel compressed."""
+    """Returns the names of the Triton kernels that a lowered program calls; each call holds its kernel compressed."""
     found = []
     for text in re.findall(r'@triton_kernel_call\(.*?backend_config = "((?:[^"\\]|\\.)*)"', program):
         packed = re.sub(rb'\\([0-9A-F]{2}|.)', _unescaped, text.encode())

@@ -18,10 +18,10 @@ SMALL = """
 
 
 def config(*overrides: str) -> Config:
-    """The paper's run with settings as on a command line."""
+    """Returns the paper's configuration with settings as on a command line."""
     return experiment.resolve('configs/tinyllama_1b.py', None, [tuple(text.split('=')) for text in overrides])
 
 
 def compiled(topology: str, *overrides: str, target: str = 'a100-40gb') -> Compiled:
-    """The step of `config(*overrides)` for a cluster."""
+    """Returns the step of `config(*overrides)`, compiled for a cluster."""
     return compile_lib.compile_step(config(*overrides), compile_lib.make_cluster(target, topology))

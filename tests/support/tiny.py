@@ -36,7 +36,7 @@ CONFIG = Config(
 
 
 def batches(count: int, *, accumulation: int = 1, batch: int = 8) -> list[np.ndarray]:
-    """`count` batches rows_ABR of arithmetic progressions modulo the vocabulary; the same on every machine."""
+    """Returns `count` batches rows_ABR of arithmetic progressions modulo the vocabulary; the same on every machine."""
     model = CONFIG.model
     rows = np.arange(count * batch)[:, None]
     tokens = (7 * rows + (rows % 5 + 1) * np.arange(model.seq_len + 1)) % model.vocab_size
@@ -44,14 +44,14 @@ def batches(count: int, *, accumulation: int = 1, batch: int = 8) -> list[np.nda
 
 
 def segment_ids(rows: np.ndarray) -> np.ndarray:
-    """Segment ids for rows [..., R]: a document begins at every token that 11 divides."""
+    """Returns segment ids for rows [..., R]: a document begins at every token that 11 divides."""
     begins = rows % 11 == 0
     begins[..., 0] = False
     return begins.cumsum(axis=-1, dtype=np.uint16)
 
 
 def write_corpus(folder: pathlib.Path) -> None:
-    """Two sources of plain text, of numbers in words and of lines of code; the same on every machine."""
+    """Writes two sources of plain text, numbers in words and lines of code, the same on every machine."""
     words = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
     for i in range(40):
         (folder / 'prose').mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,13 @@ MODEL = dataclasses.replace(tiny.MODEL, vocab_size=PIECES, seq_len=48)
 
 @functools.cache
 def text() -> str:
-    """English, code and other scripts: this project's own sources."""
+    """Returns English, code and other scripts: this project's own sources."""
     files = sorted(ROOT.glob('tinyllama_jax/**/*.py')) + sorted(ROOT.glob('kernels/*.py'))
     return '\n'.join(path.read_text(encoding='utf-8') for path in files)[:60_000] + 'naïve café Straße Ωμέγα 42\n'
 
 
 def random_params(config, *, std: float = 0.1, seed: int = 0):
-    """Weights whose logits are far from uniform and whose norms are not 1; needs no compilation."""
+    """Returns weights whose logits are far from uniform and whose norms are not 1; needs no compilation."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -39,7 +39,7 @@ def random_params(config, *, std: float = 0.1, seed: int = 0):
 
 @functools.cache
 def params():
-    """Weights of `MODEL`."""
+    """Returns weights of `MODEL`."""
     return random_params(MODEL)
 
 
@@ -58,21 +58,21 @@ def write_tokenizer(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_export(folder: pathlib.Path, config=MODEL, **options) -> pathlib.Path:
-    """A Hugging Face folder with `params()` inside `folder`."""
+    """Exports `params()` to a Hugging Face folder inside `folder` and returns its path."""
     output = folder / 'export'
     convert.export(params(), config, write_tokenizer(folder / 'tokenizer.model'), output, **options)
     return output
 
 
 def require_torch():
-    """The torch module, on one thread: for models this small its threads only wait for each other. Skips without it."""
+    """Returns torch, on one thread: for small models its threads only wait for each other. Skips without it."""
     torch = pytest.importorskip('torch')
     torch.set_num_threads(1)
     return torch
 
 
 def transformers_llama(params, config, folder: pathlib.Path):
-    """transformers' model with our weights, through an export inside `folder`."""
+    """Returns transformers' model with our weights, through an export inside `folder`."""
     transformers = pytest.importorskip('transformers')
     convert.export(params, config, write_tokenizer(folder / 'tokenizer.model'), folder / 'export')
     return transformers.AutoModelForCausalLM.from_pretrained(folder / 'export', attn_implementation='eager')

@@ -86,7 +86,7 @@ def _config(**changes):
 
 
 def _lowered(config, mesh, chip=None, **options):
-    """The train step's program, as lowered for the chip (a CPU without one)."""
+    """Returns the train step's program, as lowered for the chip (for a CPU without one)."""
     the_ops = ops.for_run(config, mesh, chip=chip)
     rows = sharding.batch_sharding(mesh, leading=1)
     arguments = (
@@ -163,7 +163,7 @@ def test_the_step_for_a_cpu_holds_no_kernel():
 
 
 def _kib_kept_per_token(the_ops, capsys, remat='none') -> float:
-    """What one layer of the 1.1 B model keeps for its backward pass, weights not counted, by jax's own list."""
+    """Returns the KiB a token that a layer of the 1.1 B model keeps, without weights, by jax's own list."""
     config = dataclasses.replace(ModelConfig(), compute_dtype='bfloat16')
     layer = nnx.eval_shape(lambda: model.Layer(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(layer)

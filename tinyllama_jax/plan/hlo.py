@@ -174,7 +174,7 @@ def bodies(instruction: Instruction) -> list[str]:
 
 
 def parse(text: str) -> Program:
-    """Parses the text that `compiled.as_text()` returns."""
+    """Returns the program in the text that `compiled.as_text()` returns."""
     computations, entry, name, instructions, root = {}, '', '', {}, ''
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -210,7 +210,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """Parses a type as XLA prints it; a tuple gives one array for each element."""
+    """Returns the arrays in a type as XLA prints it; a tuple has one for each element."""
     return tuple(Array(dtype, _numbers(shape)) for dtype, shape in _ARRAY.findall(text))
 
 

@@ -29,7 +29,7 @@ def tokens(tmp_path_factory):
 
 
 def config(**changes) -> Config:
-    """A run on the store of both corpora; changes name a dotted field with __ for the dots."""
+    """Returns a run's config on the store of both corpora; changes write a dotted field with __ for dots."""
     base = Config(
         model=ModelConfig(vocab_size=corpora.PIECES, seq_len=31),
         data=corpora.DataConfig(
@@ -275,7 +275,7 @@ def test_other_tokens_have_another_fingerprint(tokens, tmp_path):
 
 
 def ids_by_eos(rows) -> np.ndarray:
-    """Segment ids of rows [..., R] from the tokens alone, if each document ends with one EOS."""
+    """Returns segment ids of rows [..., R] from the tokens alone, if each document ends with one EOS."""
     eos = tokenizer.Tokenizer(corpora.tokenizer_path()).eos_id
     begins = np.zeros(rows.shape, int)
     begins[..., 1:] = rows[..., :-1] == eos
@@ -306,7 +306,7 @@ def test_masks_change_no_batch(tokens):
 
 @functools.partial(jax.jit, static_argnames='restart')
 def logits(params, rows_BR, segment_ids_BR, *, restart: bool):
-    """Logits [B, T, V] of the rows' inputs, with the segments and positions that the train step gives the model."""
+    """Returns logits [B, T, V] of the rows' inputs, with the train step's segments and positions."""
     settings = config(data__document_mask=True, data__restart_positions=restart)
     inputs_BT, _ = step_lib._split(rows_BR)
     x_BTD, _ = model.hidden(params, inputs_BT, LLAMA, **step_lib._documents(segment_ids_BR, settings))

@@ -27,7 +27,7 @@ def prepared(tmp_path_factory):
 
 
 def plain_records(path: pathlib.Path):
-    """(text, set name) of each record, read without the code under test."""
+    """Returns (text, set name) of each record, read without the code under test."""
     if path.suffix == '.parquet':
         return [(text, None) for text in pyarrow.parquet.read_table(path)['content'].to_pylist()]
     with open(path, 'rb') as file:

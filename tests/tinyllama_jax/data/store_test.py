@@ -91,7 +91,7 @@ def test_an_absent_split_has_no_rows(tmp_path):
 
 
 def all_segments(documents, length) -> np.ndarray:
-    """The segment ids of every row, counted token by token."""
+    """Returns the segment ids of every row, counted token by token."""
     rows = []
     for sizes in documents:
         owners = [number for number, size in enumerate(sizes) for _ in range(size)]

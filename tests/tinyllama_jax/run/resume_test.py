@@ -13,7 +13,7 @@ CONFIG = tiny.CONFIG
 
 
 def _changed(path, value):
-    """The tiny configuration with one dotted field changed."""
+    """Returns the tiny configuration with one dotted field changed."""
     group, _, field = path.rpartition('.')
     if not group:
         return dataclasses.replace(CONFIG, **{field: value})
