@@ -97,7 +97,7 @@ def require(report: Mapping[str, Any]) -> None:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """Returns the report in words."""
+    """Returns the report as lines of text."""
     lines = [
         f'parity: {report["loglikelihoods"]:,} log-likelihoods, largest difference '
         f'{report["max_loglikelihood_difference"]:.1e} nats (bound {report["bound"]:.0e}); '
