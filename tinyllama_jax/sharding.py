@@ -105,8 +105,13 @@ def split_axes(spec: P, mesh: Mesh, without: tuple[str, ...] = ()) -> P:
 
 def global_arrays(batch, mesh: Mesh, *, leading: int = 0):
     """Returns a tree of global arrays made from this process's columns of a batch, on axis number `leading`."""
-    spec = batch_sharding(mesh, leading=leading)
-    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, spec), batch)
+    return jax.tree.map(functools.partial(global_array, batch_sharding(mesh, leading=leading)), batch)
+
+
+def global_array(spec: NamedSharding, local) -> jax.Array:
+    """Returns the global array of which `local` is this process's part. A transfer guard lets this transfer through."""
+    with jax.transfer_guard_host_to_device('allow'):  # JAX counts it as implicit if there are several processes
+        return jax.make_array_from_process_local_data(spec, local)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

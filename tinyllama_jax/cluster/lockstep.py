@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tinyllama_jax import sharding
 from tinyllama_jax.cluster.members import Members
 from tinyllama_jax.process import signals
 
@@ -45,7 +46,7 @@ class Lockstep:
         if self._members.count == 1:
             return message
         message = np.repeat(message, jax.local_device_count(), axis=0)
-        return self._replicate(jax.make_array_from_process_local_data(self._per_device, message))
+        return self._replicate(sharding.global_array(self._per_device, message))
 
     def pause(self) -> None:
         """Leaves the time until the next step out of the step times; call it after other work, such as validation."""
