@@ -38,6 +38,7 @@ PARAM_RULES = (
     (r'mlp/down$', P(None, 'tensor', 'fsdp')),
     (r'scale$', P()),
     (r'lm_head$', HEAD),
+    (r'ns_coeffs$', P()),  # Muon's, of optax
 )
 
 

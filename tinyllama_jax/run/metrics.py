@@ -140,16 +140,18 @@ class Writer:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Writes an entry: its `step` and scalars, which may be nested in dictionaries."""
-        try:
-            for sink in self._sinks:
-                sink.write(entry)
-        except OSError as error:
-            raise errors.RunError(f'{self._path} cannot be written ({error.strerror}); make room.') from None
+        self._for_each_sink('write', entry)
 
     def sync(self) -> None:
         """Returns when every sink keeps all entries."""
-        for sink in self._sinks:
-            sink.sync()
+        self._for_each_sink('sync')
+
+    def _for_each_sink(self, method: str, *arguments) -> None:
+        try:
+            for sink in self._sinks:
+                getattr(sink, method)(*arguments)
+        except OSError as error:
+            raise errors.RunError(f'{self._path} cannot be written ({error.strerror}); make room.') from None
 
     def close(self) -> None:
         """Closes every sink."""

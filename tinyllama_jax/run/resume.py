@@ -58,8 +58,11 @@ def check_resume(config: Config, fingerprint: str, folder: pathlib.Path, meta: d
       folder: the run's workdir.
     """
     saved, wanted = fixed_settings(tree.from_dict(meta['config'])), fixed_settings(config)
-    if meta['data'] is None:  # imported, and not trained since: only the weights bind
-        saved, wanted = ({'model': weights_settings(settings['model'])} for settings in (saved, wanted))
+    if meta['data'] is None:  # imported, and not trained since: only the weights and the optimizer's state bind
+        saved, wanted = (
+            {'model': weights_settings(settings['model']), 'optimizer': settings['optimizer']}
+            for settings in (saved, wanted)
+        )
     changes = tree.differences(saved, wanted, 'config')
     if not changes and meta['data'] and meta['data'] != fingerprint:
         before = tree.completed(meta['config'])['data']

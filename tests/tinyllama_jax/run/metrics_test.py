@@ -65,6 +65,9 @@ class _Full(metrics.Sink):
     def write(self, entry):
         raise OSError(28, 'No space left on device')
 
+    def sync(self):
+        raise OSError(28, 'No space left on device')
+
 
 def test_every_sink_gets_the_entry_and_one_that_fails_ends_the_run(tmp_path, monkeypatch):
     path = tmp_path / 'metrics.jsonl'
@@ -72,6 +75,8 @@ def test_every_sink_gets_the_entry_and_one_that_fails_ends_the_run(tmp_path, mon
     writer = metrics.Writer(path, tiny.CONFIG, start_step=0)
     with pytest.raises(errors.RunError, match=r'metrics\.jsonl cannot be written \(No space left on device\); make'):
         writer.write({'step': 1, 'loss': 2.0})
+    with pytest.raises(errors.RunError, match='make room'):
+        writer.sync()
     writer.close()
     assert metrics.read_entries(path) == [{'step': 1, 'loss': 2.0}]
 

@@ -68,9 +68,11 @@ def test_other_data_is_refused(tmp_path):
         _check(_changed('data.eos_per_document', 2), tmp_path, reads='other')
 
 
-def test_an_import_binds_the_weights_alone(tmp_path):
+def test_an_import_binds_the_weights_and_the_optimizer(tmp_path):
     _check(_changed('seed', 2), tmp_path, trained_on=None)
     _check(_changed('model.seq_len', 8), tmp_path, trained_on=None)
+    with pytest.raises(errors.UsageError, match='config.optimizer.name is muon'):
+        _check(_changed('optimizer.name', 'muon'), tmp_path, trained_on=None)
     with pytest.raises(errors.UsageError, match='config.model.embed_dim is'):
         _check(_changed('model.embed_dim', 48), tmp_path, trained_on=None)
 
