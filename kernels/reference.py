@@ -148,8 +148,7 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
     )
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    if weights_BT is None:
-        weights_BT = jnp.ones_like(lse_BT)
+    weights_BT = jnp.ones_like(lse_BT) if weights_BT is None else weights_BT.astype(lse_BT.dtype)
     shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1e-9)
     nll, z = jnp.sum(shares_BT * (lse_BT - picked_BT)), z_loss * jnp.sum(shares_BT * jnp.square(lse_BT))
     return nll + z, jax.lax.stop_gradient({'nll': nll, 'z_loss': z})

@@ -64,6 +64,7 @@ def test_kernels_step_and_resume(tmp_path, bare_env):
 
 @needs_triton
 def test_peers(tmp_path, bare_env):
+    bare_env['JAX_NUMPY_DTYPE_PROMOTION'] = 'standard'  # jax.nn's attention and optax mix dtypes
     phases = run('peers', 'gpu_peers', tmp_path, bare_env)
     peers = [row['peer'] for row in phases['compare']['results']['rows']]
     assert peers[:2] == ['ours', 'plain JAX, xla attention']

@@ -18,6 +18,7 @@ X, SCALE = normal(0, 1, 4, 64), jnp.ones(64)
 LONG = jax.ShapeDtypeStruct((1, 1 << 22, 1, 64), jnp.float32)
 Q, K = normal(0, 1, 4, 4, 64), normal(1, 1, 4, 2, 64)
 POSITIONS, HEAD = jnp.arange(4)[None], normal(2, 64, 9)
+FLOATS = POSITIONS.astype(jnp.float32)
 CALLS = {
     'attention': lambda **how: dispatch.attention(Q, K, K, **how),
     'rms_norm': lambda **how: dispatch.rms_norm(X, SCALE, eps=1e-5, **how),
@@ -111,16 +112,16 @@ BAD = {
     'nothing': (lambda: dispatch.swiglu(X[:, :0], X[:, :0]), 'swiglu: shapes .* are empty'),
     'inputs': (lambda: dispatch.linear(Q, HEAD), r'linear: x \(1, 4, 4, 64\) and w \(64, 9\) differ in their inputs'),
     'table': (lambda: dispatch.embed(HEAD[0], POSITIONS), r'embed: shapes .* are not \[V, D\]'),
-    'float tokens': (lambda: dispatch.embed(HEAD, 0.5 * POSITIONS), 'embed: tokens are float32, not integers'),
+    'float tokens': (lambda: dispatch.embed(HEAD, FLOATS), 'embed: tokens are float32, not integers'),
     'head': (lambda: dispatch.cross_entropy(X, HEAD[:5], POSITIONS), r'cross_entropy: x .* and head \(5, 9\) differ'),
     'targets': (lambda: dispatch.cross_entropy(X, HEAD, POSITIONS[0]), r'targets \(4,\) are not \[B, T\]'),
-    'float targets': (lambda: dispatch.cross_entropy(X, HEAD, 0.5 * POSITIONS), 'targets are float32, not integers'),
+    'float targets': (lambda: dispatch.cross_entropy(X, HEAD, FLOATS), 'targets are float32, not integers'),
     'weights': (
         lambda: dispatch.cross_entropy(X, HEAD, POSITIONS, weights_BT=jnp.ones((4, 1))),
         r'cross_entropy: weights \(4, 1\) are not \[B, T\] = \(1, 4\)',
     ),
     'float segments': (
-        lambda: dispatch.attention(Q, K, K, segment_ids_BT=0.5 * POSITIONS), 'segment ids are float32, not integers'
+        lambda: dispatch.attention(Q, K, K, segment_ids_BT=FLOATS), 'segment ids are float32, not integers'
     ),
     'scale dtype': (
         lambda: dispatch.rms_norm(X, SCALE.astype(jnp.float16), eps=1e-5), 'rms_norm: scale is float16, not float32'

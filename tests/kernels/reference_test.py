@@ -119,6 +119,7 @@ def test_the_loss_of_bfloat16_inputs_is_exact_to_float32(ops):
 
 
 IDS_BT = jnp.asarray([[0, 0, 0, 1, 1], [0, 1, 1, 1, 2]])
+WEIGHTS_BT = 1.0 + IDS_BT.astype(jnp.float32)
 TARGETS_BT = jnp.asarray([[3, 0, 6, 6, 2], [1, 2, 3, 4, 5]])
 GRADIENTS = {
     'attention': (lambda *qkv: reference.attention(*qkv), [(2, 5, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6)]),
@@ -132,7 +133,7 @@ GRADIENTS = {
     'rope': (lambda x: reference.rope(x, IDS_BT, base=10.0, scaling=2.0), [(2, 5, 3, 8)]),
     'swiglu': (reference.swiglu, [(2, 5, 9), (2, 5, 9)]),
     'cross_entropy': (
-        lambda x, head: reference.cross_entropy(x, head, TARGETS_BT, weights_BT=1.0 + IDS_BT, z_loss=0.1)[0],
+        lambda x, head: reference.cross_entropy(x, head, TARGETS_BT, weights_BT=WEIGHTS_BT, z_loss=0.1)[0],
         [(2, 5, 4), (4, 7)],
     ),
 }  # fmt: skip

@@ -129,9 +129,12 @@ def _case(key, op: str, config: Config, ops: Ops):
     match op:
         case 'attention':
             ids_BT = jnp.sort(integers(4), axis=1) if config.data.document_mask else None
-            growth_BT = _growth(jnp.zeros((1, T), jnp.int32) if ids_BT is None else ids_BT).astype(dtype)
+            growth_BTNH = _growth(jnp.zeros((1, T), jnp.int32) if ids_BT is None else ids_BT)[:, :, None, None]
             arrays = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
-            return arrays, lambda ops, *qkv: growth_BT[:, :, None, None] * ops.attention(*qkv, segment_ids_BT=ids_BT)
+            return (
+                arrays,
+                lambda ops, *qkv: growth_BTNH.astype(qkv[0].dtype) * ops.attention(*qkv, segment_ids_BT=ids_BT),
+            )
         case 'rms_norm':
             arrays = normal(B, T, D), 1 + 0.1 * normal(D, dtype=jnp.float32), normal(B, T, D)
             return arrays, lambda ops, x, scale, residual: (

@@ -195,7 +195,7 @@ def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_
         stacks, line = processes.lines(i).rsplit('main.py: ', 1)
         assert 'process 1 on host-1 is stuck in a hook: the others have waited for ' in line
         assert f'process {i} on host-{i}, every thread' in stacks
-        assert 'in _evaluate' in stacks if i else 'in loop' in stacks
+        assert 'in _call_hooks' in stacks if i else 'in loop' in stacks
 
 
 def _ends(processes, status, message):

@@ -71,6 +71,8 @@ def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
     (tmp_path / 'b.model').write_bytes(b'b')
     for _ in range(2):
         workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'a.model')
-    with pytest.raises(errors.UsageError, match='wrong tokenizer: .*/run was begun with its own'):
+    with pytest.raises(
+        errors.UsageError, match='wrong tokenizer: .*/run has its own tokenizer.model, but the data was'
+    ):
         workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'b.model')
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'a'
