@@ -48,9 +48,16 @@ def write_store(path: pathlib.Path, megabytes: int) -> None:
         sources[name] = {'splits': {'train': {'files': entries}}}
     store.write_json(
         path / store.MANIFEST,
-        {'version': store.VERSION, 'tokenizer_sha256': model.sha256, 'vocab_size': model.vocab_size,
-         'dtype': model.dtype.name, 'bos': False, 'eos_per_document': 1, 'sources': sources},
-    )  # fmt: skip
+        {
+            'version': store.VERSION,
+            'tokenizer_sha256': model.sha256,
+            'vocab_size': model.vocab_size,
+            'dtype': model.dtype.name,
+            'bos': False,
+            'eos_per_document': 1,
+            'sources': sources,
+        },
+    )
 
 
 def _write_file(

@@ -196,9 +196,7 @@ def _torch(backend: str, device: str, arrays) -> Attention:
         from torch.nn import attention as torch_attention
     except ImportError:
         raise benchmark.Skipped('torch is not installed') from None
-    *inputs, dout = (
-        torch.tensor(_jax_to_numpy(x)).to(device, torch.bfloat16).transpose(1, 2) for x in arrays
-    )  # fmt: skip
+    *inputs, dout = (torch.tensor(_jax_to_numpy(x)).to(device, torch.bfloat16).transpose(1, 2) for x in arrays)
     inputs = [x.requires_grad_() for x in inputs]
     groups = inputs[0].shape[1] // inputs[1].shape[1]
 
@@ -266,8 +264,11 @@ def sweep(setting: benchmark.Setting) -> dict:
             next(row for row in rows if _named(kernel, values).items() <= row.items())['ms'] = 1e3 * seconds
         if times:
             best[kernel] = min(times, key=times.__getitem__)
-    return {'best': ', '.join(f'{kernel} {values}' for kernel, values in best.items()), 'rows': rows,
-            'failures': failures or ([] if best else ['no tile ran'])}  # fmt: skip
+    return {
+        'best': ', '.join(f'{kernel} {values}' for kernel, values in best.items()),
+        'rows': rows,
+        'failures': failures or ([] if best else ['no tile ran']),
+    }
 
 
 def _named(kernel: str, values) -> dict:

@@ -34,9 +34,16 @@ _ERROR_CHARACTERS = 2_000
 _SHORTEST = 30  # a phase is not begun with fewer seconds left than this
 _HASTY = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _SMALL = config_lib.ModelConfig(
-    vocab_size=256, seq_len=32, num_layers=1, embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, hidden_dim=128,
+    vocab_size=256,
+    seq_len=32,
+    num_layers=1,
+    embed_dim=64,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    hidden_dim=128,
     compute_dtype='bfloat16',
-)  # fmt: skip
+)
 
 
 class Skipped(Exception):
@@ -223,8 +230,13 @@ def parsed(module: str, doc: str, phases, arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=module, description=doc.splitlines()[0])
     parser.add_argument('results', nargs='?', type=pathlib.Path, help='a folder; default: bench/results/CHIP')
     parser.add_argument('--smoke', action='store_true', help='tiny sizes on a CPU, to check the code; no figures')
-    parser.add_argument('--only', type=lambda names: names.split(','), default=list(phases), metavar='PHASE,...',
-                        help='of ' + ', '.join(phases))  # fmt: skip
+    parser.add_argument(
+        '--only',
+        type=lambda names: names.split(','),
+        default=list(phases),
+        metavar='PHASE,...',
+        help='of ' + ', '.join(phases),
+    )
     parser.add_argument('--limit', type=float, default=530, help='seconds that all phases may take')
     parser.add_argument('--phase', help=argparse.SUPPRESS)  # the process of one phase
     parser.add_argument('--work', type=pathlib.Path, help=argparse.SUPPRESS)

@@ -184,8 +184,12 @@ def _copy_row(setting: benchmark.Setting, copies: int) -> dict:
     negated = jax.jit(lambda arrays: [-x for x in arrays])
     seconds = benchmark.medians({'copy': lambda: negated(arrays)}, **how_often(setting))['copy']
     moved = 2 * 2 * size * copies
-    return {'op': 'copy', 'implementation': 'xla', 'forward_us': 1e6 * seconds / copies,
-            'forward_gb_per_s': moved / seconds / 1e9}  # fmt: skip
+    return {
+        'op': 'copy',
+        'implementation': 'xla',
+        'forward_us': 1e6 * seconds / copies,
+        'forward_gb_per_s': moved / seconds / 1e9,
+    }
 
 
 def cross_entropy(setting: benchmark.Setting) -> dict:

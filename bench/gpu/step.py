@@ -174,8 +174,14 @@ def resume(setting: benchmark.Setting) -> dict:
     whole, resumed = (each['losses'] for each in results)
     after = whole[RESUME_STEPS // 2 :]
     failures = [] if after == resumed else [f'losses after the resume differ: {after} became {resumed}']
-    return {'digits_equal': str(after == resumed), 'losses': whole, 'resumed_losses': resumed,
-            'save_s': results[0]['seconds'], 'restore_s': results[1]['seconds'], 'failures': failures}  # fmt: skip
+    return {
+        'digits_equal': str(after == resumed),
+        'losses': whole,
+        'resumed_losses': resumed,
+        'save_s': results[0]['seconds'],
+        'restore_s': results[1]['seconds'],
+        'failures': failures,
+    }
 
 
 def _resumed_config(setting: benchmark.Setting) -> Config:

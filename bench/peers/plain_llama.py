@@ -64,10 +64,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(given.clip_norm),
         optax.adamw(
-            rate, b1=given.beta1, b2=given.beta2, eps=given.eps, weight_decay=given.weight_decay,
+            rate,
+            b1=given.beta1,
+            b2=given.beta2,
+            eps=given.eps,
+            weight_decay=given.weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'scale', params),
         ),
-    )  # fmt: skip
+    )
 
 
 def train_step(state: TrainState, rows_ABR, *, config: Config, attention: str, remat: str):

@@ -49,12 +49,19 @@ def make_net(config: ModelConfig, weights: dict[str, torch.Tensor], device: str)
     transformers.AttentionInterface.register(_CAUSAL, _causal_attention)
     transformers.AttentionInterface.register(_CAUSAL_REPEATED, _repeated_attention)
     theirs = transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-        max_position_embeddings=config.seq_len, tie_word_embeddings=False, use_cache=False,
+        vocab_size=config.vocab_size,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=config.seq_len,
+        tie_word_embeddings=False,
+        use_cache=False,
         attn_implementation=_CAUSAL,
-    )  # fmt: skip
+    )
     with torch.device(device):
         net = transformers.LlamaForCausalLM(theirs).float()
     net.load_state_dict(weights)
