@@ -42,8 +42,8 @@ os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 # The files that take longest begin first, so that both processes end together.
 _LONGEST = (
     'tinyllama_jax/cluster/members', 'kernels/resources', 'tinyllama_jax/train', 'bench/gpu', 'demo/run',
-    'tinyllama_jax/plan/command', 'tinyllama_jax/cluster/watchdog', 'tinyllama_jax/sharding', 'kernels/attention',
-    'tinyllama_jax/checkpoint', 'eval_bridge/hf/convert', 'main',
+    'tinyllama_jax/plan/compile', 'tinyllama_jax/plan/command', 'tinyllama_jax/cluster/watchdog',
+    'tinyllama_jax/sharding', 'kernels/attention', 'tinyllama_jax/checkpoint', 'eval_bridge/hf/convert', 'main',
 )  # fmt: skip
 
 
