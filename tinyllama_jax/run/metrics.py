@@ -4,6 +4,7 @@
 checkpoint's step, and `Recomputed` compares the losses that were cut off with those computed again.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -140,16 +141,20 @@ class Writer:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Writes an entry: its `step` and scalars, which may be nested in dictionaries."""
-        self._for_each_sink('write', entry)
+        with self._naming_the_file():
+            for sink in self._sinks:
+                sink.write(entry)
 
     def sync(self) -> None:
         """Returns when every sink keeps all entries."""
-        self._for_each_sink('sync')
-
-    def _for_each_sink(self, method: str, *arguments) -> None:
-        try:
+        with self._naming_the_file():
             for sink in self._sinks:
-                getattr(sink, method)(*arguments)
+                sink.sync()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self):
+        try:
+            yield
         except OSError as error:
             raise errors.RunError(f'{self._path} cannot be written ({error.strerror}); make room.') from None
 
