@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries below are imported
@@ -38,9 +38,10 @@ from tinyllama_jax.report import baselines
 
 _TASKS = pathlib.Path(__file__).parent / 'tasks'
 _GENERATED = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members share the file _NAME, each with a dataset
+# In the text of a task file: the name that it defines, and what it lists under `tag` and `include`.
 _DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
-_INCLUDES = re.compile(r'^["\']?include["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
-_TAGS = re.compile(r'^["\']?tag["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
+_LIST = re.compile(r'^["\']?(tag|include)["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
+_LISTED = re.compile(r'[\w./-]*\w[\w.-]*')
 
 
 def evaluate(
@@ -59,16 +60,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs `tasks` on `model` with lm-eval's simple_evaluate and returns its result with an entry `protocol`.
 
-    Multiple-choice tasks also get `gold_bits_per_byte`: bits per byte of the right answers together, which
-    improves while accuracy is still at chance.
+    Multiple-choice tasks also get `gold_bits_per_byte`, which improves while accuracy is still at chance.
 
     Args:
       model: an lm-eval model, such as lm.JaxLM, opened as the protocol says.
       tasks: names of tasks, groups or tags.
       protocol: decides the number of shots of each task.
       identity: what identifies the model; added to `protocol`.
-      include_path: a folder with the user's own task files. Relative data files are looked up from the
-        current folder, then from the folders that contain `include_path` and `task_data`.
+      include_path: a folder with the user's own task files.
       task_data: a folder with the tasks' data (local_data.py); None: the hub's cache, or the hub.
       confirm_run_unsafe_code: run the programs that the model writes, in jails (sandbox.py).
       limit: take only the first `limit` examples of each task.
@@ -87,7 +86,9 @@ def evaluate(
     with patches.replaced(ConfigurableTask, 'download', download):
         result = _run_tasks(model, tasks, protocol, **options)
     truncated = truncation.count(model, result['samples'])
-    _print_truncated(truncated, model)
+    if cut := ', '.join(f'{count:,} of {task}' for task, count in (truncated or {}).items() if count):
+        cause = f'requests were longer than the model reads ({model.max_length} tokens) and were cut on the left'
+        print(f'evaluate: {cause}: {cut}.', file=sys.stderr)
     if not log_samples:
         del result['samples']
     result['protocol'] = {
@@ -107,12 +108,30 @@ def evaluate(
 
 def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **options) -> dict[str, Any]:
     """Returns the merged results of one simple_evaluate for each number of shots."""
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     by_shots = defaultdict(list)
     for task in dict.fromkeys(tasks):
         by_shots[protocol.num_fewshot(task)].append(task)
     result: dict[str, Any] = {}
     for shots, names in by_shots.items():
-        for key, value in _simple_evaluate(model, names, num_fewshot=shots, **options).items():
+        try:
+            with (
+                patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),  # a page that takes seconds
+                patches.refusing(),
+                patches.scoring_gold(),
+                patches.fitting(model),
+            ):
+                part = lm_eval.evaluator.simple_evaluate(
+                    model=model, tasks=names, num_fewshot=shots, log_samples=True, **options
+                )
+        except jinja2.UndefinedError as error:
+            raise errors.UsageError(
+                f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
+            ) from error
+        except UnicodeDecodeError as error:  # in the middle of a file, which is decoded only as it is read
+            raise errors.UsageError(f'the data of {", ".join(names)} is not valid UTF-8: {error}.') from error
+        for key, value in part.items():
             if isinstance(value, dict):
                 result.setdefault(key, {}).update(value)
             else:
@@ -122,29 +141,6 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
         if scored:
             result['results'][task][f'{patches.GOLD}_stderr,none'] = baselines.bits_per_byte(scored)[1]
     return result
-
-
-def _simple_evaluate(model, names: Sequence[str], **options) -> dict[str, Any]:
-    logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    # add_env_info would take seconds to write a page about the machine.
-    no_env_info = patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None)
-    try:
-        with no_env_info, patches.refusing(), patches.scoring_gold(), patches.fitting(model):
-            return lm_eval.evaluator.simple_evaluate(model=model, tasks=names, log_samples=True, **options)
-    except jinja2.UndefinedError as error:
-        raise errors.UsageError(
-            f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
-        ) from error
-    except UnicodeDecodeError as error:  # in the middle of a file, which is decoded only as it is read
-        raise errors.UsageError(f'the data of {", ".join(names)} is not valid UTF-8: {error}.') from error
-
-
-def _print_truncated(counts: Mapping[str, int] | None, model) -> None:
-    truncated = ', '.join(f'{count:,} of {task}' for task, count in (counts or {}).items() if count)
-    if truncated:
-        cause = f'requests were longer than the model reads ({model.max_length} tokens) and were cut on the left'
-        print(f'evaluate: {cause}: {truncated}.', file=sys.stderr)
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
@@ -194,12 +190,12 @@ def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_da
     """Returns and prints the tasks whose few-shot examples are from validation: their training split is missing."""
     if not task_data:
         return []
-    affected = [
-        name
-        for name, config in _configs(tasks, manager).items()
-        if (config.get('num_fewshot') if (shots := protocol.num_fewshot(name)) is None else shots)
-        and local_data.from_validation(config, task_data)
-    ]
+    affected = []
+    for name, config in _configs(tasks, manager).items():
+        shots = protocol.num_fewshot(name)
+        shots = config.get('num_fewshot') if shots is None else shots
+        if shots and local_data.from_validation(config, task_data):
+            affected.append(name)
     if affected:
         missing = f'no training split of {", ".join(affected)} in {task_data}'
         print(f'evaluate: {missing}: few-shot examples are from validation.', file=sys.stderr)
@@ -208,19 +204,29 @@ def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_da
 
 def _configs(names: Sequence[str], manager: lm_eval.tasks.TaskManager) -> dict[str, dict[str, Any]]:
     """Returns task -> its file's content, for `names` and their groups' members, with the groups' changes."""
-    configs, pending = {}, [(name, {}) for name in reversed(names)]
-    while pending:
-        name, changes = pending.pop()
+    return {
+        name: {**((entry.cfg if entry else None) or {}), **changes}
+        for name, entry, changes in _expand(names, manager)
+        if not entry or entry.kind not in (Kind.GROUP, Kind.TAG)
+    }
+
+
+def _expand(
+    names: Sequence[str | dict[str, Any]], manager: lm_eval.tasks.TaskManager, changes: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Entry | None, dict[str, Any]]]:
+    """Yields (name, its index entry or None, `changes`) of each name and, after a group or tag, of its members.
+
+    A group may name a member by a dict. Its settings are changes: they replace those of the member and of what the
+    member contains.
+    """
+    for each in names:
+        name = each if isinstance(each, str) else each.get('group') or each['task']
+        changed = {**(changes or {}), **({} if isinstance(each, str) else each)}
         entry = manager.task_index.get(name)
-        members = (entry.cfg or {}).get('task') if entry else None
-        if entry and entry.kind is Kind.TAG:
-            pending += [(member, changes) for member in sorted(entry.tags, reverse=True)]
-        elif isinstance(members, list):
-            own = [(_member(member), member if isinstance(member, dict) else {}) for member in reversed(members)]
-            pending += [(member, {**changes, **more}) for member, more in own]
-        else:
-            configs[name] = {**((entry.cfg if entry else None) or {}), **changes}
-    return configs
+        yield name, entry, changed
+        members = entry and (sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get('task'))
+        if isinstance(members, list):  # a task's `task` is its name
+            yield from _expand(members, manager, changed)
 
 
 def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) -> lm_eval.tasks.TaskManager:
@@ -235,19 +241,23 @@ def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) 
     if include_path is not None and not pathlib.Path(include_path).is_dir():
         raise errors.UsageError(f'--include_path={include_path} is not a folder.')
     own: list[pathlib.Path | str] = [_TASKS, *([] if include_path is None else [pathlib.Path(include_path)])]
-    folders: set[pathlib.Path] = set()
+    folders: set[pathlib.Path] = set()  # those of lm-eval's that are read
     while True:
         paths: list[pathlib.Path | str] = [*sorted(folders), *own]
         manager = _with_generated(lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False))
-        missing = _missing(names, manager, folders)
+        missing = [
+            name
+            for name, entry, _ in _expand(names, manager)
+            # A tag's tasks are all known only when its folder was read.
+            if entry is None or (entry.kind is Kind.TAG and _official().get(name) not in folders)
+        ]
         if not missing:
             return manager
-        defined, tags = _official()
-        wanted = [defined.get(name) or tags.get(name, set()) for name in missing]
-        if not all(wanted):
+        wanted = [_official().get(name) for name in missing]
+        if None in wanted:
             break
-        folders = folders.union(*wanted)
-    known = {*defined, *tags, *manager.task_index}
+        folders.update(path for path in wanted if path)
+    known = {*_official(), *manager.task_index}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
@@ -266,48 +276,25 @@ def _with_generated(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskMan
     return manager
 
 
-def _missing(names, manager: lm_eval.tasks.TaskManager, folders: set[pathlib.Path]) -> set[str]:
-    """Returns those of `names` and their groups' members that `manager`, which has read `folders`, lacks."""
-    missing, pending = set(), list(names)
-    while pending:
-        name = pending.pop()
-        entry = manager.task_index.get(name)
-        if entry is None:
-            missing.add(name)
-        elif entry.kind is Kind.TAG:  # its tasks are all known only when every folder that has the tag was read
-            tagged = _official()[1].get(name)
-            if not tagged or not tagged <= folders:
-                missing.add(name)
-        elif isinstance(members := (entry.cfg or {}).get('task'), list):
-            pending += [_member(member) for member in members]
-    return missing
-
-
-def _member(member: str | dict[str, Any]) -> str:
-    return member if isinstance(member, str) else member.get('group') or member['task']
-
-
 @functools.cache
-def _official() -> tuple[dict[str, set[pathlib.Path]], dict[str, set[pathlib.Path]]]:
-    """Returns for lm-eval's own files: name of a task or group -> its folder, and tag -> all its folders.
-
-    A tag's set is empty if several folders have the tag (lm-eval's index would keep one of them), or if files of other
-    folders include one that has it and so may have it too.
-    """
-    defined: dict[str, set[pathlib.Path]] = {}
-    tags: dict[str, set[pathlib.Path]] = defaultdict(set)
-    included = set()
+def _official() -> dict[str, pathlib.Path | None]:
+    """Returns the folder of each task, group and tag in lm-eval's own files; None for a tag that several may have."""
+    folders: dict[str, pathlib.Path | None] = {}
+    tagged: dict[str, set[pathlib.Path]] = defaultdict(set)
+    shared = set()  # folders with a file that a file of another folder includes, and so may take its tags from
     for path in sorted(pathlib.Path(lm_eval.tasks.__file__).parent.rglob('*')):
         if path.suffix not in ('', '.yaml') or not path.is_file():  # templates have no suffix
             continue
         text = path.read_text(encoding='utf-8')
-        for match in _TAGS.findall(text):
-            for tag in re.findall(r'[\w.-]*\w[\w.-]*', match):
-                tags[tag].add(path.parent)
-        for match in _INCLUDES.findall(text):
-            sources = {(path.parent / name).resolve().parent for name in re.findall(r'[\w./-]*\w[\w.-]*', match)}
-            included |= sources - {path.parent}
         if path.suffix == '.yaml':
             for name in _DEFINITION.findall(text):
-                defined.setdefault(name, {path.parent})
-    return defined, {tag: set() if len(folders) > 1 or folders & included else folders for tag, folders in tags.items()}
+                folders.setdefault(name, path.parent)
+        for field, content in _LIST.findall(text):
+            for name in _LISTED.findall(content):
+                if field == 'tag':
+                    tagged[name].add(path.parent)
+                elif (source := (path.parent / name).resolve().parent) != path.parent:
+                    shared.add(source)
+    for tag, having in tagged.items():
+        folders.setdefault(tag, None if len(having) > 1 or having & shared else next(iter(having)))
+    return folders

@@ -194,6 +194,21 @@ def test_our_files_are_enough_and_official_folders_are_found(tasks):
     assert len(tags) < 1_000
 
 
+def test_what_a_group_changes_holds_for_its_members_and_for_theirs(tmp_path):
+    files = {
+        'plain': {'task': 'plain', 'tag': 'tagged'},
+        'deep': {'task': 'deep', 'tag': 'tagged'},
+        'inner': {'group': 'inner', 'task': ['deep']},
+        'outer': {'group': 'outer', 'task': ['plain', {'group': 'inner', 'unsafe_code': True}]},
+        'direct': {'group': 'direct', 'task': [{'task': 'plain', 'unsafe_code': True}, 'deep']},
+    }
+    for name, content in files.items():
+        (tmp_path / f'{name}.yaml').write_text(json.dumps(content))
+    manager = evaluate.task_manager(['outer', 'direct'], tmp_path)
+    found = {name: evaluate.running_programs([name], manager) for name in ('outer', 'direct', 'inner', 'tagged')}
+    assert found == {'outer': ['deep'], 'direct': ['plain'], 'inner': [], 'tagged': []}
+
+
 @pytest.mark.parametrize(
     ('names', 'message'),
     [
