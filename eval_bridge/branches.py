@@ -132,26 +132,29 @@ def _pack(trees: Sequence[Tree], T: int) -> list[list[Tree]]:
 
 
 def _batch(rows: Sequence[Sequence[Tree]], B: int, T: int) -> Batch:
+    """Writes each row's trees one after the other, each as its trunk and then its branches."""
     tokens_BT, positions_BT, branch_ids_BT = np.zeros((3, B, T), np.int32)
     indices_P, targets_P = np.zeros((2, B * T), np.int32)
-    spans, done = {}, 0
-    for row, row_trees in enumerate(rows):
-        column = 0
-        for number, tree in enumerate(row_trees, start=1):
-            last = column + len(tree.trunk) - 1  # here the first token of every continuation is predicted
-            for branch, (_, ids) in enumerate([(None, [*tree.trunk, 0]), *tree.branches]):
-                here = slice(column, column + len(ids) - 1)
-                begin = len(tree.trunk) if branch else 0
-                tokens_BT[row, here] = ids[:-1]
-                positions_BT[row, here] = np.arange(begin, begin + len(ids) - 1)
-                branch_ids_BT[row, here] = number * _MOST_BRANCHES + branch
-                if branch:
-                    span = slice(done, done + len(ids))
-                    indices_P[span] = row * T + np.array([last, *range(here.start, here.stop)])
-                    targets_P[span] = ids
-                    spans[tree.branches[branch - 1][0]] = span
-                    done = span.stop
-                column = here.stop
+    spans, indices, targets = {}, [], []
+    for row, trees in enumerate(rows):
+        tokens, positions, branch_ids = [], [], []
+        for number, tree in enumerate(trees, start=1):
+            length, trunk_id = len(tree.trunk), number * _MOST_BRANCHES
+            tokens += tree.trunk
+            positions += range(length)
+            branch_ids += [trunk_id] * length
+            end_of_trunk = row * T + len(tokens) - 1  # here the first token of every continuation is predicted
+            for branch, (request, ids) in enumerate(tree.branches, start=1):
+                begin, count = row * T + len(tokens), len(ids) - 1  # the last token is predicted, not read
+                spans[request] = slice(len(targets), len(targets) + len(ids))
+                indices += [end_of_trunk, *range(begin, begin + count)]
+                targets += ids
+                tokens += ids[:count]
+                positions += range(length, length + count)
+                branch_ids += [trunk_id + branch] * count
+        read = row, slice(len(tokens))
+        tokens_BT[read], positions_BT[read], branch_ids_BT[read] = tokens, positions, branch_ids
+    indices_P[: len(indices)], targets_P[: len(targets)] = indices, targets
     return Batch(tokens_BT, positions_BT, branch_ids_BT, indices_P, targets_P, spans)
 
 
