@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
 USER = 65534  # nobody: the program's user inside, and also outside where root starts it
 PASSED, FAILED, TIMED_OUT = 'passed', 'failed', 'timed out'
@@ -47,6 +47,21 @@ _X32 = 0x40000000  # call numbers from here on are x86_64's x32 calls, a second 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class Order(NamedTuple):
+    """What stdin says, as a JSON object: the program, what exists inside, and the limits."""
+
+    program: str
+    secret: int  # the exit status of a program that reached its end
+    folders: list[str]  # paths, visible inside and read-only
+    links: dict[str, str]  # symbolic links: path -> target
+    packages: list[str]  # folders appended to sys.path
+    cpu_seconds: int  # of each process
+    wall_seconds: float
+    memory_bytes: int  # of each process
+    disk_bytes: int  # of /tmp, and of each file
+    processes: int
+
+
 def _checked(what: str, result: int) -> None:
     if result < 0:
         error = ctypes.get_errno()
@@ -55,7 +70,7 @@ def _checked(what: str, result: int) -> None:
 
 def main() -> None:
     """Runs the program that stdin describes. Exits with status 1 and a reason on stderr if the jail cannot be made."""
-    order = json.loads(sys.stdin.buffer.read())
+    order = Order(**json.loads(sys.stdin.buffer.read()))
     _end_on_failure(lambda: _launch(order))
 
 
@@ -77,7 +92,8 @@ def _fork(work: Callable[[], None]) -> int:
     return child
 
 
-def _launch(order: dict[str, Any]) -> None:
+def _launch(order: Order) -> None:
+    """The launcher: forks the builder, maps the jail's user once the builder has a namespace, and waits for it."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
         _write('/proc/self/oom_score_adj', '1000')  # if memory runs out, the kernel kills this first
@@ -123,13 +139,14 @@ def _write(path: str, text: str) -> None:
         os.close(descriptor)
 
 
-def _build(order: dict[str, Any], ask: int, answered: int) -> None:
+def _build(order: Order, ask: int, answered: int) -> None:
+    """The builder: makes the namespaces and the file system, becomes the jail's user, forks init and waits for it."""
     _checked('unshare', _libc.unshare(_NAMESPACES))
     os.write(ask, b'.')
     if not os.read(answered, 1):
         return
     # Opened while this process is still the caller: the user nobody may not enter root's folders.
-    opened = [(path, os.open(path, os.O_PATH)) for path in order['folders']]
+    opened = [(path, os.open(path, os.O_PATH)) for path in order.folders]
     null = os.open('/dev/null', os.O_RDWR)
     with contextlib.suppress(OSError):  # no shared segments: no limit counts their memory. Only root may write this
         _write('/proc/sys/kernel/shmmni', '0')
@@ -145,18 +162,22 @@ def _build(order: dict[str, Any], ask: int, answered: int) -> None:
         os._exit(1)
 
 
-def _make_root(opened: list[tuple[str, int]], order: dict[str, Any]) -> None:
+def _make_root(opened: list[tuple[str, int]], order: Order) -> None:
     """Makes a root file system of read-only folders, with a writable /tmp."""
     _mount(None, '/', None, _MS_REC | _MS_PRIVATE)
     _mount('tmpfs', _ROOT, 'tmpfs', _MS_NOSUID | _MS_NODEV, 'size=1m,mode=755')
     os.mkdir(f'{_ROOT}/tmp')
-    _mount('tmpfs', f'{_ROOT}/tmp', 'tmpfs', _MS_NOSUID | _MS_NODEV, f'size={order["disk_bytes"]},nr_inodes=1000')
-    for path, target in order['links'].items():
+    _mount('tmpfs', f'{_ROOT}/tmp', 'tmpfs', _MS_NOSUID | _MS_NODEV, f'size={order.disk_bytes},nr_inodes=1000')
+    for path, target in order.links.items():
         os.symlink(target, f'{_ROOT}{path}')
     for path, descriptor in opened:
-        os.makedirs(f'{_ROOT}{path}', exist_ok=True)
-        _mount(f'/proc/self/fd/{descriptor}', f'{_ROOT}{path}', None, _MS_BIND | _MS_REC)
-        _protect(f'{_ROOT}{path}')
+        inside = f'{_ROOT}{path}'
+        os.makedirs(inside, exist_ok=True)
+        _mount(f'/proc/self/fd/{descriptor}', inside, None, _MS_BIND | _MS_REC)
+        # mount_setattr, which some C libraries don't wrap, makes this mount and those below it read-only.
+        attributes = (ctypes.c_uint64 * 4)(_MS_RDONLY | _MS_NOSUID | _MS_NODEV, 0, 0, 0)
+        at, size = ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes))
+        _checked('mount_setattr', _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, inside.encode(), _AT_RECURSIVE, at, size))
         os.close(descriptor)
     os.chdir(_ROOT)
     _checked('pivot_root', _libc.pivot_root(b'.', b'.'))
@@ -171,20 +192,13 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
     _checked(what, _libc.mount(source_, target.encode(), kind_, ctypes.c_ulong(flags), options_))
 
 
-def _protect(path: str) -> None:
-    """Makes a mount and those below it read-only, by mount_setattr, which some C libraries don't wrap."""
-    attributes = (ctypes.c_uint64 * 4)(_MS_RDONLY | _MS_NOSUID | _MS_NODEV, 0, 0, 0)
-    size = ctypes.c_size_t(ctypes.sizeof(attributes))
-    call = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE, ctypes.byref(attributes), size)
-    _checked('mount_setattr', call)
-
-
 def _prctl(option: int, value: int) -> None:
     arguments = [ctypes.c_ulong(number) for number in (value, 0, 0, 0)]
     _checked('prctl', _libc.prctl(option, *arguments))
 
 
-def _init(order: dict[str, Any], null: int) -> None:
+def _init(order: Order, null: int) -> None:
+    """Process 1 inside: forks the program, writes `BEGUN` and then the verdict."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)  # the program has the same user and must not trace this process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from inside, only signals with a handler reach process 1
@@ -202,20 +216,21 @@ def _init(order: dict[str, Any], null: int) -> None:
     os.write(1, _verdict(program, order).encode())
 
 
-def _verdict(program: int, order: dict[str, Any]) -> str:
+def _verdict(program: int, order: Order) -> str:
     """Returns how the process `program` ended. Orphans that it leaves and signals that it sends don't matter."""
-    deadline = time.monotonic() + order['wall_seconds']
+    deadline = time.monotonic() + order.wall_seconds
     while (left := deadline - time.monotonic()) > 0:
         process, status = os.waitpid(program, os.WNOHANG)
         if process:
             code = os.waitstatus_to_exitcode(status)
             # A program that exits by itself, in whatever way, has not reached the end of its tests.
-            return {order['secret']: PASSED, -signal.SIGXCPU: TIMED_OUT}.get(code, FAILED)
+            return {order.secret: PASSED, -signal.SIGXCPU: TIMED_OUT}.get(code, FAILED)
         signal.sigtimedwait({signal.SIGCHLD}, left)
     return TIMED_OUT
 
 
-def _run(order: dict[str, Any], null: int) -> NoReturn:
+def _run(order: Order, null: int) -> NoReturn:
+    """The program's process: sets the limits, runs the program, and ends with the secret if it reached its end."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.setsid()
@@ -226,23 +241,23 @@ def _run(order: dict[str, Any], null: int) -> NoReturn:
         _forbid()
         os.chdir('/tmp')
         os.environ.update({'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'})  # threads count as processes
-        sys.path += order['packages']
-        exec(compile(order['program'], '<program>', 'exec'), {})
+        sys.path += order.packages
+        exec(compile(order.program, '<program>', 'exec'), {})
     except BaseException:
         os._exit(1)
-    os._exit(order['secret'])
+    os._exit(order.secret)
 
 
-def _limit(order: dict[str, Any]) -> None:
+def _limit(order: Order) -> None:
     """Drops every capability for good and sets the limits, which bind because this user is not root."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     _checked('capset', _libc.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())))
     limits = {
-        resource.RLIMIT_AS: order['memory_bytes'],
-        resource.RLIMIT_CPU: order['cpu_seconds'],
-        resource.RLIMIT_FSIZE: order['disk_bytes'],
-        resource.RLIMIT_NPROC: order['processes'],
+        resource.RLIMIT_AS: order.memory_bytes,
+        resource.RLIMIT_CPU: order.cpu_seconds,
+        resource.RLIMIT_FSIZE: order.disk_bytes,
+        resource.RLIMIT_NPROC: order.processes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }

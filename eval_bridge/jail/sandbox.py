@@ -106,20 +106,13 @@ def _refusal(cause: str) -> errors.UsageError:
 
 def _run(program: str, limits: Limits) -> str:
     folders, links = _folders()
-    order = {
-        'program': program,
-        'secret': 2 + secrets.randbelow(100),  # the exit status of a program that reached its end
-        'folders': folders,
-        'links': links,
-        'packages': site.getsitepackages(),
-        **dataclasses.asdict(limits),
-    }
+    secret = 2 + secrets.randbelow(100)
+    order = jail.Order(program, secret, folders, links, site.getsitepackages(), **dataclasses.asdict(limits))
+    content = json.dumps(order._asdict()).encode()
     command = [sys.executable, '-I', '-S', jail.__file__]
     seconds = limits.wall_seconds + _SETUP_SECONDS
     try:
-        ended = subprocess.run(
-            command, input=json.dumps(order).encode(), capture_output=True, env={}, timeout=seconds, cwd='/'
-        )
+        ended = subprocess.run(command, input=content, capture_output=True, env={}, timeout=seconds, cwd='/')
     except subprocess.TimeoutExpired:
         raise errors.RunError(f'the jail of a program did not answer for {seconds} s.') from None
     except OSError as error:
