@@ -111,7 +111,14 @@ def _results(folder: pathlib.Path, texts: str, seconds: float) -> None:
     python = pathlib.Path(sys.executable)
     if python.is_relative_to(pathlib.Path.cwd()):
         python = python.relative_to(pathlib.Path.cwd())
-    for purpose, line in _next_commands(folder, summary['step']).items():
+    tasks = f'--tasks={cloze.TASK} --include_path={folder / cloze.TASK}'
+    for purpose, line in {
+        'write another text': f"generate --workdir={folder} --prompt='import os' --temperature=0.8 --seed=1",
+        'train twice as long': (
+            f'train --config={CONFIG} --workdir={folder} --config.train.num_steps={2 * summary["step"]}'
+        ),
+        'evaluate the exported Hugging Face folder': f'evaluate --model={folder / "export"} {tasks}',
+    }.items():
         print(f'  # {purpose}\n  {python} main.py {line}')
 
 
@@ -127,17 +134,6 @@ def _continuations(texts: str) -> list[str]:
 def _print_figure(figures: dict[str, float], name: str, title: str, chance: str) -> None:
     value = f'{figures[name]:.3f} ± {figures[f"{name}_stderr"]:.3f}'
     print(f'  {title:32}{value:>16}{chance:>20}')
-
-
-def _next_commands(folder: pathlib.Path, step: int) -> dict[str, str]:
-    """Returns {purpose: arguments of main.py}."""
-    return {
-        'write another text': f"generate --workdir={folder} --prompt='import os' --temperature=0.8 --seed=1",
-        'train twice as long': f'train --config={CONFIG} --workdir={folder} --config.train.num_steps={2 * step}',
-        'evaluate the exported Hugging Face folder': (
-            f'evaluate --model={folder / "export"} --tasks={cloze.TASK} --include_path={folder / cloze.TASK}'
-        ),
-    }
 
 
 if __name__ == '__main__':

@@ -74,7 +74,12 @@ def evaluate_run(config: Config | None, workdir: pathlib.Path | None, **flags: A
     if not (models or workdir):
         raise errors.UsageError(_NO_MODEL)
     evaluator = _make_evaluator(given, given.tasks or tuple(results.TABLES[given.table or 2]), output / 'responses')
-    _require_shown(evaluator.tasks, given.table)
+    shown = results.TABLES[given.table or 2]
+    if others := [task for task in given.tasks if task not in shown]:
+        flag = f'--table={given.table}' if given.table else '--figure=2'
+        raise errors.UsageError(
+            f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; leave them out.'
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,7 +89,7 @@ def evaluate_run(config: Config | None, workdir: pathlib.Path | None, **flags: A
             models[workdir.resolve().name] = opening.Run(workdir, given.step, config)
         make_table(evaluator, given.table, models, output)
     else:
-        make_figure(evaluator, _by_tokens(models, _checkpoints(workdir, config) if workdir else {}), output)
+        make_figure(evaluator, _by_tokens(models, workdir, config), output)
 
 
 def _check_flags(flags: Flags, workdir: pathlib.Path | None) -> None:
@@ -110,16 +115,6 @@ def _check_flags(flags: Flags, workdir: pathlib.Path | None) -> None:
         raise errors.UsageError(f'--table={flags.table}: only tables {" and ".join(map(str, results.TABLES))} exist.')
     if flags.figure and flags.figure != 2:
         raise errors.UsageError(f'--figure={flags.figure}: only figure 2 exists.')
-
-
-def _require_shown(tasks: Sequence[str], table: int | None) -> None:
-    """Raises UsageError for tasks that the table, or Figure 2, does not show."""
-    shown = results.TABLES[table or 2]
-    if others := [task for task in tasks if task not in shown]:
-        flag = f'--table={table}' if table else '--figure=2'
-        raise errors.UsageError(
-            f'--tasks: {", ".join(others)}: not in {flag}, which shows {", ".join(shown)}; leave them out.'
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +236,14 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
     return folders
 
 
-def _by_tokens(folders: Mapping[str, _Source], checkpoints: _Points) -> _Points:
+def _by_tokens(folders: Mapping[str, _Source], workdir: pathlib.Path | None, config: Config | None) -> _Points:
     """Returns a run's checkpoints and the folders, whose names must end with their training tokens (-105b, -1T)."""
-    models = dict(checkpoints)
+    models: _Points = {}
+    if workdir:
+        run = workdir_lib.read_config(workdir)
+        tokens_per_step = run.train.global_batch_size * run.model.seq_len
+        for step in checkpoint.Checkpointer(workdir / 'checkpoints', read_only=True).steps():
+            models[step * tokens_per_step] = f'step-{step}', opening.Run(workdir, step, config)
     for name, source in folders.items():
         match = _TOKENS.search(name)
         if not match:
@@ -256,11 +256,3 @@ def _by_tokens(folders: Mapping[str, _Source], checkpoints: _Points) -> _Points:
             raise errors.UsageError(f'--models: {models[tokens][0]} and {name} have the same training tokens.')
         models[tokens] = name, source
     return models
-
-
-def _checkpoints(workdir: pathlib.Path, config: Config | None) -> _Points:
-    """Returns every checkpoint of a run by its training tokens."""
-    run = workdir_lib.read_config(workdir)
-    tokens_per_step = run.train.global_batch_size * run.model.seq_len
-    steps = checkpoint.Checkpointer(workdir / 'checkpoints', read_only=True).steps()
-    return {step * tokens_per_step: (f'step-{step}', opening.Run(workdir, step, config)) for step in steps}

@@ -10,7 +10,6 @@ on the run's mesh, and training doesn't change: its losses are the same digits a
 
 import pathlib
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -81,7 +80,15 @@ class Evaluation:
             output=self._folder / 'eval' / 'training' / f'step-{step}.json',
             **self._options,
         )
-        tasks = {task: scores for task, values in result['results'].items() if (scores := _scores(values))}
+        tasks = {}  # task -> metric -> value, the standard errors among them
+        for task, values in result['results'].items():
+            scores = {
+                name.removesuffix(',none').replace(',', '/'): float(value)
+                for name, value in values.items()
+                if ',' in name and isinstance(value, int | float)
+            }
+            if scores:
+                tasks[task] = scores
         if not self._begun:  # drops what an interrupted start wrote after the checkpoint from which this one resumes
             metrics.cut_entries(self._path, step - 1)
             self._begun = True
@@ -90,15 +97,6 @@ class Evaluation:
         writer.close()
         shown = (f'{task} {next(iter(scores.values())):.4f}' for task, scores in tasks.items())
         tqdm.tqdm.write(f'step {step}: ' + ', '.join(shown), file=sys.stderr)
-
-
-def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Returns metric -> value from a task's results, with the standard errors."""
-    return {
-        name.removesuffix(',none').replace(',', '/'): float(value)
-        for name, value in values.items()
-        if ',' in name and isinstance(value, int | float)
-    }
 
 
 class _Rehearsal(LM):

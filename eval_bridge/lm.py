@@ -183,8 +183,12 @@ class JaxLM(TemplateLM):
         """Yields batches of prompts with equal options and about equal lengths, the longest first."""
         groups, repeats = defaultdict(list), Counter()
         for index, (context, options) in enumerate(arguments):
+            count = lm_eval_models_utils.normalize_gen_kwargs(options, self.max_gen_toks)['max_gen_toks']
+            if count >= self.max_length:
+                raise errors.UsageError(f'a task wants {count} new tokens, but seq_len is {self.max_length}.')
+            ids = (self.tok_encode(context) or [self.prefix_token_id])[count - self.max_length :]
             name = json.dumps(options, sort_keys=True)
-            groups[name].append(_Prompt(index, self._prompt(context, options), repeats[name, context]))
+            groups[name].append(_Prompt(index, ids, repeats[name, context]))
             repeats[name, context] += 1
         for name, prompts in groups.items():
             options: dict[str, Any] = {**lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks)}
@@ -196,12 +200,6 @@ class JaxLM(TemplateLM):
                 count = min(_MOST_PROMPTS, max(1, self.batch_size * self.max_length // slots))
                 for start in range(0, len(bucket), count):
                     yield options, bucket[start : start + count]
-
-    def _prompt(self, context: str, arguments: dict) -> list[int]:
-        count = lm_eval_models_utils.normalize_gen_kwargs(arguments, self.max_gen_toks)['max_gen_toks']
-        if count >= self.max_length:
-            raise errors.UsageError(f'a task wants {count} new tokens, but seq_len is {self.max_length}.')
-        return (self.tok_encode(context) or [self.prefix_token_id])[count - self.max_length :]
 
     def _generate(self, options: dict, prompts: list['_Prompt']) -> Iterator[tuple[int, str]]:
         """Yields (index, text) of each prompt as soon as its text ends."""

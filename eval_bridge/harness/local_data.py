@@ -132,12 +132,19 @@ def downloader(
             dataset_kwargs = _locate_files(dataset_kwargs, roots)
         elif folder and dataset:
             files = _files(folder, dataset, config)
-            hashes = {split: hashlib.sha256(path.read_bytes()).hexdigest() for split, path in files.items()}
             used[self.config.task] = {
-                split: {'file': f'{path.parent.name}/{path.name}', 'sha256': hashes[split]}
+                split: {
+                    'file': f'{path.parent.name}/{path.name}',
+                    'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+                }
                 for split, path in files.items()
             }
-            dataset_kwargs = _redirect(self, dataset, files)
+            self.DATASET_PATH, self.DATASET_NAME = 'json', None
+            for setting in ('training_split', 'validation_split'):  # the task forgets a split that the folder lacks
+                if getattr(self.config, setting) not in files:
+                    setattr(self.config, setting, None)
+            inside = {'field': dataset.inside} if dataset.inside else {}
+            dataset_kwargs = {'data_files': {split: str(path) for split, path in files.items()}, **inside}
         try:
             original(self, dataset_kwargs, **kwargs)
         # A ConnectionError is an OSError, invalid UTF-8 a ValueError; an empty file raises StopIteration.
@@ -179,16 +186,6 @@ def _files(folder: pathlib.Path | str, dataset: Dataset, config: Mapping[str, An
     splits = [*_needed_splits(config), config.get('training_split'), config.get('validation_split')]
     files = {split: _find(folder, dataset.file(config, split)) for split in splits if split}
     return {split: path for split, path in files.items() if path}
-
-
-def _redirect(task: ConfigurableTask, dataset: Dataset, files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
-    """Makes a task load `files` and forget its other splits; returns its arguments of load_dataset."""
-    task.DATASET_PATH, task.DATASET_NAME = 'json', None
-    for setting in ('training_split', 'validation_split'):
-        if getattr(task.config, setting) not in files:
-            setattr(task.config, setting, None)
-    inside = {'field': dataset.inside} if dataset.inside else {}
-    return {'data_files': {split: str(path) for split, path in files.items()}, **inside}
 
 
 def _locate_files(dataset_kwargs: dict[str, Any] | None, roots: Sequence[pathlib.Path]) -> dict[str, Any] | None:

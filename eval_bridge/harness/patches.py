@@ -65,7 +65,9 @@ def refusing() -> Iterator[None]:
     construct_requests, process_results = _naming_failures('construct_requests'), _naming_failures('process_results')
 
     def checked_results(self, doc, results):
-        if any(_is_nan(result) for result in results):
+        # A result is a log-likelihood, (log-likelihood, is greedy), or a text.
+        values = [result[0] if isinstance(result, tuple) else result for result in results]
+        if any(isinstance(value, float) and math.isnan(value) for value in values):
             raise errors.RunError(
                 f'the task {self.config.task}: the answer of the model to {doc} is not a number (nan); its weights are '
                 'damaged, or its values overflow.'
@@ -118,18 +120,12 @@ def _naming_failures(method: str) -> Callable:
     return called
 
 
-def _is_nan(result) -> bool:
-    """Returns whether `result` is nan: a log-likelihood, (log-likelihood, is greedy), or a text, which never is."""
-    value = result[0] if isinstance(result, tuple) else result
-    return isinstance(value, float) and math.isnan(value)
-
-
 def _refuse_empty(task: ConfigurableTask, doc) -> None:
     raise errors.UsageError(f'the task {task.config.task} has an empty choice or target in {doc}.')
 
 
 def fitting(model) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which InstructEval drops examples that don't fit `model`; one without tokens fits all."""
+    """Returns a context in which InstructEval shortens its prompts to fit `model`, if `model` has a tokenizer."""
     encode = getattr(model, 'tok_encode', None)
     most = min(instructeval.MOST_TOKENS, getattr(model, 'max_length', instructeval.MOST_TOKENS))
 

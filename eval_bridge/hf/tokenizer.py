@@ -58,7 +58,7 @@ def build(model_path: pathlib.Path, *, add_bos: bool) -> dict[str, Any]:
         'version': '1.0',
         'truncation': None,
         'padding': None,
-        'added_tokens': [_added_token(index, model.pieces[index].piece) for index in special],
+        'added_tokens': [{'id': index, 'content': model.pieces[index].piece, **_SPECIAL} for index in special],
         'normalizer': {'type': 'Sequence', 'normalizers': ([_PREPEND] if prefixed else []) + [_ESCAPE]},
         'pre_tokenizer': None,
         'post_processor': _bos_first(model) if add_bos else None,
@@ -77,6 +77,7 @@ def build(model_path: pathlib.Path, *, add_bos: bool) -> dict[str, Any]:
     }
 
 
+_SPECIAL = {**dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False), 'special': True}
 _PREPEND = {'type': 'Prepend', 'prepend': _SPACE}
 _ESCAPE = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE}
 _DECODERS = [
@@ -118,11 +119,6 @@ def _merges(model) -> list[str]:
     return [merge for _, merge in sorted(scored, key=lambda entry: -entry[0])]
 
 
-def _added_token(index: int, content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-    return {'id': index, 'content': content, **flags, 'special': True}
-
-
 def _bos_first(model) -> dict[str, Any]:
     bos, index = model.trainer_spec.bos_piece, model.trainer_spec.bos_id
     first = [{'SpecialToken': {'id': bos, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
@@ -151,11 +147,8 @@ class JsonTokenizer:
             raise errors.UsageError(f'{path} is not a valid tokenizer.json ({error}).') from None
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.bos_id, self.eos_id = (self._id(token) for token in (bos, eos))
-
-    def _id(self, token: str | None) -> int:
-        index = None if token is None else self._tokenizer.token_to_id(token)
-        return -1 if index is None else index
+        ids = (None if token is None else self._tokenizer.token_to_id(token) for token in (bos, eos))
+        self.bos_id, self.eos_id = (-1 if index is None else index for index in ids)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens."""

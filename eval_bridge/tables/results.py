@@ -74,31 +74,23 @@ def scores(table: int, result: Mapping[str, Any], model: str) -> dict[str, Score
     measured = {}
     for task, metric in TABLES[table].items():
         if task in result['results']:
-            value, stderr = _metric(result['results'][task], metric)
-            measured[task] = Score(100 * value, None if stderr is None else 100 * stderr, known.get(task))
+            values = result['results'][task]
+            # lm-eval's names end with a comma and a filter.
+            name = next(name for name in values if name.partition(',')[0] == metric)
+            stderr = values.get(name.replace(metric, f'{metric}_stderr', 1))
+            stderr = 100 * stderr if isinstance(stderr, float) else None
+            measured[task] = Score(100 * values[name], stderr, known.get(task))
     if table == 2 and len(measured) == len(TABLES[2]):
-        measured[AVERAGE] = _average(list(measured.values()))
+        value = sum(score.value for score in measured.values()) / len(measured)
+        # The standard error of a mean over independent tasks.
+        stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in measured.values())) / len(measured)
+        measured[AVERAGE] = Score(value, stderr, _published(model, AVERAGE) if known else None)
     return measured
-
-
-def _metric(values: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """Returns a task's metric and its standard error; lm-eval's names end with a comma and a filter."""
-    name = next(name for name in values if name.partition(',')[0] == metric)
-    stderr = values.get(name.replace(metric, f'{metric}_stderr', 1))
-    return values[name], stderr if isinstance(stderr, float) else None
-
-
-def _average(scores: Sequence[Score]) -> Score:
-    """Returns the plain mean over tasks; its standard error assumes that their examples are independent."""
-    known = [score.published for score in scores if score.published is not None]
-    stderr = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in scores)) / len(scores)
-    average = sum(known) / len(known) if len(known) == len(scores) else None
-    return Score(sum(score.value for score in scores) / len(scores), stderr, average)
 
 
 def write_table(folder: pathlib.Path, table: int, rows: Mapping[str, Mapping[str, Score]]) -> str:
     """Writes model -> task -> score as tableN.md, .csv, .json and .html, and returns the Markdown."""
-    tasks = [task for task in (*TABLES[table], AVERAGE) if any(task in row for row in rows.values())]
+    tasks = _tasks(table, rows.values())
     cells = [('model', *tasks), *((model, *(str(row.get(task, '')) for task in tasks)) for model, row in rows.items())]
     text = _markdown(cells) + '\nIn brackets: published, and the difference in standard errors (se).\n'
     flat = [
@@ -158,7 +150,7 @@ def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score
     files.write_atomically(folder / 'figure2.csv', _csv(rows))
     picture = folder / 'figure2.png'
     _draw(points, picture)
-    tasks = _tasks(points)
+    tasks = _tasks(2, points.values())
     cells = [('training tokens', *(_TITLES[task] for task in tasks))]
     cells += [(f'{tokens:,.0f}', *(str(scored.get(task, '')) for task in tasks)) for tokens, scored in points.items()]
     cells.append((f'{baseline}, published', *(f'{_published(baseline, task):.2f}' for task in tasks)))
@@ -168,12 +160,12 @@ def write_figure(folder: pathlib.Path, points: Mapping[float, Mapping[str, Score
     return html
 
 
-def _tasks(points: Mapping[float, Mapping[str, Score]]) -> list[str]:
-    return [task for task in (*TABLES[2], AVERAGE) if any(task in scored for scored in points.values())]
+def _tasks(table: int, rows: Collection[Mapping[str, Score]]) -> list[str]:
+    return [task for task in (*TABLES[table], AVERAGE) if any(task in row for row in rows)]
 
 
 def _draw(points: Mapping[float, Mapping[str, Score]], path: pathlib.Path) -> None:
-    tasks = _tasks(points)
+    tasks = _tasks(2, points.values())
     columns = min(len(tasks), 4)
     rows = math.ceil(len(tasks) / columns)
     size = (max(2.4 * columns, 4.5), 2.1 * rows + 0.4)

@@ -3,7 +3,7 @@
 humaneval.yaml and instructeval_humaneval.yaml name these functions, whose signatures are lm-eval's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from eval_bridge.jail import sandbox
@@ -11,12 +11,17 @@ from eval_bridge.jail import sandbox
 
 def judge(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
     """Returns for each document its completions' programs with their outcomes (passed, failed, timed out)."""
-    return _judge(responses, docs, lambda text: text)
+    programs = [
+        [f'{doc["prompt"]}{text}\n{doc["test"]}\ncheck({doc["entry_point"]})' for text in texts]
+        for texts, doc in zip(responses, docs, strict=True)
+    ]
+    outcomes = iter(sandbox.run([program for group in programs for program in group]))
+    return [[{'program': program, 'outcome': next(outcomes)} for program in group] for group in programs]
 
 
 def judge_first_block(responses: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[dict[str, str]]]:
     """Returns what `judge` does for the first block of each completion alone, as InstructEval does."""
-    return _judge(responses, docs, first_block)
+    return judge([[first_block(text) for text in texts] for texts in responses], docs)
 
 
 def first_block(completion: str) -> str:
@@ -28,12 +33,3 @@ def first_block(completion: str) -> str:
 def pass_at_1(doc: dict[str, Any], results: Sequence[Sequence[dict[str, str]]]) -> dict[str, float]:
     """Returns pass@1 from `judge`'s outcomes: 1 if the first completion passed, else 0."""
     return {'pass@1': float(results[0][0]['outcome'] == sandbox.PASSED)}
-
-
-def _judge(responses, docs, taken: Callable[[str], str]) -> list[list[dict[str, str]]]:
-    programs = [
-        [f'{doc["prompt"]}{taken(text)}\n{doc["test"]}\ncheck({doc["entry_point"]})' for text in texts]
-        for texts, doc in zip(responses, docs, strict=True)
-    ]
-    outcomes = iter(sandbox.run([program for group in programs for program in group]))
-    return [[{'program': program, 'outcome': next(outcomes)} for program in group] for group in programs]

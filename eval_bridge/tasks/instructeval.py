@@ -89,10 +89,8 @@ def _answers(example: dict[str, Any]) -> list[str]:
     """Returns every text of a question's validated answers, or of its answer where none was validated."""
     many = example['validated_answers']
     answers = [{name: values[number] for name, values in many.items()} for number in range(len(many['number']))]
-    return [text.strip() for answer in answers or [example['answer']] for text in _texts(answer)]
-
-
-def _texts(answer: dict[str, Any]) -> list[str]:
-    """Returns the texts of one answer: a number, a date, and spans of the passage."""
-    date = ' '.join(answer['date'][part] for part in ('day', 'month', 'year')).strip()
-    return [text for text in (answer['number'], date) if text] + list(answer['spans'])
+    texts = []
+    for answer in answers or [example['answer']]:  # each has a number, a date, and spans of the passage
+        date = ' '.join(answer['date'][part] for part in ('day', 'month', 'year')).strip()
+        texts += [text for text in (answer['number'], date) if text] + list(answer['spans'])
+    return [text.strip() for text in texts]
