@@ -4,8 +4,8 @@
 
 Both get the same token ids: with --data those of real examples in Llama's tokenizer (--tokenizer), else random ones of
 the same lengths; four endings an example. The `hf` model runs the export of the same weights in float32 with the same
-number of threads at batch sizes 1, 8 and 32; the best of them counts. After each has answered everything once, which
-compiles ours and is timed apart, and the answers agree, all take turns. Goal: 1.2 x the best.
+number of threads at batch sizes 1, 8 and 32; the best of them counts. First each answers everything once: that compiles
+ours and is timed apart, and the answers must agree. Then all take turns. Goal: 1.2 x the best.
 
 On a machine that others use too, --threads=1 --cpu_time counts processor time instead of wall time.
 """

@@ -2,9 +2,9 @@
 
     python bench/cpu/tokenize.py [--model=tokenizer.model] [--json=tokenizer.json] [--text=DIR_OR_FILE ...]
 
-Without a model one of 4,096 pieces is trained on the Python installation, which is
-also the text unless --text names raw corpora (as prepare reads them). One thread;
-each library gets the same documents, alternately, and their ids are compared.
+Without --model, a model of 4,096 pieces is trained on the Python installation. That is also
+the text, unless --text names raw corpora (as prepare reads them). One thread; each library
+gets the same documents, alternately, and their ids are compared.
 """
 
 import pathlib

@@ -105,7 +105,8 @@ _LAYER = {
 class Trainer:
     """One way to train a net: attention on cuDNN (`cudnn`) or as Hugging Face and torch choose, compiled or not.
 
-    Several share a net, which each puts into its own state; `recomputes`: layers are run again in the backward pass.
+    Several share one net, and each sets it up for itself before a step. `recomputes`: layers are run again
+    in the backward pass.
     """
 
     def __init__(self, net, config: Config, *, cudnn: bool, compiled: bool):
