@@ -16,7 +16,7 @@ INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no
 # Modules are compiled when first imported, not at installation (which takes half as long for it).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint format bench lock clean
+.PHONY: demo test lint format bench environment lock clean
 
 demo: $(RUN_STAMP)
 	@$(VENV)/bin/python -m demo.run
@@ -39,6 +39,9 @@ bench: $(DEV_STAMP)
 	$(VENV)/bin/python bench/cpu/evaluate.py
 	$(VENV)/bin/python bench/cpu/loader.py
 	$(VENV)/bin/python bench/cpu/tokenize.py
+
+# Only makes the environment of the tests.
+environment: $(DEV_STAMP)
 
 # Resolves requirements-dev.txt afresh for this Python, from the default package index; once for each of the two.
 lock:

@@ -23,8 +23,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All of this must be set before jax and the Hugging Face libraries are imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Compiling is a third quicker one level below what XLA itself chooses; the commands that tests start keep XLA's choice.
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8 --xla_backend_optimization_level=1'.strip()
+# Compiling is a third quicker one level below what XLA itself chooses. The commands that tests start have it too: they
+# find the same programs compiled.
+OPTIMIZATION = '--xla_backend_optimization_level=1'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8 {OPTIMIZATION}'.strip()
 os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'  # a bfloat16 plus a float32 is an error, not a silent float32
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # so is a [D] added to a [B, T, D] by mistake
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -65,7 +67,7 @@ def _run_main(*arguments, devices: int = 1, timeout: float = 300) -> subprocess.
     return subprocess.run(
         [sys.executable, 'main.py', *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': f'{DEVICES}={devices}'},
+        env={**os.environ, 'XLA_FLAGS': f'{DEVICES}={devices} {OPTIMIZATION}'},
         capture_output=True,
         text=True,
         timeout=timeout,
