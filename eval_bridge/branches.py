@@ -158,7 +158,7 @@ def _batch(rows: Sequence[Sequence[Tree]], B: int, T: int) -> Batch:
     return Batch(tokens_BT, positions_BT, branch_ids_BT, indices_P, targets_P, spans)
 
 
-class Ops(ops_lib.Ops):
+class BranchOps(ops_lib.Ops):
     """The ops of a model whose attention follows branches; it takes a batch's branch ids as segment ids."""
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
@@ -166,10 +166,10 @@ class Ops(ops_lib.Ops):
         return self._on_each_device('attention', attention, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def make_ops(mesh) -> Ops:
+def make_ops(mesh) -> BranchOps:
     """Returns plain JAX's ops, which take any head dim, on `mesh` or the default device."""
     plain = ops_lib.make_ops(ops_lib.PLAIN, mesh)
-    return Ops(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+    return BranchOps(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, branch_ids_BT):

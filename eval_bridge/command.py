@@ -22,7 +22,7 @@ _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 _ANSWERS_DEPEND_ON = ('weights_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length')
 _NO_MODEL = 'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER (--models for a table or figure).'
 _Source = opening.Run | opening.Folder
-_Points = dict[float, tuple[str, _Source]]  # training tokens -> name, model
+_ModelsByTokens = dict[float, tuple[str, _Source]]  # training tokens -> name, model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def evaluate_model(
 
     The result goes to the file `output`, else to step-STEP.json in `folder`. Raises RunError if parity does not hold.
     """
-    source.check_exists(compared=parity)
+    source.check_model(for_parity=parity)
     result = evaluator.compare(source) if parity else evaluator.evaluate(source)
     if not output and folder:
         output = folder / f'step-{result["protocol"]["step"]}.json'
@@ -187,7 +187,7 @@ def evaluate_model(
 def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], output: pathlib.Path) -> None:
     """Evaluates `models` (name -> model), writes their results and the paper's table into `output`, and prints it."""
     for source in models.values():  # before the first is evaluated, which takes long
-        source.check_exists()
+        source.check_model()
     rows = {}
     for number, (name, source) in enumerate(models.items(), start=1):
         print(f'[{number}/{len(models)}] {name}', flush=True)
@@ -198,12 +198,12 @@ def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], 
         print(results.write_table(output, table, rows))
 
 
-def make_figure(evaluator: Evaluator, models: _Points, output: pathlib.Path) -> None:
+def make_figure(evaluator: Evaluator, models: _ModelsByTokens, output: pathlib.Path) -> None:
     """Evaluates `models`, and writes their results and Figure 2 into `output`."""
     if not models:
         raise errors.UsageError('--figure=2: the run has no checkpoint yet; give --models=NAME=FOLDER,... or train it.')
     for _, source in models.values():  # before the first is evaluated, which takes long
-        source.check_exists()
+        source.check_model()
     points = {}
     for number, (tokens, (name, source)) in enumerate(sorted(models.items()), start=1):
         print(f'[{number}/{len(models)}] {name}, {tokens:,.0f} tokens', flush=True)
@@ -236,9 +236,9 @@ def _named(models: Sequence[str]) -> dict[str, opening.Folder]:
     return folders
 
 
-def _by_tokens(folders: Mapping[str, _Source], workdir: pathlib.Path | None, config: Config | None) -> _Points:
+def _by_tokens(folders: Mapping[str, _Source], workdir: pathlib.Path | None, config: Config | None) -> _ModelsByTokens:
     """Returns a run's checkpoints and the folders, whose names must end with their training tokens (-105b, -1T)."""
-    models: _Points = {}
+    models: _ModelsByTokens = {}
     if workdir:
         run = workdir_lib.read_config(workdir)
         tokens_per_step = run.train.global_batch_size * run.model.seq_len

@@ -150,7 +150,7 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, text + '\n')
     except OSError as error:
-        raise errors.RunError(f'--output={path} could not be written: {error.strerror}.') from error
+        raise errors.RunError(f'{path} could not be written: {error.strerror}.') from error
 
 
 def check_tasks(

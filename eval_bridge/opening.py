@@ -26,7 +26,6 @@ from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 from tinyllama_jax.run import workdir
 
-BACKENDS = ('jax', 'hf')
 _BATCH_SIZE = 8
 _WEIGHTS = ('*.safetensors', '*.bin')
 _TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
@@ -48,9 +47,9 @@ class Run:
     step: int | None = None
     config: Config | None = None
 
-    def check_exists(self, *, compared: bool = False) -> None:
+    def check_model(self, *, for_parity: bool = False) -> None:
         """Raises UsageError if there is no run; meant to be called before any model is evaluated."""
-        del compared  # a run is always a Llama
+        del for_parity  # a run is always a Llama
         workdir.read_config(self.folder)
 
     @contextlib.contextmanager
@@ -74,10 +73,10 @@ class Folder:
 
     folder: pathlib.Path
 
-    def check_exists(self, *, compared: bool = False) -> None:
-        """Raises UsageError if there is no model, or, when `compared`, if it is not a Llama: JAX runs no other."""
+    def check_model(self, *, for_parity: bool = False) -> None:
+        """Raises UsageError if there is no model, or, `for_parity`, if it is not a Llama: JAX runs no other."""
         model_type = convert.read_config(self.folder).get('model_type')
-        if compared and model_type != 'llama':
+        if for_parity and model_type != 'llama':
             raise errors.UsageError(
                 f"--parity compares our model with transformers' on the same weights, and {self.folder} is not a "
                 f'Llama: its model_type is {model_type!r}.'
@@ -129,7 +128,8 @@ def _open_in_transformers(folder: pathlib.Path, protocol: Protocol, identity, to
         from lm_eval.models import huggingface
     except ImportError as error:
         raise errors.UsageError(
-            f'{folder} is evaluated with transformers, which needs {error.name}; pip install -r requirements.txt.'
+            f'{folder} is evaluated with transformers, which needs {error.name}; install requirements-dev.txt on '
+            'Python 3.11.'
         ) from None
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(

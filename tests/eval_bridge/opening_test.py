@@ -80,12 +80,12 @@ def test_a_width_that_the_devices_do_not_divide_leaves_the_weights_whole():
 
 
 def test_a_model_that_is_not_there_or_not_comparable_is_refused_early(folder, tmp_path):
-    opening.Folder(folder).check_exists(compared=True)
+    opening.Folder(folder).check_model(for_parity=True)
     with pytest.raises(errors.UsageError, match='config.json cannot be read'):
-        opening.Folder(tmp_path).check_exists()
+        opening.Folder(tmp_path).check_model()
     with pytest.raises(errors.UsageError, match='there is no config.json'):
-        opening.Run(tmp_path).check_exists()
+        opening.Run(tmp_path).check_model()
     (tmp_path / 'config.json').write_text('{"model_type": "gpt_neox"}')
-    opening.Folder(tmp_path).check_exists()
+    opening.Folder(tmp_path).check_model()
     with pytest.raises(errors.UsageError, match="is not a Llama: its model_type is 'gpt_neox'"):
-        opening.Folder(tmp_path).check_exists(compared=True)
+        opening.Folder(tmp_path).check_model(for_parity=True)
