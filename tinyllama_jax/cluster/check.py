@@ -60,8 +60,9 @@ def _check_hosts(workdir: pathlib.Path, config: Config, platform: str, members: 
     table: list[tuple] = [('process', 'host', 'driver', 'devices', 'write', 'read', 'slowest device', 'clock')]
     for number, (host, values, skew) in enumerate(zip(members.hosts, measured, skews, strict=True)):
         version, devices, writes, reads, rate = values
-        speed = f'{rate / 1e12:.3g} TFLOP/s'
-        table.append((number, host, version or '-', devices, _rate(writes), _rate(reads), speed, f'{skew:+.3f} s'))
+        speed, clock = f'{rate / 1e12:.3g} TFLOP/s', f'{skew:+.3f} s'
+        files = f'{_size(writes)}/s', f'{_size(reads)}/s'
+        table.append((number, host, version or '-', devices, *files, speed, clock))
         if abs(skew) > _SKEW_SECONDS:
             faults.append(f'the clock of {host} is {skew:+.1f} s from that of {members.hosts[0]}; set it')
         if rate < _SLOW_HOST.get(platform, _SLOW_HOST['gpu']) * median:
@@ -91,7 +92,7 @@ def _check_collectives(size: int, needs: Sequence[dict], step_seconds: float | N
             )
             total += need / rate
             name = kind if compiled == kind else f'{kind} (as {compiled})'
-            table.append((axis, name, _size(size), _rate(rate), _size(need), f'{need / rate:.3g} s'))
+            table.append((axis, name, _size(size), f'{_size(rate)}/s', _size(need), f'{need / rate:.3g} s'))
         if step_seconds and total > step_seconds:
             faults.append(
                 f'the collectives of axis {axis} take {total:.3g} s, and a step without them {step_seconds:.3g} s; '
@@ -147,10 +148,6 @@ def _expected(config: Config, mesh) -> tuple[list[dict[str, Any]], float | None]
 def _size(count: float) -> str:
     unit, name = next(((u, n) for u, n in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if count >= u), (1, 'B'))
     return f'{count / unit:.3g} {name}'
-
-
-def _rate(value: float) -> str:
-    return f'{_size(value)}/s'
 
 
 def _print_table(table: Sequence[Sequence[Any]]) -> None:

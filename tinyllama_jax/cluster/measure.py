@@ -21,16 +21,8 @@ _PRODUCTS = 9  # repetitions of a device's matrix product
 _MATMUL = {'cpu': (256, jnp.float32), 'gpu': (4_096, jnp.bfloat16)}  # platform -> size, dtype
 
 
-def _seconds(run: Callable, members: Members, name: str) -> float:
-    """Returns the slowest process's median time of `run`, which all repeat equally often for about a second."""
-    _timed(run)
-    once = max(members.gather(f'{name} once', _timed(run)))
-    times = [_timed(run) for _ in range(int(min(max(_SECONDS / once, 3), 50)))]
-    return max(members.gather(name, float(np.median(times))))
-
-
 def collective(kind: str, axis: str, size: int, mesh: Mesh, members: Members) -> tuple[float, str]:
-    """Measures a collective on `size` bytes along an axis.
+    """Measures a collective on `size` bytes along an axis: the slowest process's median of about a second.
 
     Returns (bytes a second, the collective that XLA compiled it to). The bytes are those that each of n devices must at
     least send: (n - 1) / n of the gathered or reduced array, twice that for an all-reduce (NCCL's tests call the rate
@@ -48,7 +40,10 @@ def collective(kind: str, axis: str, size: int, mesh: Mesh, members: Members) ->
     compiled = jax.jit(function, in_shardings=sharded, out_shardings=out).lower(array).compile()
     names = re.findall(r'(all-gather|reduce-scatter|all-reduce)(?:-start)?\(', compiled.as_text() or '')
     sent = columns * 4 * (devices - 1) / devices * (2 if kind == 'all-reduce' else 1)
-    seconds = _seconds(lambda: compiled(array), members, f'{kind} {axis}')
+    _timed(compiled, array)  # the first run is slower
+    once = max(members.gather(f'{kind} {axis} once', _timed(compiled, array)))
+    times = [_timed(compiled, array) for _ in range(int(min(max(_SECONDS / once, 3), 50)))]  # equally often in all
+    seconds = max(members.gather(f'{kind} {axis}', float(np.median(times))))
     return sent / seconds, ' + '.join(dict.fromkeys(names))
 
 

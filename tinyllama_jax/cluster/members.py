@@ -2,7 +2,7 @@
 
 Process 0 opens a hub at the coordinator's address (watchdog.py) and every process connects to it. When all have, JAX
 joins them in its own way, at a port that the hub names. JAX alone aborts when a process is lost, with its number and
-without its host, and never notices a stuck one. The hub reports both, at once or within a minute.
+without its host, and never notices a stuck one. The hub names both, and their hosts, within a minute.
 """
 
 import atexit
@@ -94,7 +94,7 @@ class Members:
             own = watchdog.Member(self.place.host, time.monotonic())
             while True:
                 own.mark(*self._mark, now := time.monotonic())
-                if line := watchdog.stuck({0: own}, self._config, now):
+                if line := watchdog.stalled({0: own}, self._config, now):
                     self._exit(errors.Unavailable.exit_code, line, stacks=True)
                 time.sleep(watchdog.BEAT_SECONDS)
 
@@ -144,12 +144,19 @@ class _Joined(Members):
         """Does nothing: the hub has watched since this process joined."""
 
     def _connect(self) -> socket.socket:
-        """Returns a connection on which the hub has answered."""
+        """Returns a connection on which the hub has answered; any program may listen at that port."""
         deadline = time.monotonic() + self._config.join_timeout_s
+        hello = {'hello': self.place.process_id, 'host': self.place.host, 'processes': self.place.num_processes}
         while True:
+            left = max(deadline - time.monotonic(), _RETRY_SECONDS)
             try:
-                left = max(deadline - time.monotonic(), _RETRY_SECONDS)
-                return self._greet(min(left, watchdog.LOST_SECONDS))
+                connection = socket.create_connection(self.place.address, timeout=min(left, watchdog.LOST_SECONDS))
+                with contextlib.suppress(OSError):
+                    connection.sendall(json.dumps(hello).encode() + b'\n')
+                    if connection.recv(1, socket.MSG_PEEK) == b'{':
+                        return connection
+                connection.close()
+                raise ConnectionError('what listens there does not answer as process 0 does')
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise errors.Unavailable(
@@ -158,19 +165,6 @@ class _Joined(Members):
                         'be open and free of other programs.'
                     ) from None
                 time.sleep(_RETRY_SECONDS)
-
-    def _greet(self, seconds: float) -> socket.socket:
-        """Connects once; raises OSError if no hub answers in time, since any program may listen at that port."""
-        connection = socket.create_connection(self.place.address, timeout=seconds)
-        hello = {'hello': self.place.process_id, 'host': self.place.host, 'processes': self.place.num_processes}
-        first_byte = b''
-        with contextlib.suppress(OSError):
-            connection.sendall(json.dumps(hello).encode() + b'\n')
-            first_byte = connection.recv(1, socket.MSG_PEEK)
-        if first_byte != b'{':
-            connection.close()
-            raise ConnectionError('what listens there does not answer as process 0 does')
-        return connection
 
     def _send(self, message: dict) -> None:
         with self._sending, contextlib.suppress(OSError):  # the listening thread will find out why
@@ -269,18 +263,14 @@ class _Joined(Members):
         self._bye(status, errors.first_line(error))
         if self._hub:
             time.sleep(_LAST_WORD_SECONDS)
-        # JAX's own exit handler, which would run after this one, waits for processes that have gone.
-        atexit.register(_flush_and_exit, status)
+        # atexit runs these in reverse. JAX's own handler, which comes after them, waits for processes that have gone.
+        atexit.register(os._exit, status)
+        atexit.register(sys.stderr.flush)
+        atexit.register(sys.stdout.flush)
 
     def _bye(self, status: int, line: str) -> None:
         self._left = True
         self._send({'bye': status, 'line': line})
-
-
-def _flush_and_exit(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _first_few(names: list[str]) -> str:
@@ -298,8 +288,8 @@ def joined(place: Place, config: Config) -> Iterator[Members]:
     """A context in which this process has joined the others, in JAX too. Enter it before JAX finds its devices.
 
     Raises UsageError if the processes differ in configuration, code, versions or devices or if this host's driver is
-    too old, and Unavailable if the coordinator cannot be reached. Inside the context a lost or stuck process ends all
-    others with 75, and a failure of one process ends all with its status.
+    too old, and Unavailable if the coordinator cannot be reached. Inside the context all end with 75 if one is
+    lost or stuck or if all hang, and with the status of a process that fails.
     """
     driver.refuse_old(place.host)
     members = _Joined(place, config.train) if place.coordinator else Members(place, config.train)

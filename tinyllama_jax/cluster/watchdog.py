@@ -1,4 +1,4 @@
-"""The hub of a run's processes, which notices a process that is lost or keeps the others waiting.
+"""The hub of a run's processes, which notices when one is lost, when one is stuck, and when all hang.
 
 The hub is a thread of process 0. Every process, 0 included, is a client of it (members.py). They exchange JSON objects
 over TCP, one a line. A client sends:
@@ -15,7 +15,8 @@ The hub sends:
     {"beat": true}                                     in answer to a hello, and each second
     {"end": status, "line": text, "stacks": bool}      to end the client, which first prints its stacks if told to
 
-The processes run the same program, so their marks can be compared: the one with the fewest keeps the others waiting.
+The processes run the same program, so their marks can be compared. A process is stuck if it keeps the others waiting:
+it has fewer marks than they do. A run hangs if all have the same number and it stays the same.
 """
 
 import contextlib
@@ -65,23 +66,24 @@ def silent(members: Mapping[int, Member], now: float) -> str | None:
     return f'{_named(lost)} lost: not heard of for {LOST_SECONDS:.0f} s (stopped, or the host or its network is down)'
 
 
-def stuck(members: Mapping[int, Member], config: TrainConfig, now: float) -> str | None:
-    """Returns a line that names the processes that keep the others waiting, or all if all hang; None otherwise."""
+def stalled(members: Mapping[int, Member], config: TrainConfig, now: float) -> str | None:
+    """Returns a line that names the stuck processes, or all if the run hangs; None if there is neither."""
     active = {i: m for i, m in members.items() if not m.left and m.marked}
     if not active or not config.hang_timeout_s:
         return None
-    idle = now - max(m.marked for m in active.values())
+    idle = now - max(m.marked for m in active.values())  # seconds in which no process has advanced
     fewest = min(m.marks for m in active.values())
     behind = {i: m for i, m in active.items() if m.marks == fewest}
-    limit = config.stuck_timeout_s if len(behind) < len(active) else config.hang_timeout_s
+    hangs = len(behind) == len(active)
+    limit = config.hang_timeout_s if hangs else config.stuck_timeout_s
     if any(m.compiles for m in behind.values()):
         limit = max(_COMPILING_SECONDS, config.hang_timeout_s)
     if idle <= limit:
         return None
     doing = ', '.join(sorted({m.doing for m in behind.values()}))
-    if len(behind) < len(active):
-        return f'{_named(behind)} stuck in {doing}: the others have waited for {idle:.0f} s'
-    return f'{_named(behind)} stuck in {doing}: no step for {idle:.0f} s'
+    if hangs:
+        return f'{_named(behind)} hanging in {doing}: no step for {idle:.0f} s'
+    return f'{_named(behind)} stuck in {doing}: the others have waited for {idle:.0f} s'
 
 
 def _named(members: Mapping[int, Member]) -> str:
@@ -116,7 +118,13 @@ class Hub:
         started = last = beat = time.monotonic()
         while not (self._members and all(m.left for m in self._members.values())):
             for key, _ in self._selector.select(timeout=BEAT_SECONDS / 2):
-                self._accept() if key.data is None else self._read(key.data)
+                if key.data is None:  # the listener: a client connects
+                    client, _ = self._listener.accept()
+                    client.settimeout(LOST_SECONDS)
+                    self._connections[client] = _Connection(client)
+                    self._selector.register(client, selectors.EVENT_READ, data=client)
+                else:
+                    self._read(key.data)
             now = time.monotonic()
             if now - last > LOST_SECONDS / 2:  # this process itself was stopped
                 for member in self._members.values():
@@ -130,10 +138,10 @@ class Hub:
             open_one.close()
 
     def _judge(self, now: float, started: float) -> None:
-        """Ends the run if a process is lost, stuck or has not come in time."""
+        """Ends the run if a process is lost, stuck or missing, or if all hang."""
         if self._ended:
             return
-        if line := silent(self._members, now) or stuck(self._members, self._config, now):
+        if line := silent(self._members, now) or stalled(self._members, self._config, now):
             self._end(errors.Unavailable.exit_code, line, stacks=True)
         elif not self._complete() and now - started > self._config.join_timeout_s:
             missing = [str(i) for i in range(self._place.num_processes) if i not in self._members]
@@ -147,12 +155,6 @@ class Hub:
 
     def _complete(self) -> bool:
         return len(self._members) == self._place.num_processes
-
-    def _accept(self) -> None:
-        client, _ = self._listener.accept()
-        client.settimeout(LOST_SECONDS)
-        self._connections[client] = _Connection(client)
-        self._selector.register(client, selectors.EVENT_READ, data=client)
 
     def _read(self, client: socket.socket) -> None:
         connection = self._connections[client]

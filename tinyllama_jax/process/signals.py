@@ -53,7 +53,7 @@ def keyboard_interrupts():
 class StopSignals:
     """A context in which SIGTERM and Ctrl-C only set `received` to the signal's number.
 
-    A second signal of the same kind has its previous effect, so that a user can interrupt a stuck save.
+    A second signal of the same kind has its previous effect, so that a user can interrupt a save that hangs.
     """
 
     def __init__(self):

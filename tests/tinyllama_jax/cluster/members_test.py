@@ -186,8 +186,8 @@ def _connected(pid: int) -> bool:
 
 
 @ONCE
-def test_a_process_that_hangs_in_a_hook_is_named_after_every_threads_stack(tiny_store, tmp_path):
-    """It hangs in its first hook, after the first step."""
+def test_a_process_that_is_stuck_in_a_hook_is_named_after_every_threads_stack(tiny_store, tmp_path):
+    """It sleeps in its first hook, after the first step."""
     arguments = _arguments(tiny_store, train__stuck_timeout_s='8', train__eval_every_steps='1')
     with Processes(tmp_path / 'run', arguments, main=('-m', 'tests.support.one_process'), STUCK='host-1') as processes:
         assert processes.wait() == [75, 75]
@@ -396,4 +396,6 @@ time.sleep(60)
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
     assert 'File "<string>", line 8 in <module>' in done.stderr
-    assert re.search(r'main\.py: process 0 on \S+ is stuck in a hook: no step for \d s\. The same command', done.stderr)
+    assert re.search(
+        r'main\.py: process 0 on \S+ is hanging in a hook: no step for \d s\. The same command', done.stderr
+    )

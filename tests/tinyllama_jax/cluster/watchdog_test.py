@@ -1,4 +1,4 @@
-"""Which processes the hub takes for lost or stuck; members_test.py runs real processes."""
+"""Which processes the hub takes for lost, stuck or hanging; members_test.py runs real processes."""
 
 import dataclasses
 import json
@@ -47,21 +47,21 @@ def test_of_many_lost_processes_the_first_few_are_named():
 def test_a_process_that_keeps_the_others_waiting_is_stuck():
     members = _members(50, 47, 50)
     members[1].doing = 'a hook'
-    assert watchdog.stuck(members, CONFIG, 45.0) is None
-    assert watchdog.stuck(members, CONFIG, 46.0) == (
+    assert watchdog.stalled(members, CONFIG, 45.0) is None
+    assert watchdog.stalled(members, CONFIG, 46.0) == (
         'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
     )
     members[2].mark(51, 'the step', False, 40.0)
-    assert watchdog.stuck(members, CONFIG, 46.0) is None, 'one of the others advances'
+    assert watchdog.stalled(members, CONFIG, 46.0) is None, 'one of the others advances'
 
 
-def test_if_none_is_behind_all_are_stuck_after_the_timeout_for_a_hang():
+def test_if_none_is_behind_all_hang_and_are_given_the_timeout_for_a_hang():
     members = _members(50, 50, doing='validation')
-    assert watchdog.stuck(members, CONFIG, 600.0) is None
-    assert watchdog.stuck(members, CONFIG, 601.0) == (
-        'processes 0 on host-0, 1 on host-1 are stuck in validation: no step for 601 s'
+    assert watchdog.stalled(members, CONFIG, 600.0) is None
+    assert watchdog.stalled(members, CONFIG, 601.0) == (
+        'processes 0 on host-0, 1 on host-1 are hanging in validation: no step for 601 s'
     )
-    assert watchdog.stuck(members, dataclasses.replace(CONFIG, hang_timeout_s=0), 9_999.0) is None
+    assert watchdog.stalled(members, dataclasses.replace(CONFIG, hang_timeout_s=0), 9_999.0) is None
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_if_none_is_behind_all_are_stuck_after_the_timeout_for_a_hang():
 )
 def test_a_process_that_compiles_is_given_more_time(marks, compiles, limit):
     members = _members(*marks, compiles=compiles)
-    assert watchdog.stuck(members, CONFIG, limit) is None
-    assert watchdog.stuck(members, CONFIG, limit + 1) is not None
+    assert watchdog.stalled(members, CONFIG, limit) is None
+    assert watchdog.stalled(members, CONFIG, limit + 1) is not None
 
 
 def test_a_stuck_process_is_not_given_the_time_of_others_that_compile():
     members = _members(7, 5, 7, compiles=True)
     members[1].mark(5, 'a hook', False, 0.001)
-    assert watchdog.stuck(members, CONFIG, 46.0) == (
+    assert watchdog.stalled(members, CONFIG, 46.0) == (
         'process 1 on host-1 is stuck in a hook: the others have waited for 46 s'
     )
 
@@ -89,7 +89,7 @@ def test_a_new_process_is_given_time_to_compile():
 def test_a_process_that_repeats_its_marks_does_not_advance():
     members = _members(50)
     members[0].mark(50, 'validation', False, 500.0)
-    assert 'no step for 601 s' in watchdog.stuck(members, CONFIG, 601.0)
+    assert 'no step for 601 s' in watchdog.stalled(members, CONFIG, 601.0)
 
 
 def test_the_hub_answers_a_hello_before_its_next_beat(monkeypatch):
