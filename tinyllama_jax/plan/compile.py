@@ -156,8 +156,14 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     ops = ops_lib.for_run(config, mesh)
     state = step_lib.abstract_state(config, mesh)
     rows, segment_ids = _abstract_batch(config, mesh)
-    with _missing_cudnn_is_a_usage_error():
+    try:
         lowered = step_lib.jit_train_step(config, mesh, ops).lower(state, rows, segment_ids)
+    except RuntimeError as error:  # tracing cuDNN's attention looks for the library
+        if 'cuDNN' not in str(error):
+            raise
+        problem = f'cudnn cannot be planned with here ({str(error).rstrip(".")})'
+        remedy = 'choose triton, or install nvidia-cudnn-cu12'
+        raise errors.usage('config.kernels.attention', f'{problem}; {remedy}') from error
     flags = xla.gpu_xla_flags(deterministic=config.train.deterministic)
     options = {name: json.loads(value) for name, value in flags.items()} | _COMPILER_OPTIONS
     with tempfile.TemporaryDirectory(prefix='plan-') as folder, _without_compilation_cache():
@@ -172,20 +178,6 @@ def compile_step(config: Config, cluster: Cluster) -> Compiled:
     shapes = memory.Shapes(parameters, config.model.num_layers, config.model.vocab_size)
     parts = memory.parts(memory.at_peak(*memory_files), program, shapes, peak)
     return Compiled(config, cluster, mesh, dict(ops.implementations), program, peak, parts)
-
-
-@contextlib.contextmanager
-def _missing_cudnn_is_a_usage_error():
-    """A context that raises UsageError where JAX, tracing cuDNN's attention, does not find a cuDNN that it can use."""
-    try:
-        yield
-    except RuntimeError as error:
-        if 'cuDNN' not in str(error):
-            raise
-        message = (
-            f'cudnn cannot be planned with here ({str(error).rstrip(".")}); choose triton, or install nvidia-cudnn-cu12'
-        )
-        raise errors.usage('config.kernels.attention', message) from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ programs of both locked versions.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import operator
@@ -264,8 +263,8 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if match := re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', attributes):
         groups = tuple(_numbers(group) for group in re.findall(r'\{([\d,]*)\}', match[1]))
         return groups or (tuple(range(devices)),)
-    if match := re.search(r'replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
-        return _as_groups(_iota(match[2]).reshape(_numbers(match[1])))
+    if match := re.search(r'replica_groups=\[(\d+,\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
+        return _groups_along(_iota(match[2]).reshape(_numbers(match[1])), [1])
     match = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}', attributes)
     if not match:
         raise ValueError(f'replica groups in an unknown form: {attributes[:200]!r}')
@@ -280,25 +279,24 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(mesh: str, ids: str, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Returns the groups that XLA writes as mesh['a'=2,'b'=8] {'b', 'a':(1)2}: along axes, or parts of them.
+    """Returns the groups that XLA writes as mesh['a'=2,'b'=8] {'a', 'b':(2)4}: along axes, or along parts of axes.
 
-    'a':(p)n is the part of size n that follows a part of size p.
+    'b':(2)4 views axis b, of size 8, as three axes of sizes 2, 4 and 1; the groups lie along the second.
     """
-    dims = re.findall(r"'([^']+)'=(\d+)", mesh)
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    parts, names = [], []  # every axis becomes three: before, part, after; only the middle one has a name
-    for name, size in dims:
-        sub = next(((int(before), int(part)) for axis, before, part in chosen if axis == name and part), (1, int(size)))
-        parts += [sub[0], sub[1], int(size) // (sub[0] * sub[1])]
-        names += [None, name, None]
-    picked = [names.index(name) for name, _, _ in chosen]
-    grid = _iota(ids).reshape(parts)
-    rest = [axis for axis in range(grid.ndim) if axis not in picked]
-    return _as_groups(grid.transpose(rest + picked).reshape(-1, math.prod(parts[axis] for axis in picked)))
+    parts = {name: (1, size, 1) for name, size in sizes.items()}
+    for name, before, part in chosen:
+        if part:
+            parts[name] = int(before), int(part), sizes[name] // (int(before) * int(part))
+    grid = _iota(ids).reshape([size for three in parts.values() for size in three])
+    return _groups_along(grid, [3 * list(parts).index(name) + 1 for name, _, _ in chosen])
 
 
-def _as_groups(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(device) for device in row) for row in grid)
+def _groups_along(grid: np.ndarray, axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Returns the groups of devices of a grid that differ only in their positions along `axes`."""
+    moved = np.moveaxis(grid, axes, range(-len(axes), 0))
+    return tuple(map(tuple, moved.reshape(-1, math.prod(grid.shape[axis] for axis in axes)).tolist()))
 
 
 def mesh_axes(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> str:
@@ -307,17 +305,11 @@ def mesh_axes(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> str:
     `sizes` maps axes to sizes, the slowest axis first, as `jax.sharding.Mesh.shape` does.
     """
     wanted = {frozenset(group) for group in groups}
-    names = [name for name, size in sizes.items() if size > 1]
-    for count in range(1, len(names) + 1):
-        for axes in itertools.combinations(names, count):
-            if _axis_groups(axes, tuple(sizes.items())) == wanted:
-                return '+'.join(axes)
+    names, shape = list(sizes), tuple(sizes.values())
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    several = [axis for axis, size in enumerate(shape) if size > 1]
+    for count in range(1, len(several) + 1):
+        for axes in itertools.combinations(several, count):
+            if set(map(frozenset, _groups_along(grid, axes))) == wanted:
+                return '+'.join(names[axis] for axis in axes)
     return 'other'
-
-
-@functools.cache
-def _axis_groups(axes: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> set[frozenset[int]]:
-    names = [name for name, _ in sizes]
-    grid = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
-    moved = np.moveaxis(grid, [names.index(axis) for axis in axes], range(-len(axes), 0))
-    return {frozenset(group) for group in _as_groups(moved.reshape(-1, math.prod(dict(sizes)[axis] for axis in axes)))}

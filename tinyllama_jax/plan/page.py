@@ -9,7 +9,6 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from tinyllama_jax import files
 from tinyllama_jax.plan.memory import GIB
@@ -20,9 +19,19 @@ def write(plan: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Writes FOLDER/plan.json, gpu_hours.png and index.html; returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(folder / 'plan.json', json.dumps(plan, indent=2) + '\n')
-    figure = _draw_gpu_hours(plan['gpu_hours_per_300b_tokens'])
+    hours = plan['gpu_hours_per_300b_tokens']
+    names = list(hours)[::-1]
+    colours = ['tab:blue' if name == 'this plan' else '0.7' for name in names]
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(hours) + 1), layout='constrained')
+    axes.bar_label(axes.barh(names, [hours[name] for name in names], color=colours), fmt='{:,.0f}', padding=3)
+    axes.set_xlabel('GPU-hours (this plan: estimated; the others: published, on A100)')
+    axes.margins(x=0.12)
     figure.savefig(folder / 'gpu_hours.png', dpi=110)
     plt.close(figure)
+    exchanges = [('kind', 'mesh axes', 'type', 'times', 'GB')]
+    for row in plan['collectives']:
+        times, size = f'{row["count_per_step"]:,}', f'{row["bytes_per_step"] / 1e9:.3f}'
+        exchanges.append((row['kind'], row['axis'], row['dtype'], times, size))
     parts = [
         page.heading(f'{plan["devices"]} x {plan["target"]}', 1),
         page.table(_facts(plan)),
@@ -30,22 +39,12 @@ def write(plan: Mapping[str, Any], folder: pathlib.Path) -> pathlib.Path:
         page.heading('Memory of a GPU at the peak (GiB)'),
         page.table([(part, f'{size / GIB:.2f}') for part, size in plan['memory'].items() if size]),
         page.heading('Sent by a GPU in a step'),
-        page.table(_exchanges(plan)),
+        page.table(exchanges),
         page.heading('Time of a step (seconds, estimated)'),
         page.table([(kind, f'{seconds:.3f}') for kind, seconds in plan['seconds_per_step'].items()]),
     ]
     files.write_atomically(folder / 'index.html', page.page('plan', parts))
     return folder / 'index.html'
-
-
-def _draw_gpu_hours(hours: Mapping[str, float]) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 0.6 * len(hours) + 1), layout='constrained')
-    names = list(hours)[::-1]
-    colours = ['tab:blue' if name == 'this plan' else '0.7' for name in names]
-    axes.bar_label(axes.barh(names, [hours[name] for name in names], color=colours), fmt='{:,.0f}', padding=3)
-    axes.set_xlabel('GPU-hours (this plan: estimated; the others: published, on A100)')
-    axes.margins(x=0.12)
-    return figure
 
 
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -63,11 +62,3 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ('days, estimated', f'{plan["estimated_days"]:,.1f}'),
         ('GPU-hours, estimated', f'{plan["estimated_gpu_hours"]:,.0f}'),
     ]
-
-
-def _exchanges(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [('kind', 'mesh axes', 'type', 'times', 'GB')]
-    for each in plan['collectives']:
-        times, size = f'{each["count_per_step"]:,}', f'{each["bytes_per_step"] / 1e9:.3f}'
-        rows.append((each['kind'], each['axis'], each['dtype'], times, size))
-    return rows

@@ -1,4 +1,4 @@
-"""What `plan` says of a compiled step: an object for --json, and text for a terminal."""
+"""What `plan` says about a compiled step: an object for --json, and text for a terminal."""
 
 import os
 from collections.abc import Mapping
@@ -16,11 +16,12 @@ PUBLISHED_GPU_HOURS = {'TinyLlama-1.1B': 3_456, 'Pythia-1.0B': 4_830, 'MPT-1.3B'
 def make_plan(compiled: Compiled) -> dict[str, Any]:
     """Returns the plan as `--json` prints it."""
     config, model, cluster, estimate = compiled.config, compiled.config.model, compiled.cluster, compiled.estimate
-    product_flops = roofline.product_flops(compiled.program) * cluster.size
-    seconds, collectives = config.train.num_steps * estimate.total, compiled.collectives()
-    rates: dict[str, float] = {}  # bytes a second that the links of each axis must carry
+    product_flops = roofline.product_flops(compiled.program) * cluster.size  # of a step, on all GPUs together
+    run_seconds = config.train.num_steps * estimate.total
+    collectives = compiled.collectives()
+    axis_rates: dict[str, float] = {}  # bytes a second that a GPU sends along each axis, on average over a step
     for row in collectives:
-        rates[row['axis']] = rates.get(row['axis'], 0.0) + row['bytes_per_step'] / estimate.total
+        axis_rates[row['axis']] = axis_rates.get(row['axis'], 0.0) + row['bytes_per_step'] / estimate.total
     return {
         'fits': compiled.fits,
         'peak_bytes_per_gpu': compiled.peak_bytes,
@@ -41,12 +42,12 @@ def make_plan(compiled: Compiled) -> dict[str, Any]:
         'flops_per_token': {name: flops.flops_per_token(model, name) for name in 'CFN'},
         'product_flops_per_token': product_flops / compiled.tokens_per_step,
         'collectives': collectives,
-        'bytes_per_second_per_axis': rates,
+        'bytes_per_second_per_axis': axis_rates,
         'seconds_per_step': estimate.seconds | {'hidden exchange': estimate.hidden},
         'estimated_tokens_per_second': compiled.tokens_per_second,
         'estimated_tokens_per_second_per_gpu': compiled.tokens_per_second / cluster.size,
-        'estimated_days': seconds / 86_400,
-        'estimated_gpu_hours': seconds * cluster.size / 3_600,
+        'estimated_days': run_seconds / 86_400,
+        'estimated_gpu_hours': run_seconds * cluster.size / 3_600,
         'gpu_hours_per_300b_tokens': {'this plan': compiled.gpu_hours(300e9), **PUBLISHED_GPU_HOURS},
     }
 
@@ -63,23 +64,29 @@ def search_row(compiled: Compiled) -> dict[str, Any]:
 
 
 def text(plan: Mapping[str, Any]) -> str:
-    """Returns a plan of `make_plan` as text for a terminal."""
+    """Returns a plan of `make_plan` as text for a terminal; if it has the rows of a search, they come first."""
     mesh = ' x '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
     verdict = 'fits' if plan['fits'] else 'DOES NOT FIT'
-    searched = [
-        f'  {row["micro_batch_size"]:3} sequences, remat {row["remat"]:10} {row["peak_bytes_per_gpu"] / GIB:6.2f} GiB  '
-        f'{row["estimated_tokens_per_second"]:10,.0f} tokens/s'
-        for row in plan.get('search', ())
-    ]
-    lines = [
-        *(['these fit, the fastest first:', *searched, '', 'the first of them:'] if searched else []),
+    lines = []
+    if plan.get('search'):
+        lines.append('these fit, the fastest first:')
+        for row in plan['search']:
+            lines.append(
+                f'  {row["micro_batch_size"]:3} sequences, remat {row["remat"]:10} '
+                f'{row["peak_bytes_per_gpu"] / GIB:6.2f} GiB  {row["estimated_tokens_per_second"]:10,.0f} tokens/s'
+            )
+        lines += ['', 'the first of them:']
+    lines += [
         f'{plan["devices"]} x {plan["target"]} on {plan["nodes"]} nodes: {mesh}',
         f'{plan["parameters"]:,} parameters; {plan["tokens_per_step"]:,} tokens a step in '
         f'{plan["accumulation_steps"]} x {plan["micro_batch_size"]} sequences a GPU; remat {plan["remat"]}',
         'kernels: ' + ', '.join(f'{op} {impl}' for op, impl in plan['kernels'].items()),
         'GFLOP a token: ' + ', '.join(f'{value / 1e9:.3f} ({name})' for name, value in plan['flops_per_token'].items()),
         f'GFLOP a token in the matrix products of the program: {plan["product_flops_per_token"] / 1e9:.3f}',
-        *([f'from the environment: XLA_FLAGS={plan["xla_flags"]}'] if plan['xla_flags'] else []),
+    ]
+    if plan['xla_flags']:
+        lines.append(f'from the environment: XLA_FLAGS={plan["xla_flags"]}')
+    lines += [
         '',
         f'memory a GPU: {plan["peak_bytes_per_gpu"] / GIB:.2f} GiB of {plan["capacity_bytes"] / GIB:.2f} '
         f'({plan["memory_fraction"]:g} of the device, less {RESERVE_BYTES / GIB:g} GiB): {verdict}',

@@ -123,7 +123,9 @@ def estimate(program: Program, machine: Machine, name: str | None = None) -> Est
     return spent
 
 
-def _exchanges(instruction, computation, program, machine) -> list[Collective]:
+def _exchanges(
+    instruction: Instruction, computation: Computation, program: Program, machine: Machine
+) -> list[Collective]:
     """Returns the exchanges that an instruction starts."""
     if instruction.opcode == 'async-start':
         inner = program.computations[instruction.called('calls')]
@@ -133,7 +135,7 @@ def _exchanges(instruction, computation, program, machine) -> list[Collective]:
     return [part for part in parts if part]
 
 
-def _work(instruction, computation, program, machine) -> tuple[str, float]:
+def _work(instruction: Instruction, computation: Computation, program: Program, machine: Machine) -> tuple[str, float]:
     """Returns (kind, seconds) of an instruction that is not an exchange; kind is one of KINDS."""
     if instruction.opcode in _FREE or instruction.opcode.endswith('-done') or instruction.kind:
         return 'memory', 0.0
@@ -147,7 +149,9 @@ def _work(instruction, computation, program, machine) -> tuple[str, float]:
     return kind, targets.KERNEL_GAP + max(size, multiplied + attention)
 
 
-def _inside(instruction, computation, program) -> tuple[list[Instruction], Computation]:
+def _inside(
+    instruction: Instruction, computation: Computation, program: Program
+) -> tuple[list[Instruction], Computation]:
     """Returns the instructions of a fusion, such as a product and the slices around it, or `instruction` alone."""
     if instruction.opcode not in _FUSIONS:
         return [instruction], computation
@@ -180,7 +184,11 @@ def _product_seconds(instruction: Instruction, computation: Computation, target:
     if computation.operands(instruction)[0].results[0].dtype == 'f32':
         units = target.description['core_count'] * target.description['fpus_per_core']
         return 2 * count * M * N * K / (2 * units * target.description['clock_rate_ghz'] * 1e9)
-    return 2 * count * M * N * K / (target.matmul_flops * _filled(M, N, count, target.multiprocessors))
+    filled = 0.0  # the share of the tiles in the product's waves that holds results, with the best of _TILES
+    for rows, columns in _TILES:
+        waves = math.ceil(count * math.ceil(M / rows) * math.ceil(N / columns) / target.multiprocessors)
+        filled = max(filled, count * M * N / (waves * target.multiprocessors * rows * columns))
+    return 2 * count * M * N * K / (target.matmul_flops * filled)
 
 
 def _product_sizes(instruction: Instruction, computation: Computation) -> tuple[int, int, int, int]:
@@ -195,16 +203,6 @@ def _dimensions(instruction: Instruction, role: str) -> tuple[int, ...]:
     """Returns the axes in a `role` such as lhs_contracting, of a dot or in a library call's JSON."""
     text = re.search(rf'{role}_dim(?:ension)?s"?[=:][\[{{]([^\]}}]*)', instruction.attributes)
     return tuple(map(int, re.findall(r'\d+', text[1]))) if text else ()
-
-
-def _filled(M: int, N: int, count: int, multiprocessors: int) -> float:
-    """Returns the share of the tiles in a product's waves that hold results, with the best of _TILES."""
-
-    def share(rows: int, columns: int) -> float:
-        tiles = count * math.ceil(M / rows) * math.ceil(N / columns)
-        return count * M * N / (math.ceil(tiles / multiprocessors) * multiprocessors * rows * columns)
-
-    return max(share(*tile) for tile in _TILES)
 
 
 def triton_kernel(instruction: Instruction) -> str:
@@ -252,8 +250,11 @@ def _bytes(instruction: Instruction, computation: Computation, program: Program)
 
 
 def _fusion_bytes(fused: Computation) -> float:
+    """Returns the bytes that a fusion reads and writes: of a sliced or updated array, only the slices or the update."""
+    root = fused.instructions[fused.root]
     total, updated = 0.0, set()
-    for result in _results(fused):
+    for each in fused.operands(root) if root.opcode == 'tuple' else [root]:
+        result = _source(fused, each)
         if result.opcode == 'dynamic-update-slice':
             array, update = fused.operands(result)[:2]
             total += update.bytes
@@ -266,12 +267,6 @@ def _fusion_bytes(fused: Computation) -> float:
             sliced = all(user.opcode in _SLICES and user.operands[0] == parameter.name for user in users)
             total += sum(user.bytes for user in users) if sliced else parameter.bytes
     return total
-
-
-def _results(fused: Computation) -> list[Instruction]:
-    """Returns the instructions that compute a fusion's results, one for each array."""
-    root = fused.instructions[fused.root]
-    return [_source(fused, each) for each in (fused.operands(root) if root.opcode == 'tuple' else [root])]
 
 
 def _source(fused: Computation, instruction: Instruction) -> Instruction:

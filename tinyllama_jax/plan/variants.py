@@ -6,7 +6,6 @@ variants are compiled, and in which order, so that they are few.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config, MeshConfig
@@ -37,20 +36,22 @@ def sizes_to_search(config: Config, shards: int) -> list[int]:
     return [each for each in divisors if max(size // 2, 1) <= each <= 4 * size] or divisors[-2:]
 
 
-def least_change(config: Config, fitting: Callable[[Config], Any]) -> Any:
-    """Returns the first answer of `fitting` that is not None, over changes of remat policy, micro-batch, then mesh.
+def least_change(config: Config, fits: Callable[[Config], bool]) -> Config | None:
+    """Returns the variant that `fits` with the least change; None if none does. May ask `fits` twice about a variant.
 
-    On a mesh memory falls with the micro-batch and with recomputation: the largest and the smallest micro-batch are
-    tried with most recomputation first, and a mesh is skipped if neither fits. May call `fitting` twice on a variant.
+    It keeps the configured mesh if anything fits there, then the largest micro-batch, then the least recomputation.
+    Both save memory, so nothing fits on a mesh if the smallest micro-batch with most recomputation does not.
     """
     policies = list(config_lib.REMAT)  # the least recomputation first
     policies = policies[policies.index(config.train.remat) :]
     sizes = _divisors(config.train.micro_batch_size)[::-1]
     for mesh in _meshes(config.mesh):
-        grid = [[variant(config, mesh, remat=policy, micro_batch_size=size) for policy in policies] for size in sizes]
-        if fitting(grid[0][-1]) is not None or fitting(grid[-1][-1]) is not None:
-            row = next(row for row in grid if fitting(row[-1]) is not None)
-            return next(answer for each in row if (answer := fitting(each)) is not None)
+        most_recomputed = [variant(config, mesh, remat=policies[-1], micro_batch_size=size) for size in sizes]
+        # If the largest micro-batch does not fit, the smallest shows whether any does.
+        if fits(most_recomputed[0]) or fits(most_recomputed[-1]):
+            largest = next(each for each in most_recomputed if fits(each))
+            candidates = [variant(largest, remat=policy) for policy in policies]
+            return next(each for each in candidates if fits(each))
     return None
 
 
@@ -59,7 +60,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _meshes(mesh: MeshConfig) -> Iterator[MeshConfig]:
-    """Yields the mesh; a mesh that splits everything over all GPUs; meshes that split layers (tensor) too."""
+    """Yields the mesh, then one that splits everything over all GPUs, then those that split layers (tensor) too."""
     yield mesh
     split = MeshConfig(data=1, fsdp=-1, tensor=max(mesh.tensor, 1), zero=3)
     if split != mesh:

@@ -41,6 +41,8 @@ def _groups(text: str) -> tuple[tuple[int, ...], ...]:
         ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}", 'data'),
         ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_1'}", 'fsdp+tensor'),
         ("replica_groups=mesh['a'=16] {'a':(2)4}", 'fsdp'),
+        ("replica_groups=mesh['a'=8,'b'=2] {'b','a':(1)2}", 'data+tensor'),
+        ("replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a','b':(2)4}", 'fsdp+tensor'),
         ('replica_groups={{0,3},{1,2},{4,7},{5,6},{8,11},{9,10},{12,15},{13,14}}', 'other'),
     ],
 )
@@ -50,9 +52,19 @@ def test_groups_of_devices_are_read_in_every_form(text, axes):
     assert hlo.mesh_axes(groups, SIZES) == axes
 
 
-def test_an_unknown_form_raises():
+def test_groups_along_axes_in_another_order_list_their_devices_in_that_order():
+    assert _groups("replica_groups=mesh['a'=2,'b'=8] {'b':(4)2,'a'}")[:2] == ((0, 8, 1, 9), (2, 10, 3, 11))
+
+
+@pytest.mark.parametrize('text', ['<<0>>', '[2,4,2]<=[16]'])
+def test_an_unknown_form_raises(text):
     with pytest.raises(ValueError, match='unknown form'):
-        _groups('replica_groups=<<0>>')
+        _groups(f'replica_groups={text}')
+
+
+def test_an_axis_of_which_two_parts_are_named_raises():
+    with pytest.raises(ValueError, match='repeated axis'):
+        _groups("replica_groups=mesh['a'=16] {'a':(1)2,'a':(8)2}")
 
 
 def _exchanged(mesh, function, *arrays):
