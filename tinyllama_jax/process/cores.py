@@ -19,7 +19,9 @@ def awake_cores():
     nothing else wants the core (SCHED_IDLE), as OpenMP's threads do on their own. There are
     none (0) outside Linux, with accelerators, and under a CPU quota, which they would use up.
     """
-    wanted = hasattr(os, 'SCHED_IDLE') and os.environ.get('JAX_PLATFORMS') == 'cpu' and not _has_cpu_quota()
+    quotas = [path.read_text() for path in map(pathlib.Path, _CPU_QUOTAS) if path.exists()]
+    unlimited = all(quota.startswith(('max', '-1')) for quota in quotas)
+    wanted = unlimited and hasattr(os, 'SCHED_IDLE') and os.environ.get('JAX_PLATFORMS') == 'cpu'
     locks = [lock for core in os.sched_getaffinity(0) if (lock := _spin_on(core))] if wanted else []
     try:
         yield len(locks)
@@ -48,9 +50,3 @@ def _spin_on(core: int):
         libc.pthread_spin_unlock(lock)
         return None
     return lock
-
-
-def _has_cpu_quota() -> bool:
-    """Returns whether this container may use only a part of its cores' time."""
-    quotas = [path.read_text() for path in map(pathlib.Path, _CPU_QUOTAS) if path.exists()]
-    return any(not quota.startswith(('max', '-1')) for quota in quotas)

@@ -94,7 +94,10 @@ def _read(folder: pathlib.Path) -> _Run:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')
     validation = metrics.read_entries(folder / 'validation.jsonl')
-    evaluations = _evaluations(folder / 'eval')
+    results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((folder / 'eval').glob('*.json'))]
+    # Tables are lists, and results without a step are of other models than this run's.
+    evaluations = [each for each in results if isinstance(each, dict) and 'step' in each.get('protocol', {})]
+    evaluations.sort(key=_step_of)
     in_training = metrics.read_entries(folder / 'evaluation.jsonl')
     if not validation:
         notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
@@ -102,13 +105,6 @@ def _read(folder: pathlib.Path) -> _Run:
         notes.append(f'Nothing was evaluated yet; run main.py evaluate --workdir={folder} --tasks=NAMES.')
     start = workdir.read_config_file(folder) or {}
     return _Run(folder, start, config, training, validation, evaluations, in_training, unigram, notes)
-
-
-def _evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the results of `evaluate` on checkpoints of this run, sorted by step."""
-    results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
-    results = [result for result in results if isinstance(result, dict)]  # a table is a list
-    return sorted((result for result in results if 'step' in result.get('protocol', {})), key=_step_of)
 
 
 def _step_of(evaluation: Mapping[str, Any]) -> int:
@@ -129,23 +125,23 @@ def _summary(run: _Run) -> dict[str, Any]:
     }
     for evaluation in run.evaluations:  # the newest last
         for task in evaluation['results']:
-            summary['tasks'][task] = {'step': _step_of(evaluation), **_task_figures(run, evaluation, task)}
+            summary['tasks'][task] = {'step': _step_of(evaluation), **_task_scores(run, evaluation, task)}
     return summary
 
 
-def _task_figures(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
+def _task_scores(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
     """Returns {metric: value, metric_stderr: standard error}, with baselines computed from the logged samples."""
-    figures = {
+    scores = {
         name.removesuffix(',none'): value
         for name, value in evaluation['results'][task].items()
         if isinstance(value, float) and ',' in name
     }
     samples = baselines.choices(evaluation.get('samples', {}).get(task, ()))
     if samples:
-        figures['chance_acc'] = statistics.mean(1 / len(sample.texts) for sample in samples)
+        scores['chance_acc'] = statistics.mean(1 / len(sample.texts) for sample in samples)
         if run.unigram:
-            figures['unigram_bits_per_byte'] = run.unigram.bits_per_byte(samples)
-    return figures
+            scores['unigram_bits_per_byte'] = run.unigram.bits_per_byte(samples)
+    return scores
 
 
 def _draw_training(run: _Run) -> Figure:
@@ -205,8 +201,13 @@ def _draw_evaluations(run: _Run) -> Figure | None:
     figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
     tasks = sorted({task for evaluation in run.evaluations for task in evaluation['results']})
     for i, task in enumerate(tasks):
-        points = [_accuracy(run, evaluation, task) for evaluation in run.evaluations if task in evaluation['results']]
-        points = [point for point in points if point]
+        points = []
+        for evaluation in (each for each in run.evaluations if task in each['results']):
+            scores = _task_scores(run, evaluation, task)
+            name = 'acc_norm' if 'acc_norm' in scores else 'acc'  # normalised by length if the task reports that
+            if name in scores:
+                stderr, chance = scores.get(f'{name}_stderr', 0.0), scores.get('chance_acc')
+                points.append((_step_of(evaluation), scores[name], stderr, chance))
         if not points:
             continue
         steps, values, stderrs, chances = zip(*points, strict=True)
@@ -220,35 +221,22 @@ def _draw_evaluations(run: _Run) -> Figure | None:
     return figure
 
 
-def _accuracy(run: _Run, evaluation: Mapping[str, Any], task: str) -> tuple[int, float, float, float | None] | None:
-    """Returns (step, accuracy, standard error, chance) of a task, normalised by length if the task reports that."""
-    figures = _task_figures(run, evaluation, task)
-    name = 'acc_norm' if 'acc_norm' in figures else 'acc'
-    if name not in figures:
-        return None
-    return _step_of(evaluation), figures[name], figures.get(f'{name}_stderr', 0.0), figures.get('chance_acc')
-
-
 def _draw_in_training(run: _Run) -> Figure | None:
     if not run.in_training:
         return None
     figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
     for i, (task, newest) in enumerate(run.in_training[-1]['tasks'].items()):
         name = next((metric for metric in ('acc_norm', 'acc') if metric in newest), next(iter(newest)))
-        points = [(entry['step'], entry['tasks'][task]) for entry in run.in_training if task in entry['tasks']]
-        points = [(step, values[name], values.get(_stderr(name), 0.0)) for step, values in points if name in values]
+        metric, separator, extraction = name.partition('/')  # such as exact_match/strict
+        stderr_name = f'{metric}_stderr{separator}{extraction}'
+        scored = [(entry['step'], entry['tasks'].get(task, {})) for entry in run.in_training]
+        points = [(step, scores[name], scores.get(stderr_name, 0.0)) for step, scores in scored if name in scores]
         steps, values, stderrs = zip(*points, strict=True)
         axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=f'{task}, {name}')
     axes.set_ylabel('score (± standard error)')
     axes.legend()
     _step_axis(run, axes)
     return figure
-
-
-def _stderr(metric: str) -> str:
-    """Returns the name of a metric's standard error: the suffix goes before the filter, which follows a slash."""
-    name, separator, extraction = metric.partition('/')
-    return f'{name}_stderr{separator}{extraction}'
 
 
 def _step_axis(run: _Run, axes: Axes) -> None:
@@ -271,12 +259,16 @@ def _page(run: _Run, summary: Mapping[str, Any], pictures: Mapping[str, pathlib.
     parts = [page.heading(run.folder.resolve().name, 1), page.table(_facts(run, summary))]
     parts += map(page.note, run.notes)
     if run.validation:
-        parts += [page.heading('Held-out loss (nats per token)'), page.table(_loss_rows(summary))]
+        rows = [('source', 'model', 'unigram baseline')]
+        for source, loss in summary['heldout_loss'].items():
+            baseline = summary['unigram_loss'].get(source)
+            rows.append((source, f'{loss:.4f}', 'left out' if baseline is None else f'{baseline:.4f}'))
+        parts += [page.heading('Held-out loss (nats per token)'), page.table(rows)]
     if summary['tasks']:
         parts += [page.heading('Evaluation'), page.table(_task_rows(summary['tasks']))]
     parts += [page.picture(title, path) for title, path in pictures.items()]
-    if (figure := run.folder / 'eval' / 'figure2.png').exists():
-        parts.append(page.picture("The paper's Figure 2, of this run's checkpoints", figure))
+    if (figure2 := run.folder / 'eval' / 'figure2.png').exists():
+        parts.append(page.picture("The paper's Figure 2, of this run's checkpoints", figure2))
     return page.page(str(run.folder), parts)
 
 
@@ -293,22 +285,14 @@ def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _loss_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [('source', 'model', 'unigram baseline')]
-    for source, loss in summary['heldout_loss'].items():
-        baseline = summary['unigram_loss'].get(source)
-        rows.append((source, f'{loss:.4f}', 'left out' if baseline is None else f'{baseline:.4f}'))
-    return rows
-
-
 def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram')]
     beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'gold_bits_per_byte': 'unigram_bits_per_byte'}
-    for task, figures in tasks.items():
-        for name, value in figures.items():
+    for task, scores in tasks.items():
+        for name, value in scores.items():
             if name == 'step' or name in beside.values() or name.endswith('_stderr'):
                 continue
-            stderr, chance = figures.get(f'{name}_stderr'), figures.get(beside.get(name, ''))
+            stderr, chance = scores.get(f'{name}_stderr'), scores.get(beside.get(name, ''))
             shown = f'{value:.4f}' if stderr is None else f'{value:.4f} ± {stderr:.4f}'
-            rows.append((task, str(figures['step']), name, shown, '' if chance is None else f'{chance:.4f}'))
+            rows.append((task, str(scores['step']), name, shown, '' if chance is None else f'{chance:.4f}'))
     return rows

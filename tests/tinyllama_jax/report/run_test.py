@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from matplotlib import image
+from matplotlib import axes, image
 from matplotlib import pyplot as plt
 
 from tests.support import corpora
@@ -121,6 +121,27 @@ def test_the_pictures_are_pictures(full):
         pixels = image.imread(path)
         assert min(pixels.shape[:2]) > 200
         assert pixels[..., :3].std() > 0.05, f'{path.name} is empty'
+
+
+def test_scores_are_drawn_with_their_standard_errors(tmp_path, monkeypatch):
+    _write_training(tmp_path)
+    (tmp_path / 'eval').mkdir()
+    for step, accuracy in ((20, 0.75), (10, 0.5)):
+        (tmp_path / f'eval/{30 - step}.json').write_text(json.dumps(_evaluation(step, accuracy, 1.5)))
+    said = {'exact_match/strict': 0.25, 'exact_match_stderr/strict': 0.1}
+    _write_lines(tmp_path / 'evaluation.jsonl', [{'step': 8, 'tasks': {}}, {'step': 16, 'tasks': {'said': said}}])
+    drawn, errorbar = {}, axes.Axes.errorbar
+
+    def record(self, steps, values, yerr, label, **options):
+        drawn[label] = steps, values, yerr
+        return errorbar(self, steps, values, yerr, label=label, **options)
+
+    monkeypatch.setattr(axes.Axes, 'errorbar', record)
+    report.report(tmp_path)
+    assert drawn == {
+        'cloze': ((10, 20), (0.5, 0.75), (0.05, 0.05)),
+        'said, exact_match/strict': ((16,), (0.25,), (0.1,)),
+    }
 
 
 def test_a_note_names_what_is_missing(tmp_path):
