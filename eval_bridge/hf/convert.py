@@ -26,7 +26,6 @@ from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, ModelConfig
 from tinyllama_jax.process import signals
 from tinyllama_jax.run import resume, workdir
-from tinyllama_jax.settings import tree
 
 # (our path, Hugging Face's name, number of our input axes; 0: not transposed). {} is the layer.
 _NAMES = (
@@ -315,8 +314,8 @@ def import_run(
     params, imported = import_weights(pathlib.Path(source))
     if config is None:
         config = Config(model=imported)
-    ours, theirs = (resume.weights_settings(config_lib.to_dict(each)) for each in (config.model, imported))
-    for field, (wanted, given) in tree.differences(ours, theirs, 'config.model').items():
+    ours, theirs = ({'model': config_lib.to_dict(each)} for each in (config.model, imported))
+    for field, (wanted, given) in resume.changes(ours, theirs, 'weights').items():
         raise errors.UsageError(f'{field} is {wanted}, but {source} has {given}; set --{field}={given}.')
     tokenizer_path = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(

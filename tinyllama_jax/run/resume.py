@@ -1,5 +1,6 @@
-"""Which settings may not change when a run resumes, and which of the others change its losses."""
+"""What each setting decides about a run, and so which may change when the run resumes."""
 
+import fnmatch
 import pathlib
 from typing import Any
 
@@ -8,29 +9,45 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import Config
 from tinyllama_jax.settings import tree
 
-# Settings of a model that decide how its weights are used, not their shapes or what the numbers mean.
-_NOT_OF_WEIGHTS = ('seq_len', 'init', 'compute_dtype', 'scan_layers')
-# Settings of a model that a resumed run may change: how it is computed, not what.
-_FREE_IN_MODEL = ('compute_dtype', 'scan_layers')
-# Of the settings of `train` that a resumed run may change, those that decide its losses.
-_DECIDES_LOSSES = ('num_steps', 'micro_batch_size', 'remat', 'gradient_dtype', 'deterministic', 'z_loss')
+# (setting, what it decides); the first row that fits counts. A setting without a row decides none of these. Data is
+# bound by its fingerprint instead.
+#   weights  the shapes and the meaning of the saved numbers: it may never change
+#   run      what has been trained on and how: it may change only where nothing has been trained yet, after an import
+#   losses   losses of steps to come: it may change; losses logged before are then not compared with recomputed ones
+_DECIDES = (
+    ('model.compute_dtype', 'losses'),
+    ('model.scan_layers', 'losses'),
+    ('model.seq_len', 'run'),
+    ('model.init', 'run'),
+    ('model.*', 'weights'),
+    ('optimizer.name', 'weights'),  # another one has another state
+    ('optimizer.*', 'losses'),
+    ('data.document_mask', 'run'),
+    ('data.restart_positions', 'run'),
+    ('seed', 'run'),
+    ('train.global_batch_size', 'run'),
+    ('train.num_steps', 'losses'),  # the learning rate's schedule ends there
+    ('train.micro_batch_size', 'losses'),
+    ('train.remat', 'losses'),
+    ('train.gradient_dtype', 'losses'),
+    ('train.deterministic', 'losses'),
+    ('train.z_loss', 'losses'),
+    ('mesh.*', 'losses'),
+    ('kernels.*', 'losses'),
+)
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """Returns the settings that a resumed run may not change: what decides its state, its data and their order."""
-    model = {name: value for name, value in config_lib.to_dict(config.model).items() if name not in _FREE_IN_MODEL}
-    return {
-        'model': model,
-        'optimizer': {'name': config.optimizer.name},  # another one has another state
-        'data': {'document_mask': config.data.document_mask, 'restart_positions': config.data.restart_positions},
-        'seed': config.seed,
-        'train': {'global_batch_size': config.train.global_batch_size},
-    }
+def changes(before: Any, now: Any, *kinds: str) -> dict[str, tuple[Any, Any]]:
+    """Returns {dotted field: (before, now)} of the settings that differ and decide one of `kinds`.
 
+    `before` and `now` are trees of `config.to_dict`, or the same parts of two.
+    """
 
-def weights_settings(model: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a model that given weights decide: their shapes, and what the numbers mean."""
-    return {name: value for name, value in model.items() if name not in _NOT_OF_WEIGHTS}
+    def decides(field: str) -> str | None:
+        return next((kind for setting, kind in _DECIDES if fnmatch.fnmatchcase(field, setting)), None)
+
+    different = tree.differences(before, now)
+    return {f'config.{field}': values for field, values in different.items() if decides(field) in kinds}
 
 
 def same_losses(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
@@ -38,16 +55,9 @@ def same_losses(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
 
     `before` and `now` are the contents of the run's config.json at the two starts; `before` is None for a new run.
     """
-
-    def decisive(config: dict[str, Any]) -> dict[str, Any]:
-        train = {name: config['train'][name] for name in _DECIDES_LOSSES}
-        return {name: config[name] for name in ('model', 'optimizer', 'mesh', 'kernels')} | train
-
-    return (
-        before is not None
-        and all(before[key] == now[key] for key in ('commit', 'versions', 'devices'))
-        and decisive(before['config']) == decisive(now['config'])
-    )
+    if before is None or any(before[key] != now[key] for key in ('commit', 'versions', 'devices')):
+        return False
+    return not changes(before['config'], now['config'], 'weights', 'run', 'losses')
 
 
 def check_resume(config: Config, fingerprint: str, folder: pathlib.Path, meta: dict[str, Any]) -> None:
@@ -57,18 +67,14 @@ def check_resume(config: Config, fingerprint: str, folder: pathlib.Path, meta: d
       fingerprint: of the data that the run is about to read.
       folder: the run's workdir.
     """
-    saved, wanted = fixed_settings(tree.from_dict(meta['config'])), fixed_settings(config)
-    if meta['data'] is None:  # imported, and not trained since: only the weights and the optimizer's state bind
-        saved, wanted = (
-            {'model': weights_settings(settings['model']), 'optimizer': settings['optimizer']}
-            for settings in (saved, wanted)
-        )
-    changes = tree.differences(saved, wanted, 'config')
-    if not changes and meta['data'] and meta['data'] != fingerprint:
-        before = tree.completed(meta['config'])['data']
-        changes = tree.differences(before, config_lib.to_dict(config.data), 'config.data')
-        changes = changes or {'data (the store behind it)': (meta['data'][:12], fingerprint[:12])}
-    for field, (old, new) in changes.items():
+    saved, wanted = tree.completed(meta['config']), config_lib.to_dict(config)
+    trained = meta['data'] is not None  # None: imported, and not trained since
+    contradictions = changes(saved, wanted, 'weights', *['run'] * trained)
+    if trained and not contradictions and meta['data'] != fingerprint:
+        contradictions = tree.differences(saved['data'], wanted['data'], 'config.data') or {
+            'data (the store behind it)': (meta['data'][:12], fingerprint[:12])
+        }
+    for field, (old, new) in contradictions.items():
         raise errors.UsageError(
             f'{field} is {new}, but {folder} was trained with {old} up to step {meta["step"]}. Set it back, or start '
             f'a new run with --workdir={folder}-2.'

@@ -1,6 +1,7 @@
 """What may change when a run resumes, and which changes must leave its losses equal."""
 
 import dataclasses
+import fnmatch
 
 import pytest
 
@@ -88,3 +89,13 @@ def test_losses_must_be_equal_unless_code_machine_or_a_deciding_setting_changed(
     assert not resume.same_losses(start, start | {'commit': 'b'})
     assert not resume.same_losses(start, after('train.remat', 'attention'))
     assert not resume.same_losses(start, after('optimizer.beta1', 0.5))
+    assert not resume.same_losses(start, after('seed', 2))  # allowed after an import
+
+
+def test_every_row_of_the_table_decides_a_field_that_no_row_above_it_does():
+    groups = config_lib.to_dict(CONFIG)
+    fields = [f'{group}.{field}' for group in groups if group != 'seed' for field in groups[group]] + ['seed']
+    for setting, _ in resume._DECIDES:
+        fits = set(fnmatch.filter(fields, setting))
+        assert fits, setting
+        fields = [field for field in fields if field not in fits]
