@@ -39,7 +39,7 @@ OPS = {
 TOLERANCES = {'float32': (1e-4, 3e-5), 'bfloat16': (3e-2, 1e-2)}
 
 
-def implementation(op: str, *, impl: str | None = None, chip: str | None = None) -> str:
+def choose(op: str, *, impl: str | None = None, chip: str | None = None) -> str:
     """Returns the implementation that `impl` stands for on `chip`.
 
     Raises ValueError if it cannot run there, ImportError if a package that it needs is not installed.
@@ -67,7 +67,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, *, impl=None, chip=No
     a shape, dtype, head dim or implementation that it does not take.
     """
     op = 'attention'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     dtype = checks.require_floats(op, 'BTNH', q=q_BTNH)
     dtypes = {'q': dtype, 'k': checks.require_floats(op, 'BSKH', k=k_BSKH, v=v_BSKH)}
     checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
@@ -91,7 +91,7 @@ def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
     x + residual), computed in one pass. Raises ValueError as `attention` does.
     """
     op = 'rms_norm'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     dtype = checks.require_floats(op, 'BTD', x=x_BTD, residual=residual_BTD)
     checks.require_shape(op, 'scale', scale_D, x_BTD.shape[2:], 'D')
     scale_dtype = scale_D.dtype.name
@@ -108,7 +108,7 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
     The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H). Raises ValueError as `attention` does.
     """
     op = 'rope'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     dtype = checks.require_floats(op, 'BTNH', x=x_BTNH)
     checks.require_shape(op, 'positions', positions_BT, x_BTNH.shape[:2], 'BT')
     checks.require_implementation(op, impl, dtype, head_dim=x_BTNH.shape[3])
@@ -120,7 +120,7 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
 def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):
     """Returns silu(gate) * up, [B, T, F] in their dtype (Shazeer, 2020). Raises ValueError as `attention` does."""
     op = 'swiglu'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     checks.require_implementation(op, impl, checks.require_floats(op, 'BTF', gate=gate_BTF, up=up_BTF))
     if impl == 'xla':
         return _plain(chip).swiglu(gate_BTF, up_BTF)
@@ -137,7 +137,7 @@ def cross_entropy(x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0, vo
     `attention` does.
     """
     op = 'cross_entropy'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     dtypes = {'x': checks.require_floats(op, 'BTD', x=x_BTD), 'head': checks.require_floats(op, 'DV', head=head_DV)}
     checks.require(len(set(dtypes.values())) == 1, op, f'dtypes differ: {dtypes}')
     checks.require(head_DV.shape[0] == x_BTD.shape[2], op, f'x {x_BTD.shape} and head {head_DV.shape} differ in D')
@@ -158,7 +158,7 @@ def linear(x, w, *, gradient_dtype=None, impl=None, chip=None):
     `attention` does.
     """
     op = 'linear'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     checks.require(w.shape[: x.ndim - 2] == x.shape[2:], op, f'x {x.shape} and w {w.shape} differ in their inputs')
     checks.require_implementation(op, impl, x.dtype.name)
     return _plain(chip).linear(x, w, gradient_dtype)
@@ -170,7 +170,7 @@ def embed(table_VD, tokens_BT, *, impl=None, chip=None):
     Raises ValueError as `attention` does.
     """
     op = 'embed'
-    impl = implementation(op, impl=impl, chip=chip)
+    impl = choose(op, impl=impl, chip=chip)
     checks.require_implementation(op, impl, checks.require_floats(op, 'VD', table=table_VD))
     checks.require_integers(op, 'tokens', tokens_BT, tokens_BT.shape[:2], 'BT')
     return embedding.embed(table_VD, tokens_BT, by_sorting=chip is not None)

@@ -20,8 +20,8 @@ from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
 from tinyllama_jax.sharding import BATCH, EMBEDDING, HEAD, HEADS, HIDDEN, TOKENS, VOCABULARY_AXIS, WEIGHTS_AXIS
 
-# op: (partitions of its arrays, partition of its results). None: plain JAX that XLA itself partitions well, as a matrix
-# product, whose partition depends on the weight (sharding.PARAM_RULES).
+# op: (partitions of its arrays, partition of its results). None: a matrix product, which XLA itself partitions well;
+# its partition follows from the weight's (sharding.PARAM_RULES).
 _PARTITIONS = {
     'attention': ((HEADS, HEADS, HEADS, TOKENS), HEADS),
     'rms_norm': ((TOKENS, P(), TOKENS), TOKENS),
@@ -76,7 +76,7 @@ class Ops:
 
     def embed(self, table_VD, tokens_BT, dtype):
         """Returns rows of the table, [B, T, D] in `dtype`."""
-        embed = self._chosen('embed')
+        embed = self._bound('embed')
         if not self._sharded():
             return embed(table_VD, tokens_BT).astype(dtype)
 
@@ -92,7 +92,7 @@ class Ops:
 
     def cross_entropy(self, x_BTD, head_DV, targets_BT, *, weights_BT=None, z_loss=0.0):
         """Returns (mean loss over all devices, its parts), scalars; the head is rounded to x's dtype."""
-        cross_entropy = self._chosen('cross_entropy', z_loss=z_loss)
+        cross_entropy = self._bound('cross_entropy', z_loss=z_loss)
         if not self._sharded():
             return cross_entropy(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, weights_BT=weights_BT)
 
@@ -117,13 +117,13 @@ class Ops:
         shards = sharding.batch_shards(self.mesh) if self.mesh else 1
         return -(-count // shards) * shards
 
-    def _chosen(self, op: str, **options):
+    def _bound(self, op: str, **options):
         """Returns the op's function with its implementation, the chip and `options` bound."""
         impl = dict(self.implementations)[op]
         return functools.partial(getattr(dispatch, op), impl=impl, chip=self.chip, **options)
 
     def _run(self, op: str, *arrays, **options):
-        return self._on_each_device(op, self._chosen(op, **options), *arrays)
+        return self._on_each_device(op, self._bound(op, **options), *arrays)
 
     def _on_each_device(self, op: str, local, *arrays):
         """Runs `local` on each device's part of the arrays, which `_PARTITIONS` splits."""
@@ -131,16 +131,13 @@ class Ops:
         if mesh is None or mesh.size == 1 or partitions is None:
             return local(*arrays)
         specs, results = partitions
-        laid_out = [self._laid_out(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)]
-        arrays, in_specs = zip(*laid_out, strict=True)
+        inputs, in_specs = [], []
+        for x, spec in zip(arrays, specs, strict=True):
+            copied = spec in (EMBEDDING, HEAD) and self._copied()  # ZeRO-1: a whole weight, a copy for each device
+            inputs.append(_copies(x, mesh, spec) if copied else x)
+            in_specs.append(_copies_spec(mesh, spec) if copied else sharding.split_axes(spec, mesh))
         out_specs = sharding.split_axes(results, mesh)
-        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
-
-    def _laid_out(self, x, spec: P, mesh: Mesh):
-        """Returns the argument and its PartitionSpec; under ZeRO-1 a whole weight gets an axis of device copies."""
-        if spec in (EMBEDDING, HEAD) and self._copied():
-            return _copies(x, mesh, spec), _copies_spec(mesh, spec)
-        return x, sharding.split_axes(spec, mesh)
+        return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)(*inputs)
 
     def _gathered(self, w, dtype, dim: int):
         """All-gathers a weight over `fsdp` along `dim` in `dtype`; tensor-parallel splits stay."""
@@ -252,7 +249,7 @@ def make_ops(
     chosen = []
     for op in dispatch.OPS:
         with _naming_the_field(op):
-            chosen.append((op, dispatch.implementation(op, impl=getattr(kernels, op, None), chip=chip)))
+            chosen.append((op, dispatch.choose(op, impl=getattr(kernels, op, None), chip=chip)))
     return Ops(tuple(chosen), chip, mesh)
 
 

@@ -44,8 +44,8 @@ def test_every_op_is_called_here():
 
 @pytest.mark.parametrize('op', dispatch.OPS)
 def test_the_default_is_plain_jax_on_a_cpu_and_the_kernel_on_a_gpu(op):
-    assert dispatch.implementation(op) == 'xla'
-    assert dispatch.implementation(op, chip='sm_80') == ('triton' if op in KERNELS else 'xla')
+    assert dispatch.choose(op) == 'xla'
+    assert dispatch.choose(op, chip='sm_80') == ('triton' if op in KERNELS else 'xla')
     np.testing.assert_array_equal(CALLS[op](), CALLS[op](impl='xla'))
 
 
