@@ -316,17 +316,13 @@ def attention_dkv_kernel(
         tl.store(dv_ptr + kv_offsets, dv, mask=keys[:, None] < T)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip: Chip):
     """Returns causal attention, scaled by 1 / sqrt(H), on one device; as `reference.attention`.
 
     The output and the log-sum-exp are named 'attention_out' and 'attention_lse'. A remat policy that keeps
     these does not run the forward kernel again.
     """
-    return _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip):
     return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, chip)[0]
 
 
@@ -391,4 +387,4 @@ def _attention_bwd(chip, residuals, dout_BTNH):
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+attention.defvjp(_attention_fwd, _attention_bwd)

@@ -121,16 +121,12 @@ def _parts(chunk, head_DV, z_loss, vocab_axis, rows):
     x_CD, targets_C, weights_C = chunk
     logits_CV = _product(x_CD, head_DV)
     own_top_C, total_C, picked_C, residuals = rows.sums(logits_CV, targets_C)
-    top_C, log_C, picked_C = _reduced_over_vocabulary(own_top_C, total_C, picked_C, vocab_axis)
+    top_C = own_top_C
+    if vocab_axis:  # from the maxima, sums and targets' logits of each device's part to those of the whole vocabulary
+        top_C = jax.lax.pmax(own_top_C, vocab_axis)
+        total_C = jax.lax.psum(total_C * jnp.exp(own_top_C - top_C), vocab_axis)
+        picked_C = jax.lax.psum(picked_C, vocab_axis)
+    log_C = jnp.log(total_C)
     nll = jnp.sum(weights_C * (top_C - picked_C + log_C))
     z = z_loss * jnp.sum(weights_C * jnp.square(top_C + log_C))
     return (nll, z), (residuals, own_top_C, top_C, log_C)
-
-
-def _reduced_over_vocabulary(own_top_C, total_C, picked_C, vocab_axis):
-    """Returns (top, log, target's logit) over the whole vocabulary, from those of each device's part."""
-    if not vocab_axis:
-        return own_top_C, jnp.log(total_C), picked_C
-    top_C = jax.lax.pmax(own_top_C, vocab_axis)
-    total_C = jax.lax.psum(total_C * jnp.exp(own_top_C - top_C), vocab_axis)
-    return top_C, jnp.log(total_C), jax.lax.psum(picked_C, vocab_axis)

@@ -135,13 +135,9 @@ def _swiglu_bwd(residuals, dy_BTF):
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
-    """Returns causal grouped-query attention over whole sequences (S = T), as `reference.attention` does."""
-    return _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-
-
 @jax.custom_vjp
-def _attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+def attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None):
+    """Returns causal grouped-query attention over whole sequences (S = T), as `reference.attention` does."""
     return _attention_fwd(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
 
 
@@ -186,7 +182,7 @@ def _attention_bwd(residuals, dout_BTNH):
     return dq_BTNH.astype(dtype), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _blocks(length: int) -> list[slice]:

@@ -29,7 +29,16 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, segment_ids_BT=None):
     mask_BTS = (positions_T[:, None] >= positions_T[None, :])[None]
     if segment_ids_BT is not None:
         mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-    return _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum(
+        'btkgh,bskh->bkgts', q_BTKGH, k_BSKH, precision=precision(k_BSKH), preferred_element_type=_wide(q_BTNH.dtype)
+    )
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * H**-0.5, _MASKED)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH, precision=precision(v_BSKH))
+    return out_BTKGH.reshape(B, T, N, H)
 
 
 def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
@@ -46,19 +55,6 @@ def cached_attention(q_B1NH, k_BKSH, v_BKSH, visible_BS):
     out_BKGH = product('bkgs,bksh->bkgh', weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
     out_BKGH = out_BKGH / jnp.sum(weights_BKGS, axis=-1, keepdims=True)
     return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H)
-
-
-def _masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum(
-        'btkgh,bskh->bkgts', q_BTKGH, k_BSKH, precision=precision(k_BSKH), preferred_element_type=_wide(q_BTNH.dtype)
-    )
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * H**-0.5, _MASKED)
-    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, v_BSKH, precision=precision(v_BSKH))
-    return out_BTKGH.reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

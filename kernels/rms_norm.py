@@ -83,58 +83,34 @@ def rms_norm_backward_kernel(
 def rms_norm(x_BTD, scale_D, residual_BTD, eps, chip: Chip):
     """Returns the normed [B, T, D] on one device, as `reference.rms_norm`; with a residual (normed, x + residual)."""
     x_BTD, scale_D = varying.together(x_BTD, scale_D)
-    if residual_BTD is None:
-        return _norm(x_BTD, scale_D, eps, chip)
-    return _add_norm(x_BTD, residual_BTD, scale_D, eps, chip)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _norm(x_BTD, scale_D, eps, chip):
-    return _norm_fwd(x_BTD, scale_D, eps, chip)[0]
-
-
-def _norm_fwd(x_BTD, scale_D, eps, chip):
-    y_BTD, inverse_BT = _forward(rms_norm_forward_kernel, (x_BTD,), scale_D, eps, chip)
-    return y_BTD, (x_BTD, scale_D, inverse_BT)
-
-
-def _norm_bwd(_, chip, residuals, dy_BTD):
-    x_BTD, scale_D, inverse_BT = residuals
-    return _backward(x_BTD, scale_D, inverse_BT, dy_BTD, None, chip)
-
-
-_norm.defvjp(_norm_fwd, _norm_bwd)
+    return _norm(x_BTD, scale_D, residual_BTD, eps, chip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _add_norm(x_BTD, residual_BTD, scale_D, eps, chip):
-    return _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, chip)[0]
+def _norm(x_BTD, scale_D, residual_BTD, eps, chip):
+    return _norm_fwd(x_BTD, scale_D, residual_BTD, eps, chip)[0]
 
 
-def _add_norm_fwd(x_BTD, residual_BTD, scale_D, eps, chip):
-    sum_BTD, y_BTD, inverse_BT = _forward(rms_norm_add_forward_kernel, (x_BTD, residual_BTD), scale_D, eps, chip)
-    return (y_BTD, sum_BTD), (sum_BTD, scale_D, inverse_BT)
-
-
-def _add_norm_bwd(_, chip, residuals, gradients):
-    (sum_BTD, scale_D, inverse_BT), (dy_BTD, dsum_BTD) = residuals, gradients
-    dx_BTD, dscale_D = _backward(sum_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, chip)
-    return dx_BTD, dx_BTD, dscale_D
-
-
-_add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
-
-
-def _forward(kernel, inputs, scale_D, eps, chip):
-    """Runs a forward kernel: returns (y, inverse), after x + residual if there is a residual."""
-    B, T, D = inputs[0].shape
-    like = jax.ShapeDtypeStruct((B, T, D), inputs[0].dtype)
-    tile, block = chip.streaming['rms_norm_forward'], triton.next_power_of_2(D)
+def _norm_fwd(x_BTD, scale_D, residual_BTD, eps, chip):
+    B, T, D = x_BTD.shape
+    if residual_BTD is None:
+        kernel, inputs = rms_norm_forward_kernel, (x_BTD,)
+    else:
+        kernel, inputs = rms_norm_add_forward_kernel, (x_BTD, residual_BTD)
+    like = jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)
     outputs = (like,) * len(inputs) + (jax.ShapeDtypeStruct((B, T), jnp.float32),)
-    return launch.call(chip, kernel, (*inputs, scale_D), outputs, grid=(B * T,), tile=tile, D=D, EPS=eps, BLOCK=block)
+    tile, block = chip.streaming['rms_norm_forward'], triton.next_power_of_2(D)
+    *sums, y_BTD, inverse_BT = launch.call(
+        chip, kernel, (*inputs, scale_D), outputs, grid=(B * T,), tile=tile, D=D, EPS=eps, BLOCK=block
+    )
+    if residual_BTD is None:
+        return y_BTD, (x_BTD, scale_D, inverse_BT)
+    return (y_BTD, *sums), (*sums, scale_D, inverse_BT)
 
 
-def _backward(x_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, chip):
+def _norm_bwd(_, chip, residuals, gradients):
+    x_BTD, scale_D, inverse_BT = residuals  # with a residual x is the sum, which has a gradient, too
+    dy_BTD, dsum_BTD = gradients if isinstance(gradients, tuple) else (gradients, None)
     B, T, D = x_BTD.shape
     tile = chip.streaming['rms_norm_backward']
     programs = min(B * T, tile.programs * chip.multiprocessors)
@@ -150,4 +126,8 @@ def _backward(x_BTD, scale_D, inverse_BT, dy_BTD, dsum_BTD, chip):
         ADDED=dsum_BTD is not None,
         BLOCK=triton.next_power_of_2(D),
     )
-    return dx_BTD, jnp.sum(dscale_PD, axis=0).astype(scale_D.dtype)
+    dscale_D = jnp.sum(dscale_PD, axis=0).astype(scale_D.dtype)
+    return dx_BTD, dscale_D, None if dsum_BTD is None else dx_BTD
+
+
+_norm.defvjp(_norm_fwd, _norm_bwd)
