@@ -35,14 +35,6 @@ def _run(command: commands.Command, config: Any, workdir: pathlib.Path | None, c
         pkgutil.resolve_name(command.path)(config, workdir, **options, members=members)
 
 
-def _check_flags(name: str) -> None:
-    """Raises UsageError for a flag that was given and that another command takes."""
-    for flag in FLAGS:
-        takers = commands.takers(flag)
-        if FLAGS[flag].present and takers and name not in takers:
-            raise errors.UsageError(f'--{flag} is a flag of {", ".join(takers)}, not of {name}; leave it out.')
-
-
 def main(argv: list[str]) -> int | None:
     """Runs the command; prints a foreseen failure as one line and returns its exit status."""
     try:
@@ -53,7 +45,10 @@ def main(argv: list[str]) -> int | None:
             return None
         if rest or name not in commands.COMMANDS:
             raise errors.UsageError(f'{_USAGE} (--help lists the flags)')
-        _check_flags(name)
+        for flag in FLAGS:
+            takers = commands.takers(flag)
+            if FLAGS[flag].present and takers and name not in takers:
+                raise errors.UsageError(f'--{flag} is a flag of {", ".join(takers)}, not of {name}; leave it out.')
         command = commands.COMMANDS[name]
         if command.needs_workdir and not FLAGS.workdir:
             raise errors.UsageError(f'{name} needs --workdir=DIR, the folder of the run.')

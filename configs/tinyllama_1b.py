@@ -42,10 +42,8 @@ def get_config(arg: str = '') -> Config:
             eval_every_steps=5_000,
         ),
     )
-    return _original(config) if arg == 'original' else config
-
-
-def _original(config: Config) -> Config:
+    if not arg:
+        return config
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init='original'),

@@ -8,6 +8,7 @@ changes of bytes, which orbax does not notice. If storage, memory or a device fa
 while reading, that is not damage: nothing is moved, and the run ends with 75.
 """
 
+import logging
 import pathlib
 import shutil
 import sys
@@ -76,7 +77,8 @@ class Checkpointer:
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, keep_every: int | None = None, read_only: bool = False):
-        checkpoint_errors.quiet_libraries()
+        for library in ('absl', 'orbax'):
+            logging.getLogger(library).setLevel(logging.ERROR)
         self.folder = folder.absolute()
         policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
@@ -90,7 +92,7 @@ class Checkpointer:
             'meta': ocp.JsonCheckpointHandler(),
         }
         if not read_only:
-            with checkpoint_errors.Writing(self.folder):
+            with checkpoint_errors.writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             for half in self.folder.glob('*.orbax-checkpoint-tmp') if jax.process_index() == 0 else ():
                 shutil.rmtree(half)
@@ -107,12 +109,12 @@ class Checkpointer:
         items = _items(state)
         meta = meta | {'step': step, 'checksums': {name: _named_checksums(item) for name, item in items.items()}}
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        with checkpoint_errors.Writing(self.folder):
+        with checkpoint_errors.writing(self.folder):
             self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)))
 
     def wait(self) -> None:
         """Returns when every save is complete on disk. Raises RunError if one failed."""
-        with checkpoint_errors.Writing(self.folder):
+        with checkpoint_errors.writing(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 

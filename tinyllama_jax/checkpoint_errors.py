@@ -98,22 +98,19 @@ def _unreadable(folder: pathlib.Path) -> OSError | None:
     return None
 
 
-class Writing:
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
     """A context that raises RunError, naming the folder, if writing a checkpoint fails."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, errors.Failure):
-            reason = errors.first_line(error, limit=300)
-            raise errors.RunError(
-                f'{self._folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
-                'that were complete before are untouched; make room or mend the storage and run the same command again.'
-            ) from error
+    try:
+        yield
+    except errors.Failure:
+        raise
+    except Exception as error:
+        reason = errors.first_line(error, limit=300)
+        raise errors.RunError(
+            f'{folder}: a checkpoint could not be written ({type(error).__name__}: {reason}). Checkpoints '
+            'that were complete before are untouched; make room or mend the storage and run the same command again.'
+        ) from error
 
 
 @functools.cache
@@ -127,9 +124,3 @@ def ignore_late_reads() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-
-
-def quiet_libraries() -> None:
-    """Lets absl and orbax log errors only."""
-    for name in ('absl', 'orbax'):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -240,11 +240,39 @@ _COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '!=': ope
 def validated(config: Config) -> Config:
     """Returns `config`, or raises UsageError naming the first field whose value cannot work."""
     _check_fields(config, 'config')
-    _check_model(config.model)
-    _check_data(config.data)
-    _check_optimizer(config.optimizer, config.train.num_steps)
-    _check_mesh(config.mesh)
-    _check_batch(config.train)
+    model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
+    if model.num_heads % model.num_kv_heads:
+        raise errors.usage(
+            'config.model.num_kv_heads', f'{model.num_kv_heads} does not divide num_heads = {model.num_heads}'
+        )
+    if model.head_dim % 2:
+        raise errors.usage('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
+    for name in data.sources:
+        if not name.replace('-', '_').isidentifier():
+            raise errors.usage(
+                f'config.data.sources.{name}', 'a source name has letters, digits, _ and - only, a letter first'
+            )
+    if data.restart_positions and not data.document_mask:
+        raise errors.usage('config.data.restart_positions', 'is true; set --config.data.document_mask=true with it')
+    if optimizer.final_learning_rate > optimizer.peak_learning_rate:
+        raise errors.usage(
+            'config.optimizer.final_learning_rate',
+            f'{optimizer.final_learning_rate} is above peak_learning_rate = {optimizer.peak_learning_rate}',
+        )
+    after_warmup = train.num_steps - optimizer.warmup_steps
+    if optimizer.schedule == 'wsd' and not 0 < optimizer.decay_steps <= after_warmup:
+        raise errors.usage(
+            'config.optimizer.decay_steps',
+            f'{optimizer.decay_steps} must be between 1 and num_steps - warmup_steps = {after_warmup}',
+        )
+    rest = [axis for axis, size in dataclasses.asdict(config.mesh).items() if size == -1]
+    if len(rest) > 1:
+        raise errors.usage('config.mesh', f'at most one axis is -1 (the rest of the devices), got {" and ".join(rest)}')
+    if train.global_batch_size % train.micro_batch_size:
+        raise errors.usage(
+            'config.train.global_batch_size',
+            f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
+        )
     return config
 
 
@@ -272,50 +300,3 @@ def _check_value(value: Any, field: str, kind: Kind) -> None:
         limits = [bound.split() for bound in kind.bounds]
         if not math.isfinite(value) or not all(_COMPARISONS[sign](value, float(limit)) for sign, limit in limits):
             raise errors.usage(field, f'must be a finite number {" and ".join(kind.bounds)}, got {value}')
-
-
-def _check_model(model: ModelConfig) -> None:
-    if model.num_heads % model.num_kv_heads:
-        raise errors.usage(
-            'config.model.num_kv_heads', f'{model.num_kv_heads} does not divide num_heads = {model.num_heads}'
-        )
-    if model.head_dim % 2:
-        raise errors.usage('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
-
-
-def _check_data(data: DataConfig) -> None:
-    for name in data.sources:
-        if not name.replace('-', '_').isidentifier():
-            raise errors.usage(
-                f'config.data.sources.{name}', 'a source name has letters, digits, _ and - only, a letter first'
-            )
-    if data.restart_positions and not data.document_mask:
-        raise errors.usage('config.data.restart_positions', 'is true; set --config.data.document_mask=true with it')
-
-
-def _check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
-    if optimizer.final_learning_rate > optimizer.peak_learning_rate:
-        raise errors.usage(
-            'config.optimizer.final_learning_rate',
-            f'{optimizer.final_learning_rate} is above peak_learning_rate = {optimizer.peak_learning_rate}',
-        )
-    if optimizer.schedule == 'wsd' and not 0 < optimizer.decay_steps <= num_steps - optimizer.warmup_steps:
-        raise errors.usage(
-            'config.optimizer.decay_steps',
-            f'{optimizer.decay_steps} must be between 1 and num_steps - warmup_steps = '
-            f'{num_steps - optimizer.warmup_steps}',
-        )
-
-
-def _check_mesh(mesh: MeshConfig) -> None:
-    rest = [axis for axis, size in dataclasses.asdict(mesh).items() if size == -1]
-    if len(rest) > 1:
-        raise errors.usage('config.mesh', f'at most one axis is -1 (the rest of the devices), got {" and ".join(rest)}')
-
-
-def _check_batch(train: TrainConfig) -> None:
-    if train.global_batch_size % train.micro_batch_size:
-        raise errors.usage(
-            'config.train.global_batch_size',
-            f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
-        )

@@ -53,11 +53,7 @@ def _schedule(config: OptimizerConfig, floor: float, num_steps: int) -> optax.Sc
 
 def decay_mask(config: OptimizerConfig, params):
     """Returns True for each parameter that is decayed: all of them, or all but the norms' scales."""
-
-    def decayed(path, _):
-        return config.decay == 'all' or path[-1].key != 'scale'
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: config.decay == 'all' or path[-1].key != 'scale', params)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

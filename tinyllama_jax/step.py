@@ -60,12 +60,12 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """Returns a fresh state, a function of the seed alone. Every array is made on its own devices."""
-
-    def make(key):
-        return make_state(config, model.init_params(config.model, key))
-
     # Without out_shardings XLA may replicate the Adam moments, which do not fit then.
-    return jax.jit(make, out_shardings=state_shardings(config, mesh))(jax.random.key(config.seed))
+    make = jax.jit(
+        lambda key: make_state(config, model.init_params(config.model, key)),
+        out_shardings=state_shardings(config, mesh),
+    )
+    return make(jax.random.key(config.seed))
 
 
 def _split(rows_BR):

@@ -73,7 +73,10 @@ class _Run:
         self.checkpointer = checkpoint.Checkpointer(
             folder / 'checkpoints', keep=config.train.keep_checkpoints, keep_every=config.train.keep_every_steps
         )
-        self.state, self.start = self._restore_or_init()
+        check = functools.partial(resume.check_resume, config, self.data.fingerprint, folder)
+        restored = self.checkpointer.restore(step_lib.abstract_state(config, self.mesh), check)
+        self.state, meta = restored or (step_lib.init_state(config, self.mesh), {'step': 0})
+        self.start = meta['step']
         # Only now is the folder written to: every refusal above leaves it as it was.
         self.journal = (
             journal.Journal(folder, config, command, self.start, tokens.tokenizer_path)
@@ -83,14 +86,6 @@ class _Run:
         self.profiler = _Profiler(config.train, folder / 'profile', self.journal.say, enabled=members.primary)
         self.throughput = metrics.Throughput()
         self.logged = self.saved = self.start  # the last steps that were logged and saved
-
-    def _restore_or_init(self) -> tuple[step_lib.TrainState, int]:
-        check = functools.partial(resume.check_resume, self.config, self.data.fingerprint, self.folder)
-        restored = self.checkpointer.restore(step_lib.abstract_state(self.config, self.mesh), check)
-        if restored is None:
-            return step_lib.init_state(self.config, self.mesh), 0
-        state, meta = restored
-        return state, meta['step']
 
     def loop(self) -> None:
         """Trains from `start` to the end. Raises Stopped after a stop signal and a save."""

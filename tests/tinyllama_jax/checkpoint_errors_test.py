@@ -54,7 +54,7 @@ def test_damaged_checkpoints_are_moved_beside_the_folder_again_and_again(tmp_pat
 
 def test_a_write_that_fails_names_folder_and_reason(tmp_path):
     reason = r'c: a checkpoint could not be written \(OSError: .*No space left'
-    with pytest.raises(errors.RunError, match=reason), checkpoint_errors.Writing(tmp_path / 'c'):
+    with pytest.raises(errors.RunError, match=reason), checkpoint_errors.writing(tmp_path / 'c'):
         raise OSError(28, 'No space left on device')
-    with pytest.raises(errors.Stopped), checkpoint_errors.Writing(tmp_path / 'c'):
+    with pytest.raises(errors.Stopped), checkpoint_errors.writing(tmp_path / 'c'):
         raise errors.Stopped('told to', 15)

@@ -63,11 +63,20 @@ def prepare(config: DataConfig, path: str | Path) -> dict[str, Any]:
         _check_unchanged(manifest, settings, inputs, path)
         _say(f'{path} is complete.')
     else:
-        task_list = _list_tasks(config, inputs)
+        listed = [
+            tasks.Task(name, split, index, source, tuple(config.sources[name].drop_sets))
+            for name, splits in inputs.items()
+            for split, sources in splits.items()
+            for index, source in enumerate(sources)
+        ]
+        task_list = tasks.TaskList(tuple(listed), config.bos, config.eos_per_document)
         executor = _begin(path, config, task_list, settings)
         _run(executor, task_list, config.max_bad_share)
         manifest = _manifest(path, task_list, settings)
-        _finish(path, manifest)
+        for lock in path.rglob('*.__lock'):  # left by a write that was killed
+            lock.unlink()
+        store.write_json(path / store.MANIFEST, manifest)  # makes the store complete
+        shutil.rmtree(path / tasks.PROGRESS)
     _print_table(manifest)
     return manifest
 
@@ -113,18 +122,8 @@ def _total_size(stamp: list[list[int]]) -> int:
     return sum(size for size, _ in stamp)
 
 
-def _list_tasks(config: DataConfig, inputs: Inputs) -> tasks.TaskList:
-    listed = [
-        tasks.Task(name, split, index, source, tuple(config.sources[name].drop_sets))
-        for name, splits in inputs.items()
-        for split, sources in splits.items()
-        for index, source in enumerate(sources)
-    ]
-    return tasks.TaskList(tuple(listed), config.bos, config.eos_per_document)
-
-
 def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: dict[str, Any]) -> tasks.Executor:
-    """Creates the empty store, or resumes an interrupted run with the same settings; returns the executor."""
+    """Creates the empty store with its tokenizer, or resumes an interrupted run of the same settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     executor = tasks.Executor(path, num_tasks=len(task_list.tasks), workers=config.workers or cores)
     try:
@@ -133,7 +132,12 @@ def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: 
             (path / tasks.PROGRESS / 'results').mkdir(parents=True)
             store.write_json(path / tasks.PROGRESS / 'settings.json', settings)
         tasks.write_task_list(path, task_list)
-        _put_tokenizer(path, config, task_list)
+        if config.tokenizer:
+            shutil.copyfile(config.tokenizer, path / store.TOKENIZER)
+        elif config.tokenizer_pieces and not (path / store.TOKENIZER).exists():
+            _say(f'Training a tokenizer of {config.tokenizer_pieces:,} pieces.')
+            sample = _sample(config, task_list)
+            tokenizer_lib.train_tokenizer(sample, path / store.TOKENIZER, config.tokenizer_pieces)
     except OSError as error:
         raise store.write_error(path, error) from None
     tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
@@ -183,16 +187,6 @@ def _clear(path: Path) -> None:
     for name in sorted(present, key=lambda name: name == tasks.PROGRESS):
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _put_tokenizer(path: Path, config: DataConfig, task_list: tasks.TaskList) -> None:
-    """Copies the config's tokenizer into the store, or trains one there."""
-    if config.tokenizer:
-        shutil.copyfile(config.tokenizer, path / store.TOKENIZER)
-    elif config.tokenizer_pieces and not (path / store.TOKENIZER).exists():
-        _say(f'Training a tokenizer of {config.tokenizer_pieces:,} pieces.')
-        sample = _sample(config, task_list)
-        tokenizer_lib.train_tokenizer(sample, path / store.TOKENIZER, config.tokenizer_pieces)
 
 
 def _sample(config: DataConfig, task_list: tasks.TaskList) -> Iterator[str]:
@@ -252,11 +246,16 @@ def _manifest(path: Path, task_list: tasks.TaskList, settings: dict[str, Any]) -
     faults: dict[str, list] = {task.source: [] for task in task_list.tasks}
     for rank, task in enumerate(task_list.tasks):
         result = tasks.read_result(path, rank)
-        entries.setdefault(task.source, {}).setdefault(task.split, []).append(_file_entry(task, result))
-        bad = [(None, result['bad'])] if 'bad' in result else result.get('faults', [])
-        faults[task.source] += [
-            {'file': task.input.names[0], 'record': record, 'reason': reason} for record, reason in bad
-        ]
+        entry: dict[str, Any] = {'name': task.input.names[0], 'bytes': _total_size(result['stamp'])}
+        counts = ('documents', 'dropped', 'tokens', 'bad_records', 'sha256')
+        entry |= {key: result[key] for key in counts if key in result}
+        if len(task.input.names) > 1:
+            entry['names'] = list(task.input.names)
+        bad = result.get('faults', [])
+        if 'bad' in result:
+            entry['bad'], bad = result['bad'], [(None, result['bad'])]
+        entries.setdefault(task.source, {}).setdefault(task.split, []).append(entry)
+        faults[task.source] += [{'file': entry['name'], 'record': record, 'reason': reason} for record, reason in bad]
     return {
         'version': store.VERSION,
         'tokenizer_sha256': tokenizer.sha256,
@@ -267,14 +266,6 @@ def _manifest(path: Path, task_list: tasks.TaskList, settings: dict[str, Any]) -
         'settings': settings,
         'sources': {name: _source_entry(name, splits, faults[name]) for name, splits in entries.items()},
     }
-
-
-def _file_entry(task: tasks.Task, result: dict[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = {'name': task.input.names[0], 'bytes': _total_size(result['stamp'])}
-    entry |= {key: result[key] for key in ('documents', 'dropped', 'tokens', 'bad_records', 'sha256') if key in result}
-    if len(task.input.names) > 1:
-        entry['names'] = list(task.input.names)
-    return entry | ({'bad': result['bad']} if 'bad' in result else {})
 
 
 def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any]]) -> dict[str, Any]:
@@ -293,14 +284,6 @@ def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any
     bad_records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
     listed = {split: {**totals[split], 'files': files} for split, files in splits.items()}
     return {**totals['train'], 'faults': bad_files + bad_records, 'splits': listed}
-
-
-def _finish(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, which makes the store complete, and removes what only prepare needed."""
-    for lock in path.rglob('*.__lock'):  # left by a write that was killed
-        lock.unlink()
-    store.write_json(path / store.MANIFEST, manifest)
-    shutil.rmtree(path / tasks.PROGRESS)
 
 
 class _Progress:

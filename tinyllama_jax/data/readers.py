@@ -84,7 +84,11 @@ def find_inputs(name: str, source: SourceConfig) -> dict[str, list[Input]]:
             files['train'] = [file for file in _files(root, root) if file.split('/')[0] not in SPLITS]
     else:
         raise errors.UsageError(f'{flag}.path={source.path} is neither a folder nor a file.')
-    formats = _formats(source.format, [file for split in files.values() for file in split])
+    candidates = FORMATS if source.format == 'auto' else (source.format,)
+    listed = [file for split in files.values() for file in split]
+    formats = {file: name for file in listed for name in candidates if file.lower().endswith(FORMATS[name].suffixes)}
+    if source.format == 'auto':  # plain text beside other data, such as a README, is skipped
+        formats = {file: name for file, name in formats.items() if name != 'text'} or formats
     inputs = {
         split: _inputs(root, files[split], formats, source) for split in ('train', 'validation') if split in files
     }
@@ -94,16 +98,12 @@ def find_inputs(name: str, source: SourceConfig) -> dict[str, list[Input]]:
             f'{flag}.path={source.path} has no files{f" ({suffixes})" if suffixes else ""} to train on; check the path '
             f'and {flag}.format={source.format}.'
         )
-    return {split: listed for split, listed in inputs.items() if listed}
+    return {split: inputs[split] for split in inputs if inputs[split]}
 
 
 def _files(root: Path, folder: Path) -> list[str]:
     """Returns the sorted names, relative to `root`, of the files below `folder`; enters a linked folder once."""
     names, seen = [], {os.path.realpath(folder)}
-
-    def is_new(path: str) -> bool:
-        real = os.path.realpath(path)
-        return real not in seen and not seen.add(real)
 
     def refuse(error: OSError) -> None:
         raise errors.UsageError(
@@ -111,19 +111,14 @@ def _files(root: Path, folder: Path) -> list[str]:
         )
 
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        shown = sorted(name for name in folders if not name.startswith('.'))
-        folders[:] = [name for name in shown if is_new(os.path.join(parent, name))]
+        shown, folders[:] = sorted(name for name in folders if not name.startswith('.')), []
+        for name in shown:
+            real = os.path.realpath(os.path.join(parent, name))
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
         names += [Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith('.')]
     return sorted(names)
-
-
-def _formats(wanted: str, files: Iterable[str]) -> dict[str, str]:
-    """Returns the format of each file to read; auto skips plain text beside other data (a README)."""
-    candidates = FORMATS if wanted == 'auto' else (wanted,)
-    formats = {file: name for file in files for name in candidates if file.lower().endswith(FORMATS[name].suffixes)}
-    if wanted == 'auto':
-        return {file: name for file, name in formats.items() if name != 'text'} or formats
-    return formats
 
 
 def _inputs(root: Path, files: list[str], formats: dict[str, str], source: SourceConfig) -> list[Input]:
@@ -153,9 +148,13 @@ def read_records(source: Input) -> Iterator[Record]:
 
 
 def _read_jsonl(source: Input) -> Iterator[Record]:
-    for number, line in enumerate(_lines(_decompressed(source.paths()[0]))):
-        if line.strip():
-            yield _json_record(number, line, source.text_field)
+    (path,) = source.paths()
+    suffix = path.suffix.lower()
+    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
+        chunks = iter(lambda: file.read(_READ_BYTES), b'')
+        for number, line in enumerate(_lines(_unzstd(chunks) if suffix == '.zst' else chunks)):
+            if line.strip():
+                yield _json_record(number, line, source.text_field)
 
 
 def _json_record(number: int, line: bytes, field: str | None) -> Record:
@@ -178,13 +177,6 @@ def _text_record(number: int, text: object, field: str | None, set_name: str | N
     if not isinstance(text, str):
         return Record(number, fault=f'has {"null" if text is None else type(text).__name__} for {field!r}, not a text')
     return Record(number, text, set_name)
-
-
-def _decompressed(path: Path) -> Iterator[bytes]:
-    suffix = path.suffix.lower()
-    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
-        chunks = iter(lambda: file.read(_READ_BYTES), b'')
-        yield from _unzstd(chunks) if suffix == '.zst' else chunks
 
 
 def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:

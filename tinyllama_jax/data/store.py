@@ -284,21 +284,19 @@ class TokenStore:
                 missing.append(file)
             else:
                 yield file, starts
-        for i in range(0, len(missing), _FILES_AT_ONCE):
-            yield from self._read_document_starts(source, split, missing[i : i + _FILES_AT_ONCE])
-
-    def _read_document_starts(self, source: str, split: str, files: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         entries = self._files(source, split)
-        array, batch = self._array('documents', source, split), tensorstore.Batch()
-        firsts = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in files]
-        reads = [array[first:end, 0].read(batch=batch) for first, end in firsts]
-        batch.submit()
-        for file, read in zip(files, reads, strict=True):
-            starts = self._result(read, source, split, file)
-            # An empty document at the very end starts after the last token, perhaps past 32 bits.
-            starts = starts[starts < entries[file]['tokens']].astype(np.uint32)
-            self._starts.put((source, split, file), starts)
-            yield file, starts
+        for i in range(0, len(missing), _FILES_AT_ONCE):
+            together = missing[i : i + _FILES_AT_ONCE]
+            array, batch = self._array('documents', source, split), tensorstore.Batch()
+            firsts = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in together]
+            reads = [array[first:end, 0].read(batch=batch) for first, end in firsts]
+            batch.submit()
+            for file, read in zip(together, reads, strict=True):
+                starts = self._result(read, source, split, file)
+                # An empty document at the very end starts after the last token, perhaps past 32 bits.
+                starts = starts[starts < entries[file]['tokens']].astype(np.uint32)
+                self._starts.put((source, split, file), starts)
+                yield file, starts
 
     def _first_rows(self, source: str, split: str, length: int) -> np.ndarray:
         """Returns the number of each file's first row, [files + 1]; the last is the number of rows."""

@@ -73,14 +73,18 @@ def _tokenizer(path: Path) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.Tokenizer(path / store.TOKENIZER)
 
 
-class ReadRecords(PipelineStep):
-    """Yields a Document per record; a bad record carries its fault in `metadata`."""
-
-    type, name = 'READER', 'records'
+class _Step(PipelineStep):
+    """A step of the pipeline that makes the store `path`."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
+
+
+class ReadRecords(_Step):
+    """Yields a Document per record; a bad record carries its fault in `metadata`."""
+
+    type, name = 'READER', 'records'
 
     def run(self, data: None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the records of task `rank`."""
@@ -89,14 +93,10 @@ class ReadRecords(PipelineStep):
             yield Document(record.text, f'{source.names[0]}/{record.number}', metadata=dataclasses.asdict(record))
 
 
-class MarkDropped(PipelineStep):
+class MarkDropped(_Step):
     """Sets `dropped` in the metadata of each document: whether it is empty or in an unwanted set."""
 
     type, name = 'FILTER', 'empty and unwanted'
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the documents of `data`, marked."""
@@ -111,14 +111,10 @@ def is_dropped(text: str, set_name: str | None, drop_sets: Collection[str]) -> b
     return not text or set_name in drop_sets
 
 
-class WriteStream(PipelineStep):
+class WriteStream(_Step):
     """Tokenises documents and writes the task's stream, then its result."""
 
     type, name = 'WRITER', 'stream'
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Writes the stream and result of task `rank`; a bad file leaves only its reason."""

@@ -180,16 +180,16 @@ class Throughput:
 
     def __init__(self, clock=time.perf_counter):
         self._clock = clock
-        self._lost = {}
-        self._begin()
+        self._start, self._lost = clock(), dict.fromkeys(('data', 'checkpoint', 'paused'), 0.0)
 
-    def _begin(self) -> None:
-        self._start = self._clock()
-        self._lost = {'data': 0.0, 'checkpoint': 0.0, 'paused': 0.0}
-
+    @contextlib.contextmanager
     def timed(self, kind: str):
         """A context whose duration is counted as `data`, `checkpoint` or `paused`."""
-        return _Timed(self._lost, kind, self._clock)
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._lost[kind] += self._clock() - start
 
     def lap(self, tokens: int) -> dict[str, float]:
         """Returns the figures since the last lap, in which `tokens` were trained on; starts the next lap."""
@@ -199,19 +199,8 @@ class Throughput:
             'data_seconds': self._lost['data'],
             'checkpoint_seconds': self._lost['checkpoint'],
         }
-        self._begin()
+        self._start, self._lost = self._clock(), dict.fromkeys(self._lost, 0.0)
         return lap
-
-
-class _Timed:
-    def __init__(self, totals: dict[str, float], kind: str, clock):
-        self._totals, self._kind, self._clock = totals, kind, clock
-
-    def __enter__(self):
-        self._start = self._clock()
-
-    def __exit__(self, *_):
-        self._totals[self._kind] += self._clock() - self._start
 
 
 class Progress:
@@ -231,8 +220,8 @@ class Progress:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
             return
-        left = (self._stop - step) * self._tokens_per_step / rate
-        self.say(f'step {step}/{self._stop}: {text}, {_duration(left)} to go')
+        minutes, seconds = divmod(round((self._stop - step) * self._tokens_per_step / rate), 60)
+        self.say(f'step {step}/{self._stop}: {text}, {minutes // 60}:{minutes % 60:02}:{seconds:02} to go')
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""
@@ -241,9 +230,3 @@ class Progress:
     def close(self) -> None:
         """Closes the bar, which stays on the screen."""
         self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}'

@@ -31,7 +31,12 @@ def generate_run(
 
     Raises UsageError for a file that cannot be read and a prompt that cannot be continued.
     """
-    texts = [*prompt, *_lines(prompts)]
+    texts = list(prompt)
+    if prompts:
+        try:
+            texts += pathlib.Path(prompts).read_text(encoding='utf-8').removesuffix('\n').split('\n')
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.UsageError(f'--prompts={prompts} cannot be read: {error}.') from None
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
@@ -47,13 +52,6 @@ def generate_run(
         for start in range(0, len(ids), _MOST_PROMPTS):
             together = ids[start : start + _MOST_PROMPTS]
             _print_texts(together, generator.batch(together, eos_id=tokenizer.eos_id, **options), tokenizer)
-
-
-def _lines(path: str | None) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text(encoding='utf-8').removesuffix('\n').split('\n') if path else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.UsageError(f'--prompts={path} cannot be read: {error}.') from None
 
 
 def _print_texts(

@@ -66,8 +66,8 @@ def _compared(key, op: str, config: Config, ops: Ops):
         results = _results(lambda *arrays: function(ops, *arrays), arrays)
     with jax.default_matmul_precision('highest'):
         expected = _results(lambda *arrays: function(plain, *arrays), [x.astype(jnp.float32) for x in arrays])
-    pairs = list(zip(results, expected, strict=True))
-    return tuple(jnp.max(jnp.stack([_finite(error(*pair)) for pair in pairs])) for error in (_worst_row, _whole))
+    each = [_row_and_whole(*pair) for pair in zip(results, expected, strict=True)]
+    return tuple(jnp.max(_finite(jnp.stack(kind))) for kind in zip(*each, strict=True))
 
 
 def _results(function, arrays):
@@ -80,17 +80,16 @@ def _results(function, arrays):
     return [x.astype(jnp.float32) for x in (*leaves, *vjp(jax.tree.unflatten(structure, cotangents)))]
 
 
-def _worst_row(result, expected):
-    """Returns the largest error of a row, relative to its norm or, if larger, the rows' root mean square norm."""
+def _row_and_whole(result, expected):
+    """Returns the largest error of a row and the error of the whole, relative to the norms of what is expected.
+
+    A row whose norm is below the rows' root mean square norm is measured against that instead.
+    """
     result, expected = (x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (result, expected))
     norms, error_norms = jnp.linalg.norm(expected, axis=1), jnp.linalg.norm(result - expected, axis=1)
     usual = jnp.sqrt(jnp.mean(jnp.square(norms)))
-    return jnp.max(_finite(error_norms / jnp.maximum(jnp.maximum(norms, usual), 1e-30)))
-
-
-def _whole(result, expected):
-    """Returns the norm of the error, relative to the norm of `expected`."""
-    return jnp.linalg.norm((result - expected).ravel()) / jnp.maximum(jnp.linalg.norm(expected.ravel()), 1e-30)
+    row_error = jnp.max(_finite(error_norms / jnp.maximum(jnp.maximum(norms, usual), 1e-30)))
+    return row_error, jnp.linalg.norm(error_norms) / jnp.maximum(jnp.linalg.norm(norms), 1e-30)
 
 
 def _finite(error):

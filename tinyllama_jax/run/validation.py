@@ -1,5 +1,6 @@
 """Validation loss per source: the same rows at every step and for every seed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,15 +29,12 @@ def losses(
         size, total = data.validation_size(name), 0.0
         for start in range(0, size, batch):
             rows_NR, segment_ids_NR = data.validation(name, slice(start + first, start + last))
-            rows_BR, segment_ids_BR = (_padded(x_NR, last - first) for x_NR in (rows_NR, segment_ids_NR))
+            # The last batch is filled up with rows of zeros, whose weight is 0.
+            pad = functools.partial(np.pad, pad_width=((0, last - first - len(rows_NR)), (0, 0)))
+            rows_BR, segment_ids_BR = jax.tree.map(pad, (rows_NR, segment_ids_NR))
             weights_B = (np.arange(start + first, start + last) < size).astype(np.float32)
             loss = eval_step(params, *put((rows_BR, segment_ids_BR, weights_B)))
             total += float(jax.device_get(loss)) * min(batch, size - start)
         if size:
             means[name] = total / size
     return means
-
-
-def _padded(x_NR: np.ndarray | None, batch: int) -> np.ndarray | None:
-    """Returns `batch` rows, padded with rows of zeros at the end."""
-    return None if x_NR is None else np.pad(x_NR, ((0, batch - len(x_NR)), (0, 0)))

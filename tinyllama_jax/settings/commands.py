@@ -13,7 +13,7 @@ class Command:
     needs_workdir: bool = True
     joins_cluster: bool = False  # it runs in several processes: PLACE_FLAGS become `members`
     keeps_command: bool = False  # it also takes `command`, the command line, which config.json keeps
-    trains: bool = False  # it heeds `deterministic` and takes evaluation hooks, both by config.train
+    trains: bool = False  # it obeys config.train.deterministic, and takes hooks if config.train.evaluate_tasks are set
 
 
 PLACE_FLAGS = 'coordinator num_processes process_id'

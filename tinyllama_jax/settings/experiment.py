@@ -83,7 +83,15 @@ def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
         raise errors.usage(flag, f'{type(node).__name__} has no field {name!r}; the nearest is {near[0]!r}')
     value, hint = getattr(node, name), hints[name]
     if typing.get_origin(hint) is Mapping:
-        new = _override_entry(value, typing.get_args(hint)[1], rest, text, flag)
+        match rest:
+            case [entry] if text.lower() == 'none':
+                new = {other: fields for other, fields in value.items() if other != entry}
+            case [entry, *below] if below:
+                old = value.get(entry, typing.get_args(hint)[1]())
+                new = {**value, entry: _override(old, below, text, flag)}
+            case _:
+                wanted = 'name an entry and one of its fields, as NAME.path=DIR (or NAME=none to remove it)'
+                raise errors.usage(flag, wanted)
     elif dataclasses.is_dataclass(value):
         if not rest:
             fields = ', '.join(field.name for field in dataclasses.fields(value))
@@ -94,15 +102,6 @@ def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
     else:
         new = _parsed(text, hint, flag)
     return dataclasses.replace(node, **{name: new})
-
-
-def _override_entry(entries: Mapping[str, Any], entry_type: type, path: list[str], text: str, flag: str):
-    if not path or (len(path) == 1 and text.lower() != 'none'):
-        raise errors.usage(flag, 'name an entry and one of its fields, as NAME.path=DIR (or NAME=none to remove it)')
-    if len(path) == 1:
-        return {name: entry for name, entry in entries.items() if name != path[0]}
-    entry = _override(entries.get(path[0], entry_type()), path[1:], text, flag)
-    return {**entries, path[0]: entry}
 
 
 def _parsed(text: str, hint: Any, flag: str) -> Any:

@@ -15,15 +15,15 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise errors.UsageError(f'{kind.__name__} has no field {unknown[0]!r}; was it written by another version?')
-    return kind(**{name: _from_plain(value, hints[name]) for name, value in values.items()})
-
-
-def _from_plain(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint)
-    if typing.get_origin(hint) is Mapping:
-        return {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    fields = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(value, hint)
+        elif typing.get_origin(hint) is Mapping:
+            value = {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in value.items()}
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
