@@ -160,7 +160,7 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def _gather_dq(
+def _accumulate_dq(
     dq, q, dout, top, log, delta, k_ptr, v_ptr, segments_ptr, queries, query_segments, start, stop,
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
     DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -205,11 +205,11 @@ def attention_dq_kernel(
     query_segments = _row_values(segments_ptr, queries, T, EVEN) if SEGMENTS else queries
     dq = tl.zeros([BLOCK_Q, H], tl.float32)
     diagonal = tile * BLOCK_Q // BLOCK_K * BLOCK_K
-    dq = _gather_dq(
+    dq = _accumulate_dq(
         dq, q, dout, top, log, delta, k_ptr, v_ptr, segments_ptr, queries, query_segments, 0, diagonal,
         SCALE, K * H, H, T, EVEN, False, SEGMENTS, BLOCK_K,
     )  # fmt: skip
-    dq = _gather_dq(
+    dq = _accumulate_dq(
         dq, q, dout, top, log, delta, k_ptr, v_ptr, segments_ptr, queries, query_segments, diagonal,
         tl.minimum((tile + 1) * BLOCK_Q, T), SCALE, K * H, H, T, EVEN, True, SEGMENTS, BLOCK_K,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _gather_dkv(
+def _accumulate_dkv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, segments_ptr, keys, key_segments, start, count,
     SCALE: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr,
     DIAGONAL: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -297,11 +297,11 @@ def attention_dkv_kernel(
         n = kv_head * G + g
         query_head = (b * T * N + n) * H
         row = (b * N + n) * T
-        dk, dv = _gather_dkv(
+        dk, dv = _accumulate_dkv(
             dk, dv, k, v, q_ptr + query_head, dout_ptr + query_head, lse_ptr + 2 * row, delta_ptr + row, segments_ptr,
             keys, key_segments, start, DIAGONAL_TILES, SCALE, N * H, H, T, EVEN, True, SEGMENTS, BLOCK_Q,
         )  # fmt: skip
-        dk, dv = _gather_dkv(
+        dk, dv = _accumulate_dkv(
             dk, dv, k, v, q_ptr + query_head, dout_ptr + query_head, lse_ptr + 2 * row, delta_ptr + row, segments_ptr,
             keys, key_segments, start + BLOCK_K, rest, SCALE, N * H, H, T, EVEN, False, SEGMENTS, BLOCK_Q,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The seven ops of the model, each with a choice of implementation; a name works or raises: nothing falls back.
 
     impl=None         the default for the op and the chip
-    impl='xla'        plain JAX: reference.py on GPUs, cpu.py on CPUs
+    impl='xla'        plain JAX: reference.py on GPUs, cpu.py on CPUs; cpu.cross_entropy and embedding.py on both
     impl='triton'     the Triton kernel, on a chip of `chips.CHIPS`
     impl='interpret'  the same Triton source in Triton's interpreter, on the CPU: exact, and slow
     impl='cudnn'      attention only: cuDNN's, through jax.nn.dot_product_attention

@@ -44,7 +44,7 @@ def _run_on_gpu(chip, kernel, inputs, outputs, grid, tile, constants):
 
 
 def interpret(chip, kernel, inputs, outputs, grid, tile, constants):
-    """Runs a kernel in Triton's interpreter: `Chip.run` of the interpreter."""
+    """Runs a kernel in Triton's interpreter on the CPU; takes the arguments of `_run_on_gpu`."""
     from kernels import interpreter
 
     def run(*arrays):

@@ -3,8 +3,8 @@
 A checkpoint at step n is the state after n optimizer steps, as three items:
 `params`, `rest` (step and optimizer state) and `meta` (JSON: configuration, data
 fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
-by renaming it, so a killed save leaves nothing behind. The checksums catch later
-changes of bytes, which orbax does not notice. If storage, memory or a device fails
+by renaming it, so a killed save leaves only a temporary folder, which the next start
+removes. The checksums catch later changes of bytes, which orbax does not notice. If storage, memory or a device fails
 while reading, that is not damage: nothing is moved, and the run ends with 75.
 """
 

@@ -95,13 +95,15 @@ class OptimizerConfig:
     final_learning_rate: Annotated[float, '>= 0'] = 4e-5
     warmup_steps: Annotated[int, '>= 0'] = 2_000
     decay_steps: Annotated[int, '>= 0'] = 0  # wsd only
-    micro_steps_per_step: int = 1  # the original's 8: a step runs at the rate of its last micro-step
+    micro_steps_per_step: int = 1  # of the schedule only; the original's 8: a step has the rate of its last micro-step
     stuck_until_step: Annotated[int, '>= 0'] = 0  # the original's fault: until then the minimum was the peak
     beta1: Annotated[float, '>= 0', '< 1'] = 0.9
     beta2: Annotated[float, '>= 0', '< 1'] = 0.95
     eps: float = 1e-8
     weight_decay: Annotated[float, '>= 0'] = 0.1
-    decay: Literal['matrices', 'all'] = 'matrices'  # matrices: all but the norms' scales; all: as the original
+    decay: Literal['matrices', 'all'] = (
+        'matrices'  # what weight_decay applies to: all but the norms' scales; all: as the original
+    )
     clip_norm: float = 1.0
 
 
@@ -135,7 +137,7 @@ class MeshConfig:
 
 
 # What each remat policy saves of a layer beside its input: names in model.py (their bytes stand there) and in the
-# attention kernels; None: everything. Ordered from the least recomputation, and the most memory, to the most.
+# attention kernels; None: everything. In order of growing recomputation and shrinking memory.
 REMAT: dict[str, tuple[str, ...] | None] = {
     'none': None,
     'names': ('attention_out', 'attention_lse', 'qkv', 'attended', 'mlp'),
@@ -150,9 +152,9 @@ class TrainConfig:
 
     num_steps: int = 1_430_512
     global_batch_size: int = 1_024  # sequences per optimizer step
-    micro_batch_size: int = 8  # sequences per device in one forward pass
+    micro_batch_size: int = 8  # sequences per batch shard (one of data x fsdp) in one forward pass
     # What the backward pass finds saved, per layer and token of the 1.1 B model in bfloat16 with our kernels. none:
-    # 58 KiB, everything. names: 40 KiB; norms and SwiGLU are recomputed. attention: 8 KiB, its output and log-sum-exp;
+    # 58 KiB, everything. names: 39 KiB; norms and SwiGLU are recomputed. attention: 8 KiB, its output and log-sum-exp;
     # all other ops are recomputed. full: 4 KiB, the layer's input; everything is recomputed, a third more FLOPs.
     remat: Annotated[str, REMAT] = 'full'
     # dtype of weight gradients out of the matmul and in the reduction; none: the compute dtype. float32 doubles their
@@ -166,7 +168,9 @@ class TrainConfig:
     eval_every_steps: Annotated[int, '>= 0'] = 5_000  # validation loss per source; 0: only at the end
     eval_rows: int = 512  # validation rows per source
     evaluate_tasks: tuple[str, ...] = ()  # lm-eval's tasks on which the model is evaluated while it trains
-    evaluate_every_steps: Annotated[int, '>= 0'] = 5_000  # 0: only at the end
+    evaluate_every_steps: Annotated[int, '>= 0'] = (
+        5_000  # of evaluate_tasks, not of the validation loss; 0: only at the end
+    )
     evaluate_limit: int | None = 100  # only this many examples of each task, from its beginning
     evaluate_include_path: str | None = None  # as evaluate's --include_path
     evaluate_task_data: str | None = None  # as evaluate's --task_data
@@ -177,7 +181,8 @@ class TrainConfig:
     profile_step: int | None = None  # first step of a profiler window
     profile_steps: int = 3
     join_timeout_s: float = 300.0  # for all processes to reach the coordinator
-    # If one process keeps the others waiting, or none advances, for this long, the run ends with 75 (docs/cluster.md).
+    # The run ends with 75 if one process keeps the others waiting for stuck_timeout_s, or none advances for
+    # hang_timeout_s (docs/cluster.md).
     stuck_timeout_s: float = 40.0
     hang_timeout_s: Annotated[float, '>= 0'] = 1_800.0  # 0: neither is watched
 

@@ -29,7 +29,7 @@ class DoesNotFit(Failure):
 
 
 class Unavailable(Failure):
-    """Storage, memory or a device failed: nothing was changed, and a restart may succeed."""
+    """A cause outside the run: storage, memory, a device, another process. A restart may succeed."""
 
     exit_code = 75  # sysexits.h: EX_TEMPFAIL
 

@@ -35,7 +35,7 @@ def stream(params: dict, config: ModelConfig, prompt_ids: Sequence[int], **optio
     """Yields the continuation of one prompt token by token; `options` and errors are those of `Generator.batch`."""
     blocks = Generator(params, config).batch([prompt_ids], **options)
 
-    def tokens():
+    def tokens():  # apart, so that wrong arguments raise at the call, not at the first token
         sent = 0
         for batch in blocks:
             yield from batch.tokens[0][sent:]

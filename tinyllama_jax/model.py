@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         self.o = _weight(rngs, residual_std, N, H, D)
 
     def __call__(self, x_BTD, ops: Ops, positions_BT, attend, cache=None):
-        """Returns the attention's output [B, T, D] and this layer's cache, as `attend` returns it."""
+        """Returns the attention's output [B, T, D] and this layer's cache. `attend` is explained at `hidden`."""
         rotate = functools.partial(
             ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
         )
@@ -142,9 +142,9 @@ def _layer_graphdef(config: ModelConfig):
 
 
 def remat_policy(name: str):
-    """Returns the policy of jax.checkpoint for a key of `config.REMAT`; None recomputes everything."""
-    saved = config_lib.REMAT[name]
-    return jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
+    """Returns the policy of jax.checkpoint that saves what `config.REMAT[name]` lists."""
+    saved, policies = config_lib.REMAT[name], jax.checkpoint_policies
+    return policies.everything_saveable if saved is None else policies.save_only_these_names(*saved)
 
 
 def unstacked(tree, count: int) -> list:
@@ -176,6 +176,7 @@ def hidden(
       segment_ids_BT: a token sees only tokens of its own segment.
       attend: (queries, keys, values, the layer's part of `cache`) -> (output, what to return), instead of causal
         attention over these tokens; decode.py attends over a cache.
+      cache: the keys and values of earlier tokens, stacked or listed like the layers; none in training.
       remat: what the backward pass recomputes, a key of `config.REMAT`.
     """
     ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
@@ -191,7 +192,7 @@ def hidden(
     if remat != 'none':
         # In a scan XLA cannot merge the recomputation with the forward pass; unrolled, it would undo the remat.
         layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=not config.scan_layers)
-    # Cast once, here: the residual stream is in the compute dtype, and ops cast each weight to it where they use it.
+    # From the embedding on, the residual stream has the compute dtype; each op casts its float32 weight to it.
     dtype = compute_dtype(config, ops)
     with matmul_precision(dtype):
         x_BTD = ops.embed(params['embed'], tokens_BT, dtype)
@@ -238,7 +239,7 @@ def loss(
 ):
     """Returns (the loss that training minimises, its parts {nll, z_loss}), float32 scalars.
 
-    nll is the mean next-token loss in nats. `options` are those of `hidden`.
+    nll is the mean next-token loss in nats, weighted by `weights_BT` (0: padding). `options` are those of `hidden`.
     """
     ops = ops or ops_lib.make_ops(ops_lib.PLAIN)
     x_BTD, _ = hidden(params, tokens_BT, config, ops=ops, **options)

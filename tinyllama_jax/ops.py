@@ -1,7 +1,7 @@
 """The model's ops under a mesh: each device runs them on its part of the arrays, split as one table says.
 
-XLA would gather a kernel's inputs and run it whole on every device; so every op, whichever its
-implementation, is called inside `jax.shard_map`, which only this file calls.
+XLA would gather a kernel's inputs and run it whole on every device. So every op but `linear`, whose
+matrix products XLA partitions well, is called inside `jax.shard_map`, which only this file calls.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
 from tinyllama_jax.sharding import BATCH, EMBEDDING, HEAD, HEADS, HIDDEN, TOKENS, VOCABULARY_AXIS, WEIGHTS_AXIS
 
-# op: (partitions of its arrays, partition of its results). None: a matrix product, which XLA itself partitions well;
-# its partition follows from the weight's (sharding.PARAM_RULES).
+# op: (partitions of its arrays, partition of its results). None: plain JAX's matrix product, which XLA
+# itself partitions well; its partition follows from the weight's (sharding.PARAM_RULES). A kernel needs partitions.
 _PARTITIONS = {
     'attention': ((HEADS, HEADS, HEADS, TOKENS), HEADS),
     'rms_norm': ((TOKENS, P(), TOKENS), TOKENS),
@@ -52,7 +52,9 @@ class Ops:
     chip: str | None  # the GPU's compute capability, such as sm_90; None for a CPU
     mesh: Mesh | None  # None: one device
     whole_weights: bool = False  # ZeRO-1: each device holds whole weights, which need no all-gather
-    gradient_dtype: str | None = None  # dtype in which weight gradients are reduced; none: the weights'
+    gradient_dtype: str | None = (
+        None  # dtype of weight gradients, out of the matmul and reduced; none: the compute dtype
+    )
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
         """Returns causal grouped-query attention over whole sequences, [B, T, N, H]."""
@@ -240,7 +242,7 @@ def make_ops(
     *,
     chip: str | None = None,
 ) -> Ops:
-    """Returns the ops that `kernels` names, by default those of the chip: the mesh's or the default device's.
+    """Returns the ops that `kernels` names; for others the default of the chip (the mesh's, else the first device's).
 
     `chip` overrides it, to lower a program for a GPU that this machine does not have.
     Raises UsageError if an implementation cannot run there.

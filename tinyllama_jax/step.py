@@ -108,12 +108,13 @@ def _step_weights(params, config: Config, ops: Ops):
         w = jax.lax.with_sharding_constraint(w.astype(dtype), split)
         return jax.lax.with_sharding_constraint(w, whole)
 
-    split, whole = (sharding.shardings(params, mesh, whole=whole) for whole in (False, True))
-    return jax.tree.map(gathered, params, split, whole)
+    return jax.tree.map(
+        gathered, params, sharding.shardings(params, mesh), sharding.shardings(params, mesh, whole=True)
+    )
 
 
 def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops):
-    """Returns the parts of the loss and its gradient, means over all A x B sequences, summed over A in float32."""
+    """Returns (parts of the loss, gradients), means over all A x B sequences; the sums over A are float32."""
     weights = _step_weights(params, config, ops)
     options = {'ops': ops, 'z_loss': config.train.z_loss, 'remat': config.train.remat}
 
@@ -141,7 +142,7 @@ def _loss_and_grads(params, rows_ABR, segment_ids_ABR, config: Config, ops: Ops)
 
 
 def train_step(state: TrainState, rows_ABR, segment_ids_ABR, *, config: Config, ops: Ops):
-    """Takes one optimizer step; returns (new state, scalars {loss, grad_norm, learning_rate}, z_loss if it is on).
+    """Takes one optimizer step; returns (new state, {loss, grad_norm, learning_rate, and z_loss if it is on}).
 
     `loss` is the mean next-token loss without the z-loss, `grad_norm` the norm before clipping, `learning_rate` the
     rate that this step used.

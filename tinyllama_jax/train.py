@@ -77,7 +77,7 @@ class _Run:
         restored = self.checkpointer.restore(step_lib.abstract_state(config, self.mesh), check)
         self.state, meta = restored or (step_lib.init_state(config, self.mesh), {'step': 0})
         self.start = meta['step']
-        # Only now is the folder written to: every refusal above leaves it as it was.
+        # Only a start that is not refused writes config.json and metrics.
         self.journal = (
             journal.Journal(folder, config, command, self.start, tokens.tokenizer_path)
             if members.primary
@@ -187,7 +187,7 @@ class _Run:
     def _write(self, entry: dict[str, Any]) -> None:
         """Writes and shows an entry, with the speed since the last one."""
         step, model_config, devices = entry['step'], self.config.model, self.mesh.devices
-        # After a crash some steps run again. With the same code and machine a different loss means broken hardware.
+        # After a crash some steps run again. With the same code, machine and data another loss means broken hardware.
         self.journal.compare_recomputed(step, entry['loss'])
         entry |= self.throughput.lap((step - self.logged) * self._tokens_per_step())
         convention, kind = self.config.train.mfu, devices.flat[0].device_kind

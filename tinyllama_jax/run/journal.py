@@ -9,7 +9,7 @@ from tinyllama_jax.settings import tree
 
 
 class Silent:
-    """The journal of a process that writes nothing. It takes the calls that `Journal` takes."""
+    """The journal of a process that writes nothing: it takes the calls of `Journal` and does nothing."""
 
     def say(self, line: str) -> None:
         """Prints a line."""

@@ -23,7 +23,7 @@ def generate_run(
 ) -> None:
     """Prints prompts with their continuations by a workdir's checkpoint; `options` are those of `Generator.batch`.
 
-    Prompts are continued together and printed in order: the first that has not ended, as its tokens arrive.
+    Prompts are continued together but printed one after the other; the one being printed shows its tokens as they come.
 
     Args:
       prompt: prompts.

@@ -396,6 +396,4 @@ time.sleep(60)
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
     assert 'File "<string>", line 8 in <module>' in done.stderr
-    assert re.search(
-        r'main\.py: process 0 on \S+ is hanging in a hook: no step for \d s\. The same command', done.stderr
-    )
+    assert re.search(r'main\.py: process 0 on \S+ is hanging in a hook: no step for \d s\. The same', done.stderr)
