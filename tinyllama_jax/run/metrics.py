@@ -105,8 +105,13 @@ class TensorBoard(Sink):
     """Event files of TensorBoard; nested dictionaries become paths such as loss/web."""
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
-        from tensorboardX import SummaryWriter  # here, because it imports torch if that is installed: two seconds
-
+        # tensorboardX imports torch where it is installed, for annotations only; that takes two seconds.
+        torch = sys.modules.setdefault('torch', None)  # pyrefly: ignore  # None: an import fails as if not installed
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            if torch is None:
+                del sys.modules['torch']
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, entry: dict[str, Any]) -> None:

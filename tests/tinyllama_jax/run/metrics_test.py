@@ -1,9 +1,12 @@
 """Metrics files: cut atomically, no step twice, every sink written, recomputed losses compared; throughput."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.support import tiny
 from tinyllama_jax import errors
 from tinyllama_jax.run import metrics
@@ -49,6 +52,16 @@ def test_losses_that_may_differ_are_forgotten(tmp_path):
     recomputed.forget()
     recomputed.compare(6, 9.9)
     metrics.Recomputed(path, 5).compare(6, 8.8)
+
+
+def test_tensorboard_does_not_import_torch_nor_forbid_it(tmp_path):
+    program = (
+        'import importlib.util, pathlib, sys; from tinyllama_jax.run import metrics\n'
+        f'metrics.TensorBoard(pathlib.Path({str(tmp_path)!r}), start_step=0).close()\n'
+        "assert 'torch' not in sys.modules and 'tensorboardX' in sys.modules\n"
+        "assert importlib.util.find_spec('torch') is None or __import__('torch').Tensor"
+    )
+    subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True)
 
 
 def test_writer_appends_and_nests_for_tensorboard(tmp_path):
