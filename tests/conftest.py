@@ -23,9 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All of this must be set before jax and the Hugging Face libraries are imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Compiling is a third quicker one level below what XLA itself chooses. The commands that tests start have it too: they
-# find the same programs compiled.
-OPTIMIZATION = '--xla_backend_optimization_level=1'
+# XLA compiles twice as fast without optimization. The commands that tests start have it too, and find the programs
+# compiled; those of tests/demo keep what XLA itself chooses, as a user's do.
+OPTIMIZATION = '--xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}=8 {OPTIMIZATION}'.strip()
 os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'  # a bfloat16 plus a float32 is an error, not a silent float32
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'  # so is a [D] added to a [B, T, D] by mistake

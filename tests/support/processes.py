@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.conftest import DEVICES, ROOT
+from tests.conftest import DEVICES, OPTIMIZATION, ROOT
 from tinyllama_jax.run import metrics
 
 
@@ -39,7 +39,7 @@ class Processes:
             joining = [f'--coordinator={self.address}', f'--num_processes={count}', f'--process_id={i}']
             own = each[i] if each else ()
             line = [sys.executable, *main, command, f'--workdir={folder}', *joining, *arguments, *own]
-            flags = f'{DEVICES}={devices // count} --xla_backend_optimization_level=1'
+            flags = f'{DEVICES}={devices // count} {OPTIMIZATION}'
             added = {'NODE_NAME': f'host-{i}', 'XLA_FLAGS': flags, 'TF_CPP_MIN_LOG_LEVEL': '3'}
             self.said.append(folder.with_name(f'{folder.name}.{i}.txt'))
             environment = {**os.environ, **added, **common, **(environments[i] if environments else {})}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from eval_bridge.hf import convert
-from tests.conftest import ROOT
+from tests.conftest import OPTIMIZATION, ROOT
 from tests.support import kernel_checks, tiny
 from tinyllama_jax import errors, sharding, train
 from tinyllama_jax.cluster import members as cluster
@@ -77,7 +77,7 @@ def _main(store, folder, *prefix):
         f'--config=tests/support/tiny_experiment.py:{STEPS}',
         f'--workdir={folder}',
     ]
-    environment = {**os.environ, 'XLA_FLAGS': ''}
+    environment = {**os.environ, 'XLA_FLAGS': OPTIMIZATION}
     with open(folder / 'stderr.txt', 'w') as stderr:
         return subprocess.Popen(
             [*prefix, *command, f'--config.data.store={store}'], cwd=ROOT, env=environment, stderr=stderr

@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from tests.conftest import DEVICES, ROOT
+from tests.conftest import DEVICES, OPTIMIZATION, ROOT
 from tests.support import slurm
 from tests.support.processes import Processes
 from tinyllama_jax import errors, train
@@ -308,7 +308,7 @@ def cluster():
     with tempfile.TemporaryDirectory(dir='/tmp') as folder, slurm.Slurm(pathlib.Path(folder)) as running:
         running.environment |= {
             'PYTHON': sys.executable,
-            'XLA_FLAGS': f'{DEVICES}=4 --xla_backend_optimization_level=1',
+            'XLA_FLAGS': f'{DEVICES}=4 {OPTIMIZATION}',
         }
         yield running
 
