@@ -30,13 +30,12 @@ def awake_cores():
             ctypes.CDLL(None).pthread_spin_unlock(lock)
 
 
-_spin_locks = []  # kept alive: on a busy core a thread reads its lock long after it was unlocked
-
-
 def _spin_on(core: int):
     """Starts an idle-priority thread that spins on `core` until the returned lock is unlocked; None if not allowed."""
-    libc, thread, lock = ctypes.CDLL(None), ctypes.c_ulong(), ctypes.byref(ctypes.c_int())
-    _spin_locks.append(lock)
+    libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+    libc.calloc.restype = ctypes.c_void_p
+    # Never freed: on a busy core the thread reads its lock long after it was unlocked, even while Python shuts down.
+    lock = ctypes.c_void_p(libc.calloc(1, ctypes.sizeof(ctypes.c_int)))
     libc.pthread_spin_init(lock, 0)
     libc.pthread_spin_lock(lock)
     # A bare C thread that only makes this call: it neither waits for Python's own lock nor holds it.
