@@ -54,9 +54,9 @@ class SourceConfig:
 
     path: str | None = None  # a folder (or one file); train/, validation/, test/ inside are splits
     weight: float = 1.0  # share of rows, relative to the other sources
-    format: Literal['auto', 'jsonl', 'parquet', 'text'] = 'auto'  # auto: by suffix; text: a file is one document
-    text_field: str | None = None  # none: `text` in jsonl, `content` in parquet
-    drop_sets: tuple[str, ...] = ('RedPajamaGithub',)  # values of meta.redpajama_set_name left out
+    format: Literal['auto', 'jsonl', 'parquet', 'arrow', 'text'] = 'auto'  # auto: by name; text: a file is one document
+    text_field: str | None = None  # none: `text` in jsonl; `text` or `content`, whichever is there, in tables
+    drop_sets: tuple[str, ...] = ('RedPajamaGithub',)  # records that name one of these in another field are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DataConfig:
     shuffle: Literal['rows'] = 'rows'  # rows: single rows are permuted afresh each epoch
     holdout_share: Annotated[float, '>= 0', '< 1'] = 0.001  # of the rows of a source without a validation split
     holdout_min_rows: Annotated[int, '>= 0'] = 64
-    max_bad_share: Annotated[float, '>= 0', '< 1'] = 0.0  # share of bad input files that prepare tolerates
+    max_bad_share: Annotated[float, '>= 0', '< 1'] = 0.0  # share of bad files and of bad records that prepare accepts
     workers: int | None = None  # prepare's processes; none: one per core
     prefetch_steps: int = 4  # batches read ahead of the training step
 

@@ -153,6 +153,8 @@ class _Run:
             f'{self._tokens_per_step():,} tokens a step in {self.accumulation} x {rows} sequences; '
             f'steps {self.start} to {config.train.num_steps}; the first step compiles'
         )
+        shares = ', '.join(f'{name} {share:.1%}' for name, share in self.data.in_no_row().items())
+        self.journal.say(f'tokens in no row, at the ends of streams: {shares}')
         self.journal.say(self.ops.table())
         if self.ops.chip:
             self.journal.say(xla.gpu_settings())

@@ -28,17 +28,17 @@ import sentencepiece
 
 from tinyllama_jax import tokenizer
 from tinyllama_jax.config import SourceConfig
-from tinyllama_jax.data import corpus, readers
+from tinyllama_jax.data import corpus, inputs, readers
 
 TRAINED_PIECES = 4_096
 
 
 def documents(path: str, characters: int) -> list[str]:
     """Returns the first texts of a raw corpus's training split, about `characters` in all."""
-    inputs = readers.find_inputs('text', SourceConfig(path=path))['train']
+    found = inputs.find_inputs('text', SourceConfig(path=path)).splits['train']
     texts, left = [], characters
-    for record in itertools.chain.from_iterable(map(readers.read_records, inputs)):
-        if record.text:
+    for record in itertools.chain.from_iterable(map(readers.read_records, found)):
+        if isinstance(record, readers.Record) and record.text:
             texts.append(record.text)
             left -= len(record.text)
         if left <= 0:

@@ -207,6 +207,14 @@ class Dataset:
         counts = mixture_counts(np.array(step * self._batch_size, np.int64), self._weights)
         return {name: int(count) for name, count in zip(self.sources, counts, strict=True)}
 
+    def in_no_row(self) -> dict[str, float]:
+        """Returns for each source the share of its training tokens that no row holds."""
+        shares = {}
+        for name in self.sources:
+            tokens = [file['tokens'] for file in self._store.manifest['sources'][name]['splits']['train']['files']]
+            shares[name] = sum(count % (self._seq_len + 1) for count in tokens) / sum(tokens)
+        return shares
+
     def _fingerprint(self) -> str:
         manifest = self._store.manifest
         files = {
@@ -242,9 +250,11 @@ def _source_rows(config: Config, store: TokenStore, source: str) -> _SourceRows:
     wanted = max(data.holdout_min_rows, -int(-rows * data.holdout_share // 1))
     held_out = 0 if validation else min(wanted, rows // 2)
     if rows == held_out:
+        files = store.manifest['sources'][source]['splits']['train']['files']
         raise errors.UsageError(
-            f'source {source} in {store.path} has no row of seq_len + 1 = {seq_len + 1} tokens; give it more text, or '
-            'a smaller --config.model.seq_len.'
+            f'source {source} in {store.path} has no row of seq_len + 1 = {seq_len + 1} tokens, since none of its '
+            f'{len(files)} streams is so long ({sum(file["tokens"] for file in files):,} tokens in all); give it more '
+            'text, join its files, or set a smaller --config.model.seq_len.'
         )
     return _SourceRows(source, rows - held_out, held_out, validation)
 

@@ -1,7 +1,7 @@
 """Makes a complete store from raw corpora: lists the tasks, runs those that are left, writes the manifest.
 
-A task turns one input (a file, or a group of plain text files) into its own stream
-of the store, so the store's bytes depend neither on the number of workers nor on
+A task turns one input (a file, or a group of small files) into its own stream of
+the store, so the store's bytes depend neither on the number of workers nor on
 restarts. The manifest is written last.
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,29 +23,31 @@ import tqdm
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, DataConfig
-from tinyllama_jax.data import corpus, readers, store, tasks
+from tinyllama_jax.data import corpus, inputs, manifest, readers, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
 
-_LISTED_RECORDS = 100  # bad records listed per source; all are counted
 _SAMPLE_CHARACTERS = 4_000_000  # for training a tokenizer
 _SAMPLE_FILES = 256  # of each source, for the same
 _LINE_SECONDS = 10.0  # between lines of progress
-
-Inputs = Mapping[str, Mapping[str, list[readers.Input]]]  # source -> split -> inputs
+_SNAPSHOT = re.compile('(?:^|/)snapshots/([^/]+)/')  # a revision in a cache of the Hugging Face hub
 
 
 def prepare_run(config: Config, workdir: Path) -> None:
     """Makes the store that a run reads; see `prepare`."""
-    prepare(config.data, config.data.store_path(workdir))
+    prepare(config.data, config.data.store_path(workdir), workdir=workdir, seq_len=config.model.seq_len)
 
 
-def prepare(config: DataConfig, path: str | Path) -> dict[str, Any]:
+def prepare(
+    config: DataConfig, path: str | Path, *, workdir: Path | None = None, seq_len: int | None = None
+) -> dict[str, Any]:
     """Makes the store `path` from the sources of `config` and returns its manifest.
 
     Resumes an interrupted call; leaves a complete store of the same settings as it
-    is. Raises UsageError for unusable sources, files or settings and for too many
-    bad files, RunError when the store cannot be written; it writes no manifest then.
+    is. `workdir` is never read as a part of a source. With `seq_len`, says which share
+    of the tokens no row holds. Raises UsageError for unusable sources, files or settings
+    and for too many bad files or records, RunError when the store cannot be written; it
+    writes no manifest then.
     """
     path = Path(path).absolute()
     if not config.sources:
@@ -56,40 +59,61 @@ def prepare(config: DataConfig, path: str | Path) -> dict[str, Any]:
         )
     if config.python_corpus:
         config = dataclasses.replace(config, sources=corpus.with_paths(config.sources, path.parent / 'corpus'))
-    inputs = {name: readers.find_inputs(name, source) for name, source in config.sources.items()}
-    settings = _settings(config, inputs)
-    manifest = store.read_manifest(path)
-    if manifest is not None:
-        _check_unchanged(manifest, settings, inputs, path)
+    complete = store.read_manifest(path)
+    found = _list_files(
+        config,
+        own=[path] if workdir is None else [path, workdir],
+        share=complete is None or complete['version'] == store.SHARED_VERSION,
+    )
+    settings = _settings(config, found)
+    if complete is not None:
+        _check_unchanged(complete, settings, found, path)
         _say(f'{path} is complete.')
     else:
         listed = [
             tasks.Task(name, split, index, source, tuple(config.sources[name].drop_sets))
-            for name, splits in inputs.items()
-            for split, sources in splits.items()
+            for name, listing in found.items()
+            for split, sources in listing.splits.items()
             for index, source in enumerate(sources)
         ]
         task_list = tasks.TaskList(tuple(listed), config.bos, config.eos_per_document)
         executor = _begin(path, config, task_list, settings)
         _run(executor, task_list, config.max_bad_share)
-        manifest = _manifest(path, task_list, settings)
+        complete = manifest.make_manifest(path, config, task_list, settings, found, seq_len)
         for lock in path.rglob('*.__lock'):  # left by a write that was killed
             lock.unlink()
-        store.write_json(path / store.MANIFEST, manifest)  # makes the store complete
+        store.write_json(path / store.MANIFEST, complete)  # makes the store complete
         shutil.rmtree(path / tasks.PROGRESS)
-    _print_table(manifest)
-    return manifest
+    for line in manifest.table(complete, seq_len):
+        _say(line)
+    return complete
 
 
-def _settings(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
+def _list_files(config: DataConfig, *, own: list[Path], share: bool) -> dict[str, inputs.Found]:
+    """Lists the files of each source, and says which go to which split."""
+    found = {name: inputs.find_inputs(name, source, own=own, share=share) for name, source in config.sources.items()}
+    for name, listing in found.items():
+        for split, listed in listing.splits.items():
+            files = [file for each in listed for file in each.names]
+            _say(f'{name}: {split} reads {manifest.shown(files)}')
+            revisions = {match.group(1) for file in files if (match := _SNAPSHOT.search(file))}
+            if len(revisions) > 1:
+                _say(f'{name}: these are {len(revisions)} snapshots of one repository; give the path of one')
+    return found
+
+
+def _settings(config: DataConfig, found: Mapping[str, inputs.Found]) -> dict[str, Any]:
     """Returns what decides the store's bytes, besides the contents of the inputs."""
     if config.tokenizer:
         tokenizer = {'sha256': tokenizer_lib.Tokenizer(config.tokenizer).sha256}
     else:
         tokenizer = {'pieces': config.tokenizer_pieces}
     sources = {}
-    for name, splits in inputs.items():
-        names = {split: [[i.format, i.text_field, *i.names] for i in listed] for split, listed in splits.items()}
+    for name, listing in found.items():
+        names = {
+            split: [[i.format, i.text_fields[0] if i.text_fields else None, *i.names] for i in listed]
+            for split, listed in listing.splits.items()
+        }
         digests = {split: hashlib.sha256(json.dumps(listed).encode()).hexdigest() for split, listed in names.items()}
         sources[name] = {'drop_sets': sorted(config.sources[name].drop_sets), 'inputs': digests}
     return {
@@ -100,26 +124,24 @@ def _settings(config: DataConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _check_unchanged(manifest: dict[str, Any], settings: dict[str, Any], inputs: Inputs, path: Path) -> None:
+def _check_unchanged(
+    complete: dict[str, Any], settings: dict[str, Any], found: Mapping[str, inputs.Found], path: Path
+) -> None:
     """Raises UsageError when a complete store was prepared with other settings, or from files of another size."""
-    differing = sorted(tree.differences(manifest['settings'], settings))
+    differing = sorted(tree.differences(complete['settings'], settings))
     if not differing:
         differing = [
             f'the size of {name}/{file["name"]}'
-            for name, splits in inputs.items()
-            for split, listed in splits.items()
-            for file, source in zip(manifest['sources'][name]['splits'][split]['files'], listed, strict=True)
-            if file['bytes'] != _total_size(tasks.input_stamp(source))
+            for name, listing in found.items()
+            for split, listed in listing.splits.items()
+            for file, source in zip(complete['sources'][name]['splits'][split]['files'], listed, strict=True)
+            if file['bytes'] != manifest.total_size(tasks.input_stamp(source))
         ]
     if differing:
         raise errors.UsageError(
             f'{path} is complete, but was prepared with other settings or inputs (differing: {", ".join(differing[:5])}'
             '); choose another folder with --config.data.store=DIR, or delete this one.'
         )
-
-
-def _total_size(stamp: list[list[int]]) -> int:
-    return sum(size for size, _ in stamp)
 
 
 def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: dict[str, Any]) -> tasks.Executor:
@@ -162,7 +184,7 @@ def _can_resume(
         outdated = result['stamp'] != tasks.input_stamp(task_list.tasks[rank].input)
         if outdated and trained:
             return False  # another tokenizer would be trained
-        if outdated or 'bad' in result:
+        if outdated or tasks.bad_files(result):
             executor.forget(rank)
             incomplete.add(rank)
     if complete := len(task_list.tasks) - len(incomplete):
@@ -189,46 +211,67 @@ def _clear(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _sample(config: DataConfig, task_list: tasks.TaskList) -> Iterator[str]:
-    """Yields texts of the training splits in proportion to the sources' weights, from files spread evenly over each."""
+def _sample(config: DataConfig, task_list: tasks.TaskList) -> list[str]:
+    """Returns texts of the training splits in proportion to the sources' weights, from files spread evenly over each.
+
+    Raises UsageError for a source without any.
+    """
     total = sum(source.weight for source in config.sources.values())
+    texts: list[str] = []
     for name, source in config.sources.items():
         train = [task for task in task_list.tasks if (task.source, task.split) == (name, 'train')]
         train = train[:: -(-len(train) // _SAMPLE_FILES)]
         quota = int(_SAMPLE_CHARACTERS * source.weight / total / len(train)) + 1
+        before, reasons = len(texts), []
         for task in train:
-            yield from _head(task, quota)
+            texts += _head(task, quota, reasons)
+        if len(texts) == before:
+            reason = f'{train[0].input.paths()[0]} {reasons[0]}' if reasons else 'its documents are empty or dropped'
+            raise errors.UsageError(
+                f'source {name} has no text to train a tokenizer on ({reason}); check --config.data.sources.{name}.path'
+                f' and --config.data.sources.{name}.text_field.'
+            )
+    return texts
 
 
-def _head(task: tasks.Task, characters: int) -> Iterator[str]:
-    """Yields about the first `characters` characters of a task's documents."""
+def _head(task: tasks.Task, characters: int, reasons: list[str]) -> Iterator[str]:
+    """Yields about the first `characters` characters of a task's documents; appends why there are no more."""
     try:
         for record in readers.read_records(task.input):
-            if record.fault or tasks.is_dropped(record.text, record.set_name, task.drop_sets):
+            if isinstance(record, readers.Skipped):
+                reasons.append(record.reason)
+                continue
+            if record.fault:
+                reasons.append(record.fault)
+                continue
+            if not record.text or tasks.is_unwanted(record, task):
                 continue
             yield record.text[:characters]
             characters -= len(record.text)
             if characters <= 0:
                 return
-    except readers.BadFile:
-        return  # the task itself will report it
+    except readers.BadFile as reason:
+        reasons.append(str(reason))  # the task itself will report it
 
 
 def _run(executor: tasks.Executor, task_list: tasks.TaskList, max_bad_share: float) -> None:
     progress = _Progress(len(executor.get_incomplete_ranks()))
-    bad: dict[str, int] = {}
+    files: dict[str, int] = {}
+    for task in task_list.tasks:
+        files[task.source] = files.get(task.source, 0) + len(task.input.names)
+    bad = dict.fromkeys(files, 0)
 
     def on_done(rank: int) -> None:
         result, task = tasks.read_result(executor.path, rank), task_list.tasks[rank]
         progress.add(result)
-        if 'bad' in result:
-            bad[task.source] = bad.get(task.source, 0) + 1
-            files = sum(other.source == task.source for other in task_list.tasks)
-            if bad[task.source] > max_bad_share * files:
+        for file, reason in tasks.bad_files(result):
+            bad[task.source] += 1
+            if bad[task.source] > max_bad_share * files[task.source]:
                 raise errors.UsageError(
-                    f'source {task.source}: {task.input.paths()[0]} is a bad file ({result["bad"]}). That makes '
-                    f'{bad[task.source]} of {files} files, more than config.data.max_bad_share={max_bad_share:g} '
-                    'allows. Replace or remove the file or raise --config.data.max_bad_share, and run prepare again.'
+                    f'source {task.source}: {task.input.paths()[file]} is a bad file ({reason}). That makes '
+                    f'{bad[task.source]} of {files[task.source]} files, more than '
+                    f'config.data.max_bad_share={max_bad_share:g} allows. Replace or remove the file or raise '
+                    '--config.data.max_bad_share, and run prepare again.'
                 )
 
     try:
@@ -238,52 +281,6 @@ def _run(executor: tasks.Executor, task_list: tasks.TaskList, max_bad_share: flo
         raise errors.Stopped('prepare was stopped; run it again to resume.', signal.SIGINT) from None
     finally:
         progress.close()
-
-
-def _manifest(path: Path, task_list: tasks.TaskList, settings: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
-    entries: dict[str, dict[str, list]] = {}
-    faults: dict[str, list] = {task.source: [] for task in task_list.tasks}
-    for rank, task in enumerate(task_list.tasks):
-        result = tasks.read_result(path, rank)
-        entry: dict[str, Any] = {'name': task.input.names[0], 'bytes': _total_size(result['stamp'])}
-        counts = ('documents', 'dropped', 'tokens', 'bad_records', 'sha256')
-        entry |= {key: result[key] for key in counts if key in result}
-        if len(task.input.names) > 1:
-            entry['names'] = list(task.input.names)
-        bad = result.get('faults', [])
-        if 'bad' in result:
-            entry['bad'], bad = result['bad'], [(None, result['bad'])]
-        entries.setdefault(task.source, {}).setdefault(task.split, []).append(entry)
-        faults[task.source] += [{'file': entry['name'], 'record': record, 'reason': reason} for record, reason in bad]
-    return {
-        'version': store.VERSION,
-        'tokenizer_sha256': tokenizer.sha256,
-        'vocab_size': tokenizer.vocab_size,
-        'dtype': tokenizer.dtype.name,
-        'bos': settings['bos'],
-        'eos_per_document': settings['eos_per_document'],
-        'settings': settings,
-        'sources': {name: _source_entry(name, splits, faults[name]) for name, splits in entries.items()},
-    }
-
-
-def _source_entry(name: str, splits: dict[str, list], faults: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns a source's manifest entry: the counts of its training split, its faults, all splits with their files."""
-    totals: dict[str, dict[str, Any]] = {}
-    for split, files in splits.items():
-        bad = {'files': sum('bad' in file for file in files), 'records': sum(file['bad_records'] for file in files)}
-        counts = {key: sum(file[key] for file in files) for key in ('documents', 'dropped', 'tokens')}
-        totals[split] = {**counts, 'bad': bad}
-    if not totals['train']['documents']:
-        raise errors.UsageError(
-            f'source {name} has no document to train on ({totals["train"]["dropped"]} dropped, '
-            f'{totals["train"]["bad"]["records"]} bad records); check --config.data.sources.{name}.path.'
-        )
-    bad_files = [fault for fault in faults if fault['record'] is None]
-    bad_records = [fault for fault in faults if fault['record'] is not None][:_LISTED_RECORDS]
-    listed = {split: {**totals[split], 'files': files} for split, files in splits.items()}
-    return {**totals['train'], 'faults': bad_files + bad_records, 'splits': listed}
 
 
 class _Progress:
@@ -313,15 +310,3 @@ class _Progress:
 
 def _say(line: str) -> None:
     print(f'prepare: {line}', flush=True)
-
-
-def _print_table(manifest: dict[str, Any]) -> None:
-    lines = [['source', 'split', 'files', 'documents', 'dropped', 'tokens', 'bad files', 'bad records']]
-    for name, source in manifest['sources'].items():
-        for split, entry in source['splits'].items():
-            counts = [len(entry['files']), *(entry[key] for key in ('documents', 'dropped', 'tokens'))]
-            lines.append([name, split, *(f'{n:,}' for n in [*counts, *entry['bad'].values()])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        _say('  '.join([line[0].ljust(widths[0]), line[1].ljust(widths[1]), *aligned[2:]]))

@@ -1,4 +1,4 @@
-"""Raw corpora: finds the files of a source and reads their records; a bad record names its fault.
+"""Reads the records of a source's files; a bad record names its fault, a bad file its reason.
 
 The usual readers hide faults: a truncated zstd file ends without an error, a line
 that is not JSON is skipped without a count. Here every record either has a text or
@@ -7,38 +7,55 @@ format takes a reader and a row of `FORMATS`, at the end of this file, and its n
 in `SourceConfig.format`.
 """
 
+import bz2
 import dataclasses
 import gzip
 import json
-import os
+import lzma
+import mimetypes
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import zstandard
 
 from tinyllama_jax import errors
-from tinyllama_jax.config import SourceConfig
 
-SPLITS = ('train', 'validation', 'test')
-_GROUP_BYTES = 16 << 20  # plain text files are read in groups of about this size
+UNKNOWN_SET = 'a number for a set'  # the label of a record whose set is not named by a string
+_SET_FIELD = 'redpajama_set_name'
 _READ_BYTES = 1 << 20
+_MOST_JSON_BYTES = 1 << 30  # of one JSON array or object: it is held in memory
+# What is to be unpacked first, by the end of the name or by bytes at a place of the file.
+ARCHIVES = ('.tar', '.tgz', '.tbz2', '.txz', '.zip', '.7z', '.rar', '.lz4', '.br', '.z', '.sz', '.snappy', '.lzo')
+ARCHIVES += ('.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst')
+CORPUS_TEXTS = ('.txt', '.text', '.tokens', '.raw')  # what corpora of plain text are called
+_CONTAINERS = {
+    (0, b'PAR1'): 'parquet', (0, b'ARROW1'): 'arrow', (0, b'\xff' * 4): 'arrow', (0, b'\x1f\x8b'): 'gzip',
+    (0, b'(\xb5/\xfd'): 'zstd', (0, b'\xfd7zXZ\0'): 'xz', (4, b'1AY&SY'): 'bzip2', (257, b'ustar'): 'tar',
+}  # fmt: skip
+_UTF_32_AND_16 = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
 
 
 class BadFile(Exception):
     """An input file that contributes nothing; the message is the reason."""
 
 
+class NotData(Exception):
+    """A file beside the data, such as a picture in a source tree; the message is the reason."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """The files that become one stream: one file, or a group of plain text files."""
+    """The files that become one stream: one file, or a group of small ones."""
 
     root: str  # the source's folder
     names: tuple[str, ...]  # of the files, relative to root
     format: str  # a key of FORMATS
-    text_field: str | None  # the field or column with the text; none: the file itself is the text
+    text_fields: tuple[str, ...]  # fields or columns, one of which has the text; none: the file itself is the text
 
     def paths(self) -> list[Path]:
         """Returns the paths of the files."""
@@ -49,10 +66,21 @@ class Input:
 class Record:
     """One record of an input: its text, or the fault that leaves it without one."""
 
-    number: int  # line, parquet row or file of a group, from 0
+    number: int  # line or row of its file, from 0
     text: str = ''
-    set_name: str | None = None  # meta.redpajama_set_name
+    labels: tuple[str, ...] = ()  # the strings in its other fields, which may name the set it belongs to
     fault: str | None = None
+    file: int = 0  # of the input's names
+    place: int = 0  # in the input: `number` in a single file, counted on from file to file in a group
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A file of a group that has no records: a bad one, or one that is not data."""
+
+    file: int  # of the input's names
+    reason: str
+    bad: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,138 +88,195 @@ class Format:
     """How to recognise the files of a format and read them."""
 
     suffixes: tuple[str, ...]  # of the files' names, in lower case
-    text_field: str | None  # the default of SourceConfig.text_field
-    read: Callable[[Input], Iterator[Record]]
+    text_fields: tuple[str, ...]  # the default of SourceConfig.text_field: the one of these that is there
+    read: Callable[[Path, tuple[str, ...]], Iterator[Record]]
 
 
-def find_inputs(name: str, source: SourceConfig) -> dict[str, list[Input]]:
-    """Returns the inputs of source `name` by split (train, validation), sorted by file name.
+def read_records(source: Input) -> Iterator[Record | Skipped]:
+    """Yields every record of an input in order; of a group, also its files that are skipped.
 
-    Folders train/, validation/ and test/ are splits; test/ is never listed. Where
-    there is no train/, everything outside the other two is the training split.
-    Hidden files are left out. Raises UsageError when there is nothing to train on.
+    Raises BadFile where an input of one file cannot be read to its end. A bad file of a
+    group contributes nothing either, but the others do.
     """
-    flag = f'--config.data.sources.{name}'
-    if source.path is None:
-        raise errors.UsageError(f'source {name} has no path; give {flag}.path=DIR, or {flag}=none to leave it out.')
-    root = Path(source.path)
-    if root.is_file():
-        files = {'train': [root.name]}
-        root = root.parent
-    elif root.is_dir():
-        files = {split: _files(root, root / split) for split in ('train', 'validation') if (root / split).is_dir()}
-        if 'train' not in files:
-            files['train'] = [file for file in _files(root, root) if file.split('/')[0] not in SPLITS]
-    else:
-        raise errors.UsageError(f'{flag}.path={source.path} is neither a folder nor a file.')
-    candidates = FORMATS if source.format == 'auto' else (source.format,)
-    listed = [file for split in files.values() for file in split]
-    formats = {file: name for file in listed for name in candidates if file.lower().endswith(FORMATS[name].suffixes)}
-    if source.format == 'auto':  # plain text beside other data, such as a README, is skipped
-        formats = {file: name for file, name in formats.items() if name != 'text'} or formats
-    inputs = {
-        split: _inputs(root, files[split], formats, source) for split in ('train', 'validation') if split in files
-    }
-    if not inputs['train']:
-        suffixes = ', '.join(FORMATS[source.format].suffixes) if source.format in FORMATS else ''
-        raise errors.UsageError(
-            f'{flag}.path={source.path} has no files{f" ({suffixes})" if suffixes else ""} to train on; check the path '
-            f'and {flag}.format={source.format}.'
-        )
-    return {split: inputs[split] for split in inputs if inputs[split]}
+    first, single = 0, len(source.names) == 1
+    for file, path in enumerate(source.paths()):
+        place = file if source.format == 'text' else first
+        try:
+            records = _read_file(path, source)
+            for record in records if single else _whole(records):
+                first = place + record.number + 1
+                yield dataclasses.replace(record, file=file, place=place + record.number)
+        except NotData as reason:
+            yield Skipped(file, str(reason), bad=False)
+        except BadFile as reason:
+            if single:
+                raise
+            yield Skipped(file, str(reason), bad=True)
 
 
-def _files(root: Path, folder: Path) -> list[str]:
-    """Returns the sorted names, relative to `root`, of the files below `folder`; enters a linked folder once."""
-    names, seen = [], {os.path.realpath(folder)}
-
-    def refuse(error: OSError) -> None:
-        raise errors.UsageError(
-            f'{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out.'
-        )
-
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        shown, folders[:] = sorted(name for name in folders if not name.startswith('.')), []
-        for name in shown:
-            real = os.path.realpath(os.path.join(parent, name))
-            if real not in seen:
-                seen.add(real)
-                folders.append(name)
-        names += [Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith('.')]
-    return sorted(names)
-
-
-def _inputs(root: Path, files: list[str], formats: dict[str, str], source: SourceConfig) -> list[Input]:
-    inputs, group, group_bytes = [], [], 0
-    for file in files:
-        if file not in formats:
-            continue
-        if formats[file] == 'text':
-            group.append(file)
-            group_bytes += (root / file).stat().st_size if (root / file).exists() else 0
-            if group_bytes >= _GROUP_BYTES:
-                inputs.append(Input(str(root), tuple(group), 'text', None))
-                group, group_bytes = [], 0
-        else:
-            field = source.text_field or FORMATS[formats[file]].text_field
-            inputs.append(Input(str(root), (file,), formats[file], field))
-    return inputs + [Input(str(root), tuple(group), 'text', None)] * bool(group)
-
-
-def read_records(source: Input) -> Iterator[Record]:
-    """Yields every record of an input in order. Raises BadFile where it cannot be read to its end."""
+def _read_file(path: Path, source: Input) -> Iterator[Record]:
+    if path.name.lower().endswith(ARCHIVES):
+        raise BadFile(f'is an archive or compressed in a way that is not read ({path.suffix}); unpack it')
     try:
-        yield from FORMATS[source.format].read(source)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        yield from FORMATS[source.format].read(path, source.text_fields)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
         reason = getattr(error, 'strerror', None) or errors.first_line(error)
         raise BadFile(f'cannot be read: {reason}') from error
 
 
-def _read_jsonl(source: Input) -> Iterator[Record]:
-    (path,) = source.paths()
-    suffix = path.suffix.lower()
-    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
-        chunks = iter(lambda: file.read(_READ_BYTES), b'')
-        for number, line in enumerate(_lines(_unzstd(chunks) if suffix == '.zst' else chunks)):
-            if line.strip():
-                yield _json_record(number, line, source.text_field)
+def _whole(records: Iterator[Record]) -> list[Record]:
+    """Returns all records of a file, so that a bad one contributes none."""
+    listed = list(records)
+    if listed and all(record.fault for record in listed):
+        raise BadFile(every_record_is_bad(listed[0].number, listed[0].fault))
+    return listed
 
 
-def _json_record(number: int, line: bytes, field: str | None) -> Record:
+def every_record_is_bad(number: int, fault: str | None) -> str:
+    """Returns the reason of a bad file without one good record, the first of which is `number`."""
+    return f'every record is bad: record {number} {fault}'
+
+
+# --- JSON ---
+
+
+def _read_jsonl(path: Path, fields: tuple[str, ...]) -> Iterator[Record]:
+    lines = _lines(_content(path))
+    if '.json' in [suffix.lower() for suffix in path.suffixes[-2:]]:
+        first = next((line for line in lines if line.strip()), b'')
+        if not _is_object(first):  # perhaps one array or object, over many lines
+            whole = _whole_json(path)
+            if whole is not None:
+                values = whole if isinstance(whole, list) else [whole]
+                yield from (_object_record(number, value, fields) for number, value in enumerate(values))
+                return
+        lines = _lines(_content(path))
+    for number, line in enumerate(lines):
+        if line.strip():
+            yield _json_record(number, line, fields)
+
+
+def has_json_records(path: Path, fields: tuple[str, ...]) -> bool | None:
+    """Returns whether the records of a .json file have one of `fields`; None: it holds no records, but other JSON.
+
+    Records are objects: one on each line, in one array, or a single one that has the field.
+    """
+    try:
+        lines = (line for line in _lines(_content(path)) if line.strip())
+        first, more = next(lines, b''), next(lines, None) is not None
+        if _is_object(first):
+            values, single = [json.loads(first)], not more
+        else:
+            whole = _whole_json(path)
+            if whole is None:  # not JSON as a whole: lines, some of them bad, unless they do not begin like objects
+                return False if first.lstrip()[:1] == b'{' and first.strip() != b'{' else None
+            values, single = (whole[:1], False) if isinstance(whole, list) else ([whole], True)
+    except (OSError, BadFile):
+        return False  # reading it will say why
+    if not values or not isinstance(values[0], dict):
+        return None
+    there = any(field in values[0] for field in fields)
+    return None if single and not there else there
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _whole_json(path: Path) -> Any:
+    """Returns the value of a file that is one JSON value; None if it is not, or too large to be held in memory."""
+    chunks, size = [], 0
+    for chunk in _content(path):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > _MOST_JSON_BYTES:
+            return None
+    try:
+        return json.loads(b''.join(chunks))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_record(number: int, line: bytes, fields: tuple[str, ...]) -> Record:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
         return Record(number, fault='is not UTF-8')
     except (ValueError, RecursionError):
         return Record(number, fault='is not JSON')
+    return _object_record(number, record, fields)
+
+
+def _object_record(number: int, record: object, fields: tuple[str, ...]) -> Record:
     if not isinstance(record, dict):
         return Record(number, fault='is not a JSON object')
-    if field not in record:
-        return Record(number, fault=f'has no {field!r}')
-    meta = record.get('meta')
-    set_name = meta.get('redpajama_set_name') if isinstance(meta, dict) else None
-    return _text_record(number, record[field], field, set_name)
+    field = next((field for field in fields if field in record), None)
+    if field is None:
+        there = ', '.join(record) or 'none'
+        return Record(number, fault=f'has no {fields[0]!r}; its fields are {there[:100]}')
+    text = record.pop(field)
+    return _text_record(number, text, field, tuple(_strings(record)))
 
 
-def _text_record(number: int, text: object, field: str | None, set_name: str | None = None) -> Record:
+def _text_record(number: int, text: object, field: str, labels: tuple[str, ...]) -> Record:
     if not isinstance(text, str):
         return Record(number, fault=f'has {"null" if text is None else type(text).__name__} for {field!r}, not a text')
-    return Record(number, text, set_name)
+    return Record(number, text, labels)
 
 
-def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Decompresses any number of frames; the library itself takes a truncated frame for the end of the file."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+def _strings(value: object) -> Iterator[str]:
+    """Yields the strings among the values of nested dictionaries and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            # A number that stands for a set's name cannot be compared with it.
+            yield from [UNKNOWN_SET] if key == _SET_FIELD and isinstance(entry, int) else _strings(entry)
+    elif isinstance(value, list) and value and isinstance(value[0], str | dict | list):
+        for entry in value:
+            yield from _strings(entry)
+
+
+# --- bytes ---
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    """Yields the bytes of a file in chunks, decompressed if the end of its name says how."""
+    suffix = path.suffix.lower()
+    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
+        chunks = iter(lambda: file.read(_READ_BYTES), b'')
+        if suffix in _DECOMPRESSORS:
+            chunks = _decompress(chunks, _DECOMPRESSORS[suffix], padding=b'\0' if suffix == '.xz' else b'')
+        for number, chunk in enumerate(chunks):
+            if not number and chunk[257:262] == b'ustar':
+                raise BadFile('is a tar archive; unpack it')
+            yield chunk
+
+
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    '.zst': lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    '.xz': lzma.LZMADecompressor,
+    '.bz2': bz2.BZ2Decompressor,
+}
+
+
+def _decompress(chunks: Iterable[bytes], make: Callable[[], Any], *, padding: bytes) -> Iterator[bytes]:
+    """Decompresses any number of frames; the libraries themselves take a truncated frame for the end of the file."""
     frame, frames = None, 0
     for chunk in chunks:
         while chunk:
             if frame is None:
-                frame, frames = decompressor.decompressobj(), frames + 1
+                if not (chunk := chunk.lstrip(padding)):
+                    break
+                frame, frames = make(), frames + 1
             yield frame.decompress(chunk)
             chunk = frame.unused_data if frame.eof else b''
             frame = None if frame.eof else frame
     if frame is not None or not frames:
-        raise BadFile('is truncated: the zstd frame has no end' if frames else 'is empty')
+        raise BadFile('is truncated: its compressed data has no end' if frames else 'is empty')
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -205,41 +290,96 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b''.join(parts)
 
 
-def _read_parquet(source: Input) -> Iterator[Record]:
-    field, number = source.text_field, 0
-    with pyarrow.parquet.ParquetFile(source.paths()[0], page_checksum_verification=True) as file:
-        columns = file.schema_arrow.names
-        if field not in columns:
-            raise BadFile(f'has no column {field!r}; its columns are {", ".join(columns)}')
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0):
-                try:
-                    yield _text_record(number, value.as_py(), field)
-                except UnicodeDecodeError:
-                    yield Record(number, fault='is not UTF-8')
-                number += 1
+# --- tables ---
 
 
-def _read_texts(source: Input) -> Iterator[Record]:
-    """Yields one record per file. Bytes that are not UTF-8 become U+FFFD; a binary file is a fault."""
-    for number, path in enumerate(source.paths()):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            yield Record(number, fault=f'({source.names[number]}) cannot be read: {error.strerror}')
-            continue
-        try:
-            yield Record(number, data.decode())
-        except UnicodeDecodeError:
-            if b'\0' in data:
-                yield Record(number, fault=f'({source.names[number]}) is binary, not text')
-            else:
-                yield Record(number, data.decode(errors='replace'))
+def _read_parquet(path: Path, fields: tuple[str, ...]) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        field, columns = _columns(file.schema_arrow, fields)
+        yield from _rows(file.iter_batches(batch_size=256, columns=columns), field)
+
+
+def _read_arrow(path: Path, fields: tuple[str, ...]) -> Iterator[Record]:
+    """Reads Arrow's file format, or its stream as `datasets` saves it."""
+    with open(path, 'rb') as file:
+        if file.read(6) == b'ARROW1':
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            file.seek(-8, 2)
+            if file.read() != b'\xff\xff\xff\xff\0\0\0\0':  # pyarrow takes a truncated stream for a shorter one
+                raise BadFile('is truncated: the arrow stream has no end')
+            file.seek(0)
+            batches = reader = pyarrow.ipc.open_stream(file)
+        field, columns = _columns(reader.schema, fields)
+        yield from _rows((batch.select(columns) for batch in batches), field)
+
+
+def _columns(schema: pyarrow.Schema, fields: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Returns the column with the text, and the names of all columns to read: it and those that hold strings."""
+    there = [field for field in fields if field in schema.names]
+    if not there:
+        wanted = ' or '.join(map(repr, fields))
+        raise BadFile(f'has no column {wanted}; its columns are {", ".join(schema.names)}: set text_field to one')
+    if len(there) > 1:
+        raise BadFile(f'has the columns {" and ".join(map(repr, there))}; set text_field to the one with the text')
+    others = [column for column in schema if column.name != there[0]]
+    named = [column.name for column in others if 'string' in str(column.type) or _SET_FIELD in str(column)]
+    return there[0], [there[0], *named]
+
+
+def _rows(batches: Iterable[pyarrow.RecordBatch], field: str) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        others = {name: batch.column(name) for name in batch.schema.names if name != field}
+        for row, value in enumerate(batch.column(field)):
+            try:
+                labels = tuple(_strings({name: column[row].as_py() for name, column in others.items()}))
+                yield _text_record(number, value.as_py(), field, labels)
+            except UnicodeDecodeError:
+                yield Record(number, fault='is not UTF-8')
+            number += 1
+
+
+# --- plain text ---
+
+
+def _read_text(path: Path, _: tuple[str, ...]) -> Iterator[Record]:
+    """Yields the file's content. Bytes that are not UTF-8 become U+FFFD, but what is not a text is refused."""
+    data = b''.join(_content(path))
+    for (start, magic), kind in _CONTAINERS.items():
+        if data.startswith(magic, start):
+            raise BadFile(f'is not text but {kind}; give it the name of its format, or leave it out')
+    for mark, encoding in _UTF_32_AND_16.items():
+        if data.startswith(mark):
+            try:
+                yield Record(0, data.decode(encoding))
+            except UnicodeDecodeError:
+                raise BadFile(f'begins like {encoding.upper()} but is not; convert it to UTF-8') from None
+            return
+    if len(data) > 16 and data.count(0) > 0.4 * len(data):
+        _refuse_binary(path, 'looks like UTF-16 without its mark, or is binary; convert it to UTF-8')
+    try:
+        yield Record(0, data.decode())
+    except UnicodeDecodeError:
+        if b'\0' in data:
+            _refuse_binary(path, 'is binary, not text')
+        yield Record(0, data.decode(errors='replace'))
+
+
+def _refuse_binary(path: Path, reason: str) -> NoReturn:
+    """Raises BadFile if the name promises a text, NotData otherwise: a picture, a program."""
+    # An own table: the module's also reads the machine's files.
+    kind = mimetypes.MimeTypes().guess_type(path.name)[0] or ''
+    if kind.startswith('text/') or path.suffix.lower() in CORPUS_TEXTS:
+        raise BadFile(reason)
+    raise NotData('is binary, not text')
 
 
 # With format=auto the last row with a file's suffix wins; every name has the suffix of `text`.
 FORMATS = {
-    'text': Format(('',), None, _read_texts),
-    'jsonl': Format(('.jsonl', '.zst', '.gz'), 'text', _read_jsonl),
-    'parquet': Format(('.parquet',), 'content', _read_parquet),
+    'text': Format(('',), (), _read_text),
+    'jsonl': Format(('.jsonl', '.ndjson', '.jsonlines', '.json', '.zst', '.gz', '.xz', '.bz2'), ('text',), _read_jsonl),
+    'parquet': Format(('.parquet',), ('content', 'text'), _read_parquet),
+    'arrow': Format(('.arrow', '.feather'), ('text', 'content'), _read_arrow),
 }

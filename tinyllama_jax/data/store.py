@@ -1,14 +1,16 @@
-"""The store: tokens on disk, written one input file at a time and read one row at a time.
+"""The store: tokens on disk, written one input at a time and read one row at a time.
 
     STORE/manifest.json              written last, atomically: without it the store does not count
     STORE/tokenizer.model            a copy of the tokenizer
     STORE/tokens/SOURCE/SPLIT        1-D zarr3 array of token ids, sharded, checksummed chunks
     STORE/documents/SOURCE/SPLIT     [n, 2] zarr3 array: start offset in its stream, record number in its file
 
-Input file i of a split owns the elements from i * 2^32 of both arrays; its tokens
-are its *stream*. Unwritten chunks take no space. No shard belongs to two files,
-so neither the number of workers nor a restart can change a byte. Rows are a view:
-row r of a stream is its tokens [r * R, (r + 1) * R), R = seq_len + 1.
+Input i of a split, a file or a group of small files, owns the elements from i * 2^32
+of both arrays; its tokens are its *stream*. In a group, record numbers count on from
+file to file; the manifest's `first_records` has each file's first. Unwritten chunks
+take no space. No shard belongs to two inputs, so neither the number of workers nor a
+restart can change a byte. Rows are a view: row r of a stream is its tokens
+[r * R, (r + 1) * R), R = seq_len + 1.
 """
 
 import hashlib
@@ -26,7 +28,8 @@ from tinyllama_jax import errors, files
 
 MANIFEST = 'manifest.json'
 TOKENIZER = 'tokenizer.model'
-VERSION = 1  # of the layout and the manifest
+VERSION = 1  # of the layout and the manifest: an input is one file, or a group of plain text files
+SHARED_VERSION = 2  # small files of other formats are grouped too
 FILE_SPAN = 1 << 32  # elements of the arrays that one input file owns
 _TOKENS_PER_SHARD = 1 << 24  # 32 MB of uint16
 _TOKENS_PER_CHUNK = 1 << 13  # read and checked at once: a row of 2,049 costs 16 or 32 KB
@@ -360,9 +363,10 @@ def read_manifest(store: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise errors.UsageError(f'{store / MANIFEST} is not JSON; delete {store} and run prepare again.') from None
-    if manifest.get('version') != VERSION:
+    if manifest.get('version') not in (VERSION, SHARED_VERSION):
         raise errors.UsageError(
-            f'{store / MANIFEST} has version {manifest.get("version")}, this program reads {VERSION}; '
+            f'{store / MANIFEST} has version {manifest.get("version")}, this program reads {VERSION} and '
+            f'{SHARED_VERSION}; '
             f'delete {store} and run prepare again.'
         )
     return manifest

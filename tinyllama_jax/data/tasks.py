@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,33 +82,55 @@ class _Step(PipelineStep):
 
 
 class ReadRecords(_Step):
-    """Yields a Document per record; a bad record carries its fault in `metadata`."""
+    """Yields a Document per record or skipped file, which is in its `metadata`."""
 
     type, name = 'READER', 'records'
 
     def run(self, data: None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yields the records of task `rank`."""
+        """Yields what the readers make of the input of task `rank`."""
         source = _task_list(self.path).tasks[rank].input
         for record in readers.read_records(source):
-            yield Document(record.text, f'{source.names[0]}/{record.number}', metadata=dataclasses.asdict(record))
+            text, number = (record.text, record.number) if isinstance(record, readers.Record) else ('', 'skipped')
+            yield Document(text, f'{source.names[record.file]}/{number}', metadata={'record': record})
 
 
 class MarkDropped(_Step):
-    """Sets `dropped` in the metadata of each document: whether it is empty or in an unwanted set."""
+    """Sets `unwanted` in the metadata of each document: whether its record is in one of drop_sets."""
 
-    type, name = 'FILTER', 'empty and unwanted'
+    type, name = 'FILTER', 'unwanted'
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yields the documents of `data`, marked."""
-        drop_sets = _task_list(self.path).tasks[rank].drop_sets
+        task = _task_list(self.path).tasks[rank]
         for document in data:
-            document.metadata['dropped'] = is_dropped(document.text, document.metadata['set_name'], drop_sets)
+            record = document.metadata['record']
+            if isinstance(record, readers.Record):
+                document.metadata['unwanted'] = is_unwanted(record, task)
             yield document
 
 
-def is_dropped(text: str, set_name: str | None, drop_sets: Collection[str]) -> bool:
-    """Returns whether prepare drops a document: it is empty, or in an unwanted set."""
-    return not text or set_name in drop_sets
+def is_unwanted(record: readers.Record, task: Task) -> bool:
+    """Returns whether a record is in one of the task's drop_sets.
+
+    It is if one of its fields besides the text is the set's name, or JSON in which the name is
+    quoted, or if its file or a folder of the file has this name. Raises BadFile if its set is a number.
+    """
+    if not task.drop_sets:
+        return False
+    if readers.UNKNOWN_SET in record.labels:
+        raise readers.BadFile(
+            'names the sets of its records by numbers; write names, or set drop_sets to an empty value'
+        )
+    file = task.input.names[record.file].split('/')
+    places = {*file[:-1], file[-1].split('.')[0]}
+    return any(
+        name in places or any(name == label or _quotes(label, name) for label in record.labels)
+        for name in task.drop_sets
+    )
+
+
+def _quotes(label: str, name: str) -> bool:
+    return label[:1] in ('{', '[') and any(f'{mark}{name}{mark}' in label for mark in '\'"')
 
 
 class WriteStream(_Step):
@@ -123,28 +145,41 @@ class WriteStream(_Step):
         stamp = input_stamp(task.input)
         writer.erase()
         try:
-            result = self._write(data, writer)
+            result = self._write(data, writer, task.input)
         except (readers.BadFile, OverflowError) as fault:
             writer.erase()
             result = {'documents': 0, 'dropped': 0, 'tokens': 0, 'bad_records': 0, 'bad': str(fault)}
         store.write_json(result_path(self.path, rank), {**result, 'stamp': stamp})
 
-    def _write(self, data: Iterable[Document], writer: store.StreamWriter) -> dict[str, Any]:
+    def _write(self, data: Iterable[Document], writer: store.StreamWriter, source: readers.Input) -> dict[str, Any]:
         task_list, tokenizer = _task_list(self.path), _tokenizer(self.path)
         special = {'bos': task_list.bos, 'eos_per_document': task_list.eos_per_document}
-        kept, dropped, faults = 0, 0, []
+        counts = {'dropped': 0, 'bad_records': 0, 'unwanted': 0, 'labelled': 0}
+        kept, faults, skipped = 0, [], []
+        firsts: list[int | None] = [None] * len(source.names)  # place of each file's first record
         for document in data:
-            if fault := document.metadata['fault']:
-                faults.append([document.metadata['number'], fault])
-            elif document.metadata['dropped']:
-                dropped += 1
+            record = document.metadata['record']
+            if isinstance(record, readers.Skipped):
+                skipped.append([record.file, record.reason, record.bad])
+                continue
+            if firsts[record.file] is None:
+                firsts[record.file] = record.place - record.number
+            unwanted = document.metadata['unwanted']
+            counts['unwanted'] += unwanted
+            counts['labelled'] += unwanted or bool(record.labels)
+            if record.fault:
+                faults.append([record.file, record.number, record.fault])
+            elif unwanted or not document.text:
+                counts['dropped'] += 1
             else:
-                writer.append(tokenizer.encode_document(document.text, **special), document.metadata['number'])
+                writer.append(tokenizer.encode_document(document.text, **special), record.place)
                 kept += 1
-        if faults and not kept + dropped:
-            raise readers.BadFile(f'every record is bad: record {faults[0][0]} {faults[0][1]}')
-        listed = {'faults': faults[:_LISTED_RECORDS]} if faults else {}
-        return {**writer.close(), 'dropped': dropped, 'bad_records': len(faults), **listed}
+        if faults and not kept + counts['dropped']:
+            raise readers.BadFile(readers.every_record_is_bad(*faults[0][1:]))
+        counts['bad_records'] = len(faults)
+        result = {**writer.close(), **counts, 'faults': faults[:_LISTED_RECORDS], 'skipped': skipped}
+        shared = len(source.names) > 1 and source.format != 'text'
+        return {**result, 'first_records': firsts} if shared else result
 
 
 def input_stamp(source: readers.Input) -> list[list[int]]:
@@ -164,8 +199,19 @@ def result_path(path: Path, rank: int) -> Path:
     return path / PROGRESS / 'results' / f'{rank:08d}.json'
 
 
+def bad_files(result: dict[str, Any]) -> list[tuple[int, str]]:
+    """Returns (file, reason) of the bad files of a task."""
+    if 'bad' in result:
+        return [(0, result['bad'])]
+    return [(file, reason) for file, reason, bad in result.get('skipped', []) if bad]
+
+
 def read_result(path: Path, rank: int) -> dict[str, Any]:
-    """Returns the result of a finished task: its counts, sha256 and faults, and as `bad` why a bad file is bad."""
+    """Returns the result of a finished task: its counts, sha256, faults and skipped files, and as `bad` why all is bad.
+
+    `faults` lists [file, record, reason], `skipped` [file, reason, whether it is bad]; a file is
+    a number in the input's names.
+    """
     return json.loads(result_path(path, rank).read_text())
 
 

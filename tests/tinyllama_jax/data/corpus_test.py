@@ -10,7 +10,7 @@ import zstandard
 from configs import demo
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
-from tinyllama_jax.data import corpus, readers
+from tinyllama_jax.data import corpus, inputs
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_the_corpus_has_the_published_formats(tmp_path, few_modules):
     assert len(contents) < len(few_modules) or not any(
         corpus._module_docstrings(text) in held_out for text in few_modules
     )
-    inputs = {name: readers.find_inputs(name, source) for name, source in sources.items()}
-    assert {name: list(splits) for name, splits in inputs.items()} == {
+    found = {name: inputs.find_inputs(name, source).splits for name, source in sources.items()}
+    assert {name: list(splits) for name, splits in found.items()} == {
         'slimpajama': ['train', 'validation'],
         'starcoder': ['train'],
     }

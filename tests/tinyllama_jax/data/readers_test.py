@@ -1,10 +1,16 @@
-"""Readers of raw corpora: bad files, bad records, formats, splits."""
+"""Readers of raw corpora: bad files, bad records, formats, compression, encodings."""
 
+import bz2
 import gzip
+import io
+import json
+import lzma
 import random
 import shutil
+import tarfile
 
 import numpy as np
+import pyarrow
 import pytest
 import sentencepiece
 import zstandard
@@ -12,7 +18,7 @@ import zstandard
 from tests.support import corpora
 from tinyllama_jax import errors
 from tinyllama_jax.config import Config, DataConfig, SourceConfig, validated
-from tinyllama_jax.data import prepare, readers, store
+from tinyllama_jax.data import inputs, prepare, readers, store
 
 
 def _truncated_zst(path):
@@ -36,6 +42,26 @@ def _truncated_parquet(path):
     path.with_suffix('.parquet').write_bytes(data[:-20])
 
 
+def _truncated_arrow(path):
+    table = pyarrow.table({'text': corpora.texts(50)})
+    data = _arrow_stream(table)
+    path.with_suffix('.arrow').write_bytes(data[:-8])
+
+
+def _arrow_stream(table: pyarrow.Table) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _tar(path, name, compress):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode='w') as archive:
+        archive.addfile(tarfile.TarInfo('a.jsonl'), io.BytesIO())
+    path.with_name(name).write_bytes(compress(sink.getvalue()))
+
+
 def _damaged_parquet(path):
     data = bytearray(corpora.write_parquet(path.with_suffix('.parquet'), corpora.texts(50)).read_bytes())
     data[500:600] = bytes(100)
@@ -52,10 +78,33 @@ BAD_FILES = {
     'damaged parquet': (_damaged_parquet, 'cannot be read'),
     'no column': (
         lambda path: corpora.write_parquet(path.with_suffix('.parquet'), ['x'], 'code'),
-        "no column 'content'",
+        "no column 'content' or 'text'; its columns are code",
+    ),
+    'both columns': (
+        lambda path: pyarrow.parquet.write_table(
+            pyarrow.table({'text': ['x'], 'content': ['y']}), path.with_suffix('.parquet')
+        ),
+        "has the columns 'content' and 'text'; set text_field",
     ),
     'every record bad': (lambda path: path.with_suffix('.jsonl').write_bytes(b'oops\n{}\n'), 'every record is bad'),
+    'another field': (
+        lambda path: path.with_suffix('.jsonl').write_bytes(b'{"content": "x"}\n' * 2),
+        "has no 'text'; its fields are content",
+    ),
+    'truncated xz': (
+        lambda path: path.with_suffix('.jsonl.xz').write_bytes(lzma.compress(GOOD_LINES)[:-20]),
+        'truncated',
+    ),
+    'second bz2 stream damaged': (
+        lambda path: path.with_suffix('.jsonl.bz2').write_bytes(bz2.compress(GOOD_LINES) + b'BZh9 and no more'),
+        'cannot be read',
+    ),
+    'truncated arrow': (_truncated_arrow, 'truncated'),
+    'tar': (lambda path: _tar(path, 'b.tar', bytes), 'is an archive'),
+    'tar.gz': (lambda path: _tar(path, 'b.tar.gz', gzip.compress), 'is an archive'),
+    'tar by another name': (lambda path: _tar(path, 'b.gz', gzip.compress), 'is a tar archive'),
 }
+GOOD_LINES = corpora.jsonl([corpora.record(text) for text in corpora.texts(20)])
 
 
 @pytest.mark.parametrize('fault', BAD_FILES)
@@ -105,7 +154,10 @@ def test_bad_records_are_counted_and_listed(tmp_path):
     records = [corpora.record('first'), *(record for record, _ in faults.values()), b'  ', corpora.record('last')]
     records += [{'text': 'meta is a text', 'meta': 'x'}, {'text': ''}]
     corpora.write_zst(tmp_path / 'words' / 'a.jsonl.zst', records)
-    source = prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
+    with pytest.raises(errors.UsageError, match=r'8 of 12 records are bad .*a\.jsonl\.zst, record 1, is not JSON'):
+        prepare.prepare(corpora.one_source(tmp_path / 'words', max_bad_share=0.6), tmp_path / 'store')
+    config = corpora.one_source(tmp_path / 'words', max_bad_share=0.7)
+    source = prepare.prepare(config, tmp_path / 'store')['sources']['words']
     assert (source['documents'], source['dropped'], source['bad']) == (3, 1, {'files': 0, 'records': len(faults)})
     assert {fault['record']: fault['file'] for fault in source['faults']} == dict.fromkeys(faults, 'a.jsonl.zst')
     for listed in source['faults']:
@@ -117,14 +169,16 @@ def test_bad_records_are_counted_and_listed(tmp_path):
 def test_the_list_of_bad_records_is_capped(tmp_path):
     for i in range(8):
         corpora.write_zst(tmp_path / 'words' / f'{i}.jsonl.zst', [corpora.record('good'), *[b'bad'] * 50])
-    source = prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
+    config = corpora.one_source(tmp_path / 'words', max_bad_share=0.99)
+    source = prepare.prepare(config, tmp_path / 'store')['sources']['words']
     assert source['bad'] == {'files': 0, 'records': 400}
     assert len(source['faults']) == 100
 
 
 def test_bad_parquet_records_are_counted(tmp_path):
     corpora.write_parquet(tmp_path / 'words' / 'a.parquet', ['good', None, ''])
-    source = prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
+    config = corpora.one_source(tmp_path / 'words', max_bad_share=0.5)
+    source = prepare.prepare(config, tmp_path / 'store')['sources']['words']
     assert (source['documents'], source['dropped'], source['bad']['records']) == (1, 1, 1)
 
 
@@ -143,7 +197,7 @@ def test_awkward_documents_go_through(tmp_path):
 
 
 def test_plain_text_and_source_trees(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, '_GROUP_BYTES', 1000)
+    monkeypatch.setattr(inputs, '_GROUP_BYTES', 1000)
     root = tmp_path / 'words'
     (root / 'package' / '.git').mkdir(parents=True)
     (root / 'package' / '.git' / 'config').write_text('hidden')
@@ -155,8 +209,11 @@ def test_plain_text_and_source_trees(tmp_path, monkeypatch):
     (root / 'package' / 'nul.txt').write_text('a\0b')
     (root / 'package' / 'z.txt').touch()
     source = prepare.prepare(corpora.one_source(root), tmp_path / 'store')['sources']['words']
-    assert (source['documents'], source['dropped'], source['bad']) == (8, 1, {'files': 0, 'records': 1})
-    assert 'logo.png' in source['faults'][0]['reason']
+    assert (source['documents'], source['dropped'], source['bad']) == (8, 1, {'files': 0, 'records': 0})
+    assert source['ignored'] == [
+        {'file': 'package/.git/', 'reason': 'hidden'},
+        {'file': 'package/logo.png', 'reason': 'is binary, not text'},
+    ]
     assert len(source['splits']['train']['files']) > 1
     tokens = store.TokenStore(tmp_path / 'store')
     model = sentencepiece.SentencePieceProcessor(model_file=str(corpora.tokenizer_path()))
@@ -166,31 +223,6 @@ def test_plain_text_and_source_trees(tmp_path, monkeypatch):
         for document in np.split(tokens.read_stream('words', 'train', i), tokens.documents('words', 'train', i)[0][1:])
     ]
     assert sorted(documents) == sorted([*texts, 'caf\ufffd', 'a\0b'])
-
-
-def names(inputs):
-    return {split: [name for entry in listed for name in entry.names] for split, listed in inputs.items()}
-
-
-@pytest.mark.parametrize(
-    ('source', 'expected'),
-    [
-        ({}, {'a.JSONL': ('jsonl', 'text'), 'b.zst': ('jsonl', 'text'), 'c.parquet': ('parquet', 'content')}),
-        ({'format': 'jsonl', 'text_field': 'body'}, {'a.JSONL': ('jsonl', 'body'), 'b.zst': ('jsonl', 'body')}),
-        ({'format': 'parquet'}, {'c.parquet': ('parquet', 'content')}),
-        (
-            {'format': 'text', 'text_field': 'body'},
-            dict.fromkeys(('a.JSONL', 'b.zst', 'c.parquet', 'd'), ('text', None)),
-        ),
-    ],
-    ids=lambda value: value.get('format', 'auto'),
-)
-def test_the_format_decides_which_files_are_read(tmp_path, monkeypatch, source, expected):
-    monkeypatch.setattr(readers, '_GROUP_BYTES', 1)
-    for name in ('a.JSONL', 'b.zst', 'c.parquet', 'd'):
-        (tmp_path / name).write_text('x')
-    inputs = readers.find_inputs('words', SourceConfig(path=str(tmp_path), **source))['train']
-    assert {name: (entry.format, entry.text_field) for entry in inputs for name in entry.names} == expected
 
 
 def test_a_source_may_have_every_format_that_can_be_read_and_no_other():
@@ -205,21 +237,95 @@ def test_a_source_may_have_every_format_that_can_be_read_and_no_other():
     assert sorted(choices) == sorted(['auto', *readers.FORMATS])
 
 
-def test_the_splits_of_a_folder(tmp_path):
-    for name in ('train/a.jsonl', 'validation/b/c.jsonl', 'test/d.jsonl', 'e.jsonl'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text('{"text": "x"}\n')
+def read(path, file_format='jsonl', fields=('text',)):
+    """Returns the texts of a file."""
+    source = readers.Input(str(path.parent), (path.name,), file_format, fields)
+    return [record.text for record in readers.read_records(source)]
 
-    def find():
-        return names(readers.find_inputs('words', SourceConfig(path=str(tmp_path))))
 
-    assert find() == {'train': ['train/a.jsonl'], 'validation': ['validation/b/c.jsonl']}
-    (tmp_path / 'train' / 'linked').symlink_to(tmp_path / 'test')
-    (tmp_path / 'train' / 'loop').symlink_to(tmp_path / 'train')
-    assert find()['train'] == ['train/a.jsonl', 'train/linked/d.jsonl']
-    shutil.rmtree(tmp_path / 'train')
-    assert find() == {'train': ['e.jsonl'], 'validation': ['validation/b/c.jsonl']}
-    shutil.rmtree(tmp_path / 'validation')
-    (tmp_path / 'README.md').write_text('not data, beside data')
-    (tmp_path / 'f.parquet').touch()
-    assert find() == {'train': ['e.jsonl', 'f.parquet']}
+COMPRESS = {'xz': lzma.compress, 'bz2': bz2.compress, 'gz': gzip.compress}
+COMPRESS['zst'] = zstandard.ZstdCompressor().compress
+
+
+@pytest.mark.parametrize('suffix', COMPRESS)
+def test_streams_one_after_another_are_read(tmp_path, suffix):
+    texts = corpora.texts(6)
+    halves = [corpora.jsonl([{'text': text} for text in half]) for half in (texts[:3], texts[3:])]
+    path = tmp_path / f'a.jsonl.{suffix}'
+    path.write_bytes(b''.join(map(COMPRESS[suffix], halves)) + bytes(4) * (suffix == 'xz'))  # xz may be padded
+    assert read(path) == texts
+
+
+JSON = {
+    'lines': lambda records: corpora.jsonl(records),
+    'an array': lambda records: json.dumps(records).encode(),
+    'an array over many lines': lambda records: json.dumps(records, indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize('written', JSON)
+@pytest.mark.parametrize('name', ['a.json', 'a.json.xz'])
+def test_json_is_read_however_its_records_are_written(tmp_path, written, name):
+    texts = corpora.texts(3)
+    content = JSON[written]([{'id': 7, 'text': text} for text in texts])
+    (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith('xz') else content)
+    assert read(tmp_path / name) == texts
+    if name == 'a.json':
+        assert readers.has_json_records(tmp_path / name, ('text',))
+        assert readers.has_json_records(tmp_path / name, ('body',)) is False
+
+
+def test_json_that_is_not_records_is_known(tmp_path):
+    path = tmp_path / 'a.json'
+    for content, expected in [
+        ('{"features": {"text": 1}}', None), ('{\n "a": 1\n}', None), ('["a", "b"]', None), ('', None), ('7', None),
+        ('{\n "text": "one"\n}', True), ('{"text": "one"}', True), ('{"text": "cut\n{"text": "b"}', False),
+    ]:  # fmt: skip
+        path.write_text(content)
+        assert readers.has_json_records(path, ('text',)) is expected, content
+    path.write_text('{\n "text": "one"\n}')
+    assert read(path) == ['one']
+
+
+@pytest.mark.parametrize('kind', ['stream', 'file'])
+def test_arrow_is_read(tmp_path, kind):
+    table = pyarrow.table({'content': corpora.texts(5), 'id': range(5)})
+    if kind == 'file':
+        with pyarrow.ipc.new_file(str(tmp_path / 'a.arrow'), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        (tmp_path / 'a.arrow').write_bytes(_arrow_stream(table))
+    assert read(tmp_path / 'a.arrow', 'arrow', ('text', 'content')) == corpora.texts(5)
+
+
+def test_encodings_of_plain_text(tmp_path):
+    path, text = tmp_path / 'a.txt', 'naïve 東京\n'
+    for encoding in ('utf-8', 'utf-16', 'utf-32'):  # the latter two begin with a mark
+        path.write_text(text, encoding=encoding)
+        assert read(path, 'text', ()) == [text]
+    path.with_suffix('.txt.xz').write_bytes(lzma.compress(text.encode()))
+    assert read(path.with_suffix('.txt.xz'), 'text', ()) == [text]
+    parquet = corpora.write_parquet(tmp_path / 'a.parquet', ['x']).read_bytes()
+    for content, reason in [
+        ('plain words of text'.encode('utf-16-le'), 'UTF-16 without its mark'), (b'\x89\0\xff', 'is binary'),
+        (parquet, 'not text but parquet'), (bz2.compress(b'x'), 'not text but bzip2'),
+        (b'\xff\xfea', 'begins like UTF-16'),
+    ]:  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(readers.BadFile, match=reason):
+            read(path, 'text', ())
+
+
+def test_most_of_a_folder_that_cannot_be_read_is_refused(tmp_path):
+    root = tmp_path / 'words'
+    root.mkdir()
+    for i, text in enumerate(corpora.texts(20)):
+        (root / f'{i:02}.txt').write_bytes(text.encode('utf-16-le' if i else 'utf-8'))
+    with pytest.raises(errors.UsageError, match=r'/01\.txt is a bad file .*UTF-16.* 1 of 20 files'):
+        prepare.prepare(corpora.one_source(root), tmp_path / 'store')
+    shutil.rmtree(root)
+    root.mkdir()
+    lines = b',\n'.join(json.dumps({'text': text}).encode() for text in corpora.texts(40))
+    (root / 'a.jsonl').write_bytes(lines)
+    with pytest.raises(errors.UsageError, match=r'39 of 40 records are bad .*a\.jsonl, record 0, is not JSON'):
+        prepare.prepare(corpora.one_source(root), tmp_path / 'store')
