@@ -11,7 +11,7 @@ from lm_eval.utils import make_table as describe_result
 
 from eval_bridge import evaluate, opening, protocols
 from eval_bridge import parity as parity_lib
-from eval_bridge.harness import responses
+from eval_bridge.harness import listing, responses
 from eval_bridge.tables import results
 from tinyllama_jax import checkpoint, errors
 from tinyllama_jax.config import Config
@@ -152,7 +152,7 @@ class Evaluator:
 
 def _make_evaluator(flags: Flags, tasks: Sequence[str], kept: pathlib.Path | None) -> Evaluator:
     """Checks the tasks before a model is opened, so that a mistyped name costs no time."""
-    manager = evaluate.task_manager(tasks, flags.include_path)
+    manager = listing.task_manager(tasks, flags.include_path)
     unsafe = flags.confirm_run_unsafe_code
     evaluate.check_tasks(tasks, manager, task_data=flags.task_data, confirm_run_unsafe_code=unsafe)
     options = {name: getattr(flags, name) for name in ('include_path', 'task_data', 'limit', 'log_samples')}

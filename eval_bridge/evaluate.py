@@ -3,17 +3,14 @@
 Uses the network only if HF_HUB_OFFLINE=0 is set.
 """
 
-import difflib
-import functools
 import importlib.metadata
 import json
 import logging
 import os
 import pathlib
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries below are imported
@@ -25,23 +22,13 @@ import lm_eval
 import lm_eval.api.group
 import lm_eval.evaluator
 import lm_eval.tasks
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._index import Entry, Kind
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
 from eval_bridge import protocols
-from eval_bridge.harness import local_data, patches, truncation
-from eval_bridge.jail import sandbox
+from eval_bridge.harness import listing, local_data, patches, truncation
+from eval_bridge.jail import gate, programs, sandbox
 from tinyllama_jax import errors, files
 from tinyllama_jax.report import baselines
-
-_TASKS = pathlib.Path(__file__).parent / 'tasks'
-_GENERATED = ('instructeval_mmlu', 'instructeval_bbh')  # groups whose members share the file _NAME, each with a dataset
-# In the text of a task file: the name that it defines, and what it lists under `tag` and `include`.
-_DEFINITION = re.compile(r'^["\']?(?:task|group)["\']?: *["\']?([^\s"\'#]+)', re.MULTILINE)
-_LIST = re.compile(r'^["\']?(tag|include)["\']?:(.*(?:\n *- *.*)*)', re.MULTILINE)
-_LISTED = re.compile(r'[\w./-]*\w[\w.-]*')
 
 
 def evaluate(
@@ -73,17 +60,19 @@ def evaluate(
       limit: take only the first `limit` examples of each task.
       log_samples: keep every example with its log-likelihoods under `samples`.
       output: a JSON file to write (`write`).
-      manager: the result of `task_manager(tasks, include_path)`, if the caller has it.
+      manager: the result of `listing.task_manager(tasks, include_path)`, if the caller has it.
 
     Raises UsageError for unknown tasks, for data that is missing, malformed or unreadable, and as `check_tasks` does.
     """
-    manager = manager or task_manager(tasks, include_path)
-    check_tasks(tasks, manager, task_data=task_data, confirm_run_unsafe_code=confirm_run_unsafe_code)
+    manager = manager or listing.task_manager(tasks, include_path)
+    declared = check_tasks(tasks, manager, task_data=task_data, confirm_run_unsafe_code=confirm_run_unsafe_code)
     without_training_split = _shots_from_validation(tasks, manager, protocol, task_data)
     data_files: dict[str, Any] = {}
-    download = local_data.downloader(ConfigurableTask.download, include_path, task_data, data_files)
     options = {'task_manager': manager, 'limit': limit, 'confirm_run_unsafe_code': confirm_run_unsafe_code}
-    with patches.replaced(ConfigurableTask, 'download', download):
+    with (
+        local_data.loading(declared, include_path, task_data, data_files),
+        patches.replaced(lm_eval.evaluator, 'evaluate', _contained(lm_eval.evaluator.evaluate, declared)),
+    ):
         result = _run_tasks(model, tasks, protocol, **options)
     truncated = truncation.count(model, result['samples'])
     if cut := ', '.join(f'{count:,} of {task}' for task, count in (truncated or {}).items() if count):
@@ -125,6 +114,11 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
                 part = lm_eval.evaluator.simple_evaluate(
                     model=model, tasks=names, num_fewshot=shots, log_samples=True, **options
                 )
+        except ImportError as error:  # of a package that a task needs only now
+            raise errors.UsageError(
+                f'one of the tasks {", ".join(names)} needs the package {error.name}, which cannot be imported '
+                f'({errors.first_line(error)}); install it, or leave the task out.'
+            ) from error
         except jinja2.UndefinedError as error:
             raise errors.UsageError(
                 f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
@@ -159,17 +153,19 @@ def check_tasks(
     *,
     task_data: pathlib.Path | str | None = None,
     confirm_run_unsafe_code: bool = False,
-) -> None:
-    """Checks, before a model is opened, that `tasks` can run and are allowed to.
+) -> list[listing.Declared]:
+    """Checks, before a model is opened, that `tasks` can run and are allowed to; returns what lm-eval makes of them.
 
-    Raises UsageError for data that `task_data` lacks, and for a task that runs programs if the user did not confirm
-    it, if no jail can be made, or if the task does not use our jail.
+    Raises UsageError for a task whose functions cannot be imported, for data that `task_data` lacks, and for a task
+    that runs programs if the user did not confirm it, if no jail can be made, or if it might run them without one.
     """
-    unsafe = running_programs(tasks, manager)
-    for name in unsafe:
-        entry = manager.task_index.get(name)
-        if not (entry and entry.yaml_path and _TASKS in entry.yaml_path.parents):
-            raise errors.UsageError(f'the task {name} runs programs of the model outside our jail; leave it out.')
+    declared = listing.declared(tasks, manager, resolve=True)
+    for task in declared:
+        if fault := programs.fault(task.config):
+            raise errors.UsageError(
+                f'the task {task.name} runs programs of the model outside our jail, or may: {fault}; leave it out.'
+            )
+    unsafe = programs.running(declared)
     if unsafe and not confirm_run_unsafe_code:
         raise errors.UsageError(
             f'{", ".join(unsafe)}: these tasks run programs that the model wrote; give --confirm_run_unsafe_code to '
@@ -178,12 +174,22 @@ def check_tasks(
     if unsafe:
         sandbox.require()
     if task_data:
-        local_data.require_files(task_data, _configs(tasks, manager))
+        local_data.require_files(task_data, {task.name: task.config for task in declared})
+    return declared
 
 
-def running_programs(tasks: Sequence[str], manager: lm_eval.tasks.TaskManager) -> list[str]:
-    """Returns the tasks, among `tasks` and their groups' members, that run programs which the model wrote."""
-    return [name for name, config in _configs(tasks, manager).items() if config.get('unsafe_code')]
+def _contained(original: Callable, declared: Sequence[listing.Declared]) -> Callable:
+    """Returns lm-eval's `evaluate` in such a way that programs of the model run in our jail or not at all."""
+    jailed = programs.running(declared)
+
+    def evaluate(lm, task_dict, **options):
+        for name, task in task_dict['tasks'].items():
+            if getattr(task, 'UNSAFE_CODE', False) and name not in jailed:  # its constructor said so
+                raise errors.UsageError(f'the task {name} runs programs of the model outside our jail; leave it out.')
+        with gate.watching(lm, ', '.join(task_dict['tasks'])) as asked:
+            return original(lm=asked, task_dict=task_dict, **options)
+
+    return evaluate
 
 
 def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_data) -> list[str]:
@@ -191,110 +197,14 @@ def _shots_from_validation(tasks, manager, protocol: protocols.Protocol, task_da
     if not task_data:
         return []
     affected = []
-    for name, config in _configs(tasks, manager).items():
-        shots = protocol.num_fewshot(name)
-        shots = config.get('num_fewshot') if shots is None else shots
-        if shots and local_data.from_validation(config, task_data):
-            affected.append(name)
+    for name in tasks:
+        for task in listing.declared([name], manager):
+            own, shots = task.config.get('num_fewshot'), protocol.num_fewshot(name)
+            # lm-eval leaves a task alone whose file says 0.
+            shots = own if shots is None or own == 0 else shots
+            if shots and local_data.from_validation(task.config, task_data):
+                affected.append(task.name)
     if affected:
         missing = f'no training split of {", ".join(affected)} in {task_data}'
         print(f'evaluate: {missing}: few-shot examples are from validation.', file=sys.stderr)
     return affected
-
-
-def _configs(names: Sequence[str], manager: lm_eval.tasks.TaskManager) -> dict[str, dict[str, Any]]:
-    """Returns task -> its file's content, for `names` and their groups' members, with the groups' changes."""
-    return {
-        name: {**((entry.cfg if entry else None) or {}), **changes}
-        for name, entry, changes in _expand(names, manager)
-        if not entry or entry.kind not in (Kind.GROUP, Kind.TAG)
-    }
-
-
-def _expand(
-    names: Sequence[str | dict[str, Any]], manager: lm_eval.tasks.TaskManager, changes: Mapping[str, Any] | None = None
-) -> Iterator[tuple[str, Entry | None, dict[str, Any]]]:
-    """Yields (name, its index entry or None, `changes`) of each name and, after a group or tag, of its members.
-
-    A group may name a member by a dict. Its settings are changes: they replace those of the member and of what the
-    member contains.
-    """
-    for each in names:
-        name = each if isinstance(each, str) else each.get('group') or each['task']
-        changed = {**(changes or {}), **({} if isinstance(each, str) else each)}
-        entry = manager.task_index.get(name)
-        yield name, entry, changed
-        members = entry and (sorted(entry.tags) if entry.kind is Kind.TAG else (entry.cfg or {}).get('task'))
-        if isinstance(members, list):  # a task's `task` is its name
-            yield from _expand(members, manager, changed)
-
-
-def task_manager(names: Sequence[str], include_path: pathlib.Path | str | None) -> lm_eval.tasks.TaskManager:
-    """Returns an lm-eval TaskManager that knows `names` and everything they refer to.
-
-    lm-eval's own manager reads 13,000 files, half a minute on a slow machine. This one reads only the folders of the
-    tasks wanted, which it finds by searching the files' text. Raises UsageError for an unknown name, naming the
-    nearest task.
-    """
-    if not names:
-        raise errors.UsageError('--tasks=NAME,NAME is missing.')
-    if include_path is not None and not pathlib.Path(include_path).is_dir():
-        raise errors.UsageError(f'--include_path={include_path} is not a folder.')
-    own: list[pathlib.Path | str] = [_TASKS, *([] if include_path is None else [pathlib.Path(include_path)])]
-    folders: set[pathlib.Path] = set()  # those of lm-eval's that are read
-    while True:
-        paths: list[pathlib.Path | str] = [*sorted(folders), *own]
-        manager = _with_generated(lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False))
-        missing = [
-            name
-            for name, entry, _ in _expand(names, manager)
-            # A tag's tasks are all known only when its folder was read.
-            if entry is None or (entry.kind is Kind.TAG and _official().get(name) not in folders)
-        ]
-        if not missing:
-            return manager
-        wanted = [_official().get(name) for name in missing]
-        if None in wanted:
-            break
-        folders.update(path for path in wanted if path)
-    known = {*_official(), *manager.task_index}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise errors.UsageError(f'--tasks: there is no task {name!r}; the nearest is {near[0]!r}.')
-    # Every name exists, and one is a tag of several folders: only lm-eval's full index has them all.
-    return _with_generated(lm_eval.tasks.TaskManager(include_path=own))
-
-
-def _with_generated(manager: lm_eval.tasks.TaskManager) -> lm_eval.tasks.TaskManager:
-    """Adds the members of the groups `_GENERATED`: GROUP_member is the file _GROUP with the dataset `member`."""
-    for group in _GENERATED:
-        shared = load_yaml(_TASKS / f'_{group}')
-        for name in (manager.task_index[group].cfg or {})['task']:
-            config = {**shared, 'task': name, 'dataset_name': name.removeprefix(f'{group}_')}
-            manager.task_index.setdefault(name, Entry(name, Kind.PY_TASK, yaml_path=None, cfg=config))
-    return manager
-
-
-@functools.cache
-def _official() -> dict[str, pathlib.Path | None]:
-    """Returns the folder of each task, group and tag in lm-eval's own files; None for a tag that several may have."""
-    folders: dict[str, pathlib.Path | None] = {}
-    tagged: dict[str, set[pathlib.Path]] = defaultdict(set)
-    shared = set()  # folders with a file that a file of another folder includes, and so may take its tags from
-    for path in sorted(pathlib.Path(lm_eval.tasks.__file__).parent.rglob('*')):
-        if path.suffix not in ('', '.yaml') or not path.is_file():  # templates have no suffix
-            continue
-        text = path.read_text(encoding='utf-8')
-        if path.suffix == '.yaml':
-            for name in _DEFINITION.findall(text):
-                folders.setdefault(name, path.parent)
-        for field, content in _LIST.findall(text):
-            for name in _LISTED.findall(content):
-                if field == 'tag':
-                    tagged[name].add(path.parent)
-                elif (source := (path.parent / name).resolve().parent) != path.parent:
-                    shared.add(source)
-    for tag, having in tagged.items():
-        folders.setdefault(tag, None if len(having) > 1 or having & shared else next(iter(having)))
-    return folders

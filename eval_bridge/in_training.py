@@ -18,6 +18,8 @@ from lm_eval.api.model import LM
 from lm_eval.models import utils as lm_eval_models_utils
 
 from eval_bridge import evaluate, lm, protocols
+from eval_bridge.harness import listing
+from eval_bridge.jail import programs
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
@@ -52,8 +54,8 @@ class Evaluation:
         options = {'include_path': train.evaluate_include_path, 'task_data': train.evaluate_task_data}
         self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         try:
-            self._options['manager'] = evaluate.task_manager(train.evaluate_tasks, train.evaluate_include_path)
-            if tasks := evaluate.running_programs(train.evaluate_tasks, self._options['manager']):
+            manager = self._options['manager'] = listing.task_manager(train.evaluate_tasks, train.evaluate_include_path)
+            if tasks := programs.running(listing.declared(train.evaluate_tasks, manager, resolve=True)):
                 raise errors.UsageError(
                     f'{", ".join(tasks)}: programs that the model wrote do not run while it trains; leave these tasks '
                     'out, and evaluate the checkpoints with main.py evaluate --confirm_run_unsafe_code'

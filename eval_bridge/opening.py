@@ -137,6 +137,7 @@ def _open_in_transformers(folder: pathlib.Path, protocol: Protocol, identity, to
             dtype=protocol.dtype,
             output_loading_info=True,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # the report names them; they are refused below
         )
     except Exception as error:  # safetensors and tokenizers raise bare Exception

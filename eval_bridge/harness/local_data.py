@@ -4,16 +4,17 @@ Only the source of a task's data changes; prompts and metrics stay the task's ow
 and its examples have the fields of the hub's dataset.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from eval_bridge.harness import examples
+from eval_bridge.harness import examples, listing, patches
 from eval_bridge.harness.examples import gap, index, non_blank, non_empty, one_of, texts
 from tinyllama_jax import errors
 
@@ -115,21 +116,28 @@ def require_files(folder: pathlib.Path | str, tasks: Mapping[str, Mapping[str, A
         )
 
 
-def downloader(
-    original: Callable, include_path: pathlib.Path | str | None, folder: pathlib.Path | str | None, used: dict[str, Any]
-) -> Callable:
-    """Returns a replacement for ConfigurableTask.download that takes local files where `folder` has them.
+@contextlib.contextmanager
+def loading(
+    tasks: Sequence[listing.Declared],
+    include_path: pathlib.Path | str | None,
+    folder: pathlib.Path | str | None,
+    used: dict[str, Any],
+) -> Iterator[None]:
+    """A context in which `tasks` load their data from local files where `folder` or their own file names some.
 
-    Tasks' relative `data_files` are looked up from the current folder, then from the folders that contain
-    `include_path` and `folder`. `used` gets for each task the files taken from `folder`: split -> file and hash.
+    Relative `data_files` of a task are looked up from the current folder, then from the folders that contain
+    `include_path` and `folder`, then from that of its file. `used` gets for each task the files taken from `folder`:
+    split -> file and hash.
     """
     roots = [pathlib.Path.cwd(), *(pathlib.Path(path).resolve().parent for path in (include_path, folder) if path)]
+    beside = {task.name: [task.file.parent] for task in tasks if task.file}
+    original = ConfigurableTask.download
 
     def download(self, dataset_kwargs=None, **kwargs):
         config = vars(self.config)
         dataset, files = _dataset(config), {}
         if self.DATASET_PATH in FORMATS:
-            dataset_kwargs = _locate_files(dataset_kwargs, roots)
+            dataset_kwargs = _locate_files(dataset_kwargs, roots + beside.get(self.config.task, []))
         elif folder and dataset:
             files = _files(folder, dataset, config)
             used[self.config.task] = {
@@ -153,7 +161,8 @@ def downloader(
         if dataset and files:
             _check_examples(self.dataset, dataset, files)
 
-    return download
+    with patches.replaced(ConfigurableTask, 'download', download):
+        yield
 
 
 def from_validation(config: Mapping[str, Any], folder: pathlib.Path | str) -> bool:
@@ -188,21 +197,22 @@ def _files(folder: pathlib.Path | str, dataset: Dataset, config: Mapping[str, An
     return {split: path for split, path in files.items() if path}
 
 
-def _locate_files(dataset_kwargs: dict[str, Any] | None, roots: Sequence[pathlib.Path]) -> dict[str, Any] | None:
-    """Returns `dataset_kwargs` with relative `data_files` looked up in `roots`; a path that none has is kept."""
-    if not dataset_kwargs or 'data_files' not in dataset_kwargs:
-        return dataset_kwargs
+def _locate_files(dataset_kwargs: dict[str, Any] | None, roots: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """Returns `dataset_kwargs` with relative `data_files` and `data_dir` looked up in `roots`; others are kept."""
 
     def locate(value):
         if isinstance(value, dict):
             return {key: locate(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [locate(entry) for entry in value]
-        if pathlib.Path(value).is_absolute() or '://' in value:
+        if not isinstance(value, str) or pathlib.Path(value).is_absolute() or '://' in value:
             return value
         return next((str(root / value) for root in roots if any(root.glob(value))), value)
 
-    return {**dataset_kwargs, 'data_files': locate(dataset_kwargs['data_files'])}
+    return {
+        name: locate(value) if name in ('data_files', 'data_dir') and value else value
+        for name, value in (dataset_kwargs or {}).items()
+    }
 
 
 def _unreadable(task: ConfigurableTask, dataset: Dataset | None, dataset_kwargs, error: Exception) -> errors.UsageError:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import tqdm
 
-from eval_bridge.jail import jail
+from eval_bridge.jail import gate, jail
 from tinyllama_jax import errors
 
 PASSED, FAILED, TIMED_OUT = jail.PASSED, jail.FAILED, jail.TIMED_OUT
@@ -112,7 +112,8 @@ def _run(program: str, limits: Limits) -> str:
     command = [sys.executable, '-I', '-S', jail.__file__]
     seconds = limits.wall_seconds + _SETUP_SECONDS
     try:
-        ended = subprocess.run(command, input=content, capture_output=True, env={}, timeout=seconds, cwd='/')
+        with gate.starting_jail():
+            ended = subprocess.run(command, input=content, capture_output=True, env={}, timeout=seconds, cwd='/')
     except subprocess.TimeoutExpired:
         raise errors.RunError(f'the jail of a program did not answer for {seconds} s.') from None
     except OSError as error:

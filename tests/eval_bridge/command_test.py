@@ -51,6 +51,8 @@ def task_files(tmp_path_factory):
     (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, examples)))
     for name in results.TABLES[2]:
         (root / 'tasks' / f'{name}.yaml').write_text(TASK.format(name=name))
+    (root / 'tasks' / 'needy.yaml').write_text(TASK.format(name='needy') + 'process_docs: !function needy.process')
+    (root / 'tasks' / 'needy.py').write_text('import nowhere_at_all')
     return str(root / 'tasks')
 
 
@@ -202,6 +204,7 @@ def test_figure_2_of_folders_and_of_a_run(task_files, llama, run, tmp_path):
         ({'model': 'nowhere'}, 'nowhere/config.json cannot be read'),
         ({'tasks': ['humaneval'], 'model': 'nowhere'}, 'run programs that the model wrote; give --confirm_run'),
         ({'task_data': 'nowhere', 'model': 'nowhere'}, '--task_data=nowhere is not a folder'),
+        ({'tasks': ['needy'], 'model': 'nowhere'}, 'the task needy needs the package nowhere_at_all'),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(task_files, options, message, tmp_path, monkeypatch):

@@ -180,35 +180,6 @@ def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what
     assert (tmp_path / 'export/tokenizer.json').read_bytes() == (folder / 'tokenizer.json').read_bytes()
 
 
-def test_our_files_are_enough_and_official_folders_are_found(tasks):
-    own = evaluate.task_manager(('tiny_group',), tasks)
-    ours = set(evaluate.task_manager(('instructeval_drop',), None).task_index)
-    names = ('cloze', 'perplexity', 'group', 'lost', 'empty', 'wrong', 'broken', 'template')
-    assert set(own.task_index) - ours == {f'tiny_{name}' for name in names}
-    mixed = evaluate.task_manager(('tiny_cloze', 'hellaswag', 'blimp'), tasks)
-    assert {'tiny_cloze', 'hellaswag', 'blimp', 'blimp_adjunct_island'} <= set(mixed.all_tasks)
-    assert len(mixed.all_tasks) < 1_000
-    tags = evaluate.task_manager(('ai2_arc', 'mmlu'), None).task_index
-    assert tags['ai2_arc'].tags == {'arc_easy', 'arc_challenge'}
-    assert sum(len(entry.tags) for name, entry in tags.items() if re.fullmatch('mmlu_.*_tasks', name)) == 57
-    assert len(tags) < 1_000
-
-
-def test_what_a_group_changes_holds_for_its_members_and_for_theirs(tmp_path):
-    files = {
-        'plain': {'task': 'plain', 'tag': 'tagged'},
-        'deep': {'task': 'deep', 'tag': 'tagged'},
-        'inner': {'group': 'inner', 'task': ['deep']},
-        'outer': {'group': 'outer', 'task': ['plain', {'group': 'inner', 'unsafe_code': True}]},
-        'direct': {'group': 'direct', 'task': [{'task': 'plain', 'unsafe_code': True}, 'deep']},
-    }
-    for name, content in files.items():
-        (tmp_path / f'{name}.yaml').write_text(json.dumps(content))
-    manager = evaluate.task_manager(['outer', 'direct'], tmp_path)
-    found = {name: evaluate.running_programs([name], manager) for name in ('outer', 'direct', 'inner', 'tagged')}
-    assert found == {'outer': ['deep'], 'direct': ['plain'], 'inner': [], 'tagged': []}
-
-
 @pytest.mark.parametrize(
     ('names', 'message'),
     [

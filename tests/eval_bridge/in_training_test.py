@@ -45,7 +45,9 @@ def task_files(tmp_path_factory):
     examples = [{'context': f'zero one {word}', 'answer': number % 2} for number, word in enumerate('abcdef')]
     (root / 'data' / 'questions.jsonl').write_text('\n'.join(map(json.dumps, examples)))
     long = TEXT.replace(': 4}', ': 32}').replace('tiny_text', 'tiny_long')
-    for name, text in (('choice', CHOICE), ('text', TEXT), ('long', long)):
+    hidden = [{'task': 'hidden', 'unsafe_code': True, 'dataset_path': 'json'}]
+    inline = json.dumps({'group': 'tiny_inline', 'task': [{'group': 'inner', 'task': hidden}]})
+    for name, text in (('choice', CHOICE), ('text', TEXT), ('long', long), ('inline', inline)):
         (root / 'tasks' / f'{name}.yaml').write_text(text)
     return root / 'tasks'
 
@@ -133,6 +135,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(config):
     _refused(config, 'evaluate_tasks: a task wants 32 new tokens, but seq_len is 32', evaluate_tasks=('tiny_long',))
     _refused(config, 'evaluate_tasks: --include_path=none is not a folder', evaluate_include_path='none')
     _refused(config, 'humaneval: programs that the model wrote do not run while', evaluate_tasks=('humaneval',))
+    _refused(config, '::hidden: programs that the model wrote do not run while', evaluate_tasks=('tiny_inline',))
 
 
 def test_without_tasks_there_is_no_hook(config):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eval_bridge import evaluate
+from eval_bridge.harness import listing
 from eval_bridge.tasks import instructeval
 from tests.support.scripted import Scripted
 
@@ -95,7 +96,7 @@ def test_bbh_takes_its_first_three_as_few_shot_examples(data):
 
 
 def test_the_score_of_bbh_is_the_plain_mean_over_tasks(data, tmp_path):
-    names = evaluate.task_manager(['instructeval_bbh'], None).task_index['instructeval_bbh'].cfg['task']
+    names = listing.task_manager(['instructeval_bbh'], None).task_index['instructeval_bbh'].cfg['task']
     assert len(names) == 27
     (tmp_path / 'two.yaml').write_text(
         'group: two\ntask: [instructeval_bbh_word_sorting, instructeval_bbh_navigate]\n'
@@ -107,7 +108,7 @@ def test_the_score_of_bbh_is_the_plain_mean_over_tasks(data, tmp_path):
 
 
 def test_the_means_are_those_of_instructeval():
-    index = evaluate.task_manager(['instructeval_mmlu', 'instructeval_bbh'], None).task_index
+    index = listing.task_manager(['instructeval_mmlu', 'instructeval_bbh'], None).task_index
     members = index['instructeval_mmlu'].cfg['task']
     assert len(members) == len(set(members)) == 57
     for name, weighted in {'mmlu': True, 'bbh': False}.items():
