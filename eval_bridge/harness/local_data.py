@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from eval_bridge.harness import examples, listing, patches
+from eval_bridge.harness import examples, listing, own_text, patches
 from eval_bridge.harness.examples import gap, index, non_blank, non_empty, one_of, texts
 from tinyllama_jax import errors
 
@@ -127,7 +128,7 @@ def loading(
 
     Relative `data_files` of a task are looked up from the current folder, then from the folders that contain
     `include_path` and `folder`, then from that of its file. `used` gets for each task the files taken from `folder`:
-    split -> file and hash.
+    split -> file and hash. Files are read anew, because the cache of `datasets` knows them by less than their content.
     """
     roots = [pathlib.Path.cwd(), *(pathlib.Path(path).resolve().parent for path in (include_path, folder) if path)]
     beside = {task.name: [task.file.parent] for task in tasks if task.file}
@@ -153,6 +154,8 @@ def loading(
                     setattr(self.config, setting, None)
             inside = {'field': dataset.inside} if dataset.inside else {}
             dataset_kwargs = {'data_files': {split: str(path) for split, path in files.items()}, **inside}
+        if self.DATASET_PATH in FORMATS:
+            dataset_kwargs = {**(dataset_kwargs or {}), 'cache_dir': cache}
         try:
             original(self, dataset_kwargs, **kwargs)
         # A ConnectionError is an OSError, invalid UTF-8 a ValueError; an empty file raises StopIteration.
@@ -161,7 +164,11 @@ def loading(
         if dataset and files:
             _check_examples(self.dataset, dataset, files)
 
-    with patches.replaced(ConfigurableTask, 'download', download):
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        own_text.kept(),
+        patches.replaced(ConfigurableTask, 'download', download),
+    ):
         yield
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -178,6 +179,44 @@ def test_task_files_find_their_data_beside_the_folder(data, tmp_path):
     (tmp_path / 'tasks').rename(elsewhere / 'tasks')
     result = evaluate.evaluate(Scripted(), ['mine'], include_path=elsewhere / 'tasks', task_data=data, limit=1)
     assert result['n-samples']['piqa']['effective'] == 1
+
+
+TEXT = {
+    'task': 'mine', 'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': 'mine.jsonl'}},
+    'test_split': 'test', 'output_type': 'generate_until', 'doc_to_text': 'q', 'doc_to_target': 'a',
+    'metric_list': [{'metric': 'exact_match', 'aggregation': 'mean', 'higher_is_better': True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['mine.jsonl', 'mine.jsonl.gz', 'mine.csv'])
+def test_answers_that_look_like_dates_are_the_file_s_and_files_replaced_in_place_are_read_anew(tmp_path, name):
+    folder = tmp_path / 'tasks' / 'deeper'
+    folder.mkdir(parents=True)
+    kind = 'csv' if name.endswith('csv') else 'json'
+    task = TEXT | {'dataset_path': kind, 'dataset_kwargs': {'data_files': {'test': name}}}
+    (folder / 'mine.yaml').write_text(json.dumps(task))  # its data is beside it
+    for answer in ('2020-01-01', '2021-12-31'):
+        text = f'q,a\nday?,{answer}\n' if kind == 'csv' else json.dumps({'q': 'day?', 'a': answer})
+        (folder / name).write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith('gz') else text.encode())
+        os.utime(folder / name, (1e9, 1e9))
+        result = evaluate.evaluate(
+            Scripted(lambda prompt, answer=answer: answer), ['mine'], include_path=tmp_path / 'tasks'
+        )
+        assert result['results']['mine']['exact_match,none'] == 1
+
+
+def test_what_is_scored_is_what_is_stamped(data):
+    seen = set()
+    for goal in ('one', 'two'):
+        _write(
+            data, 'piqa/validation.jsonl', [EXAMPLES['piqa/validation.jsonl'] | {'goal': goal, 'sol1': '2020-01-01'}]
+        )
+        os.utime(data / 'piqa/validation.jsonl', (1e9, 1e9))
+        model = Scripted()
+        result = evaluate.evaluate(model, ['piqa'], task_data=data)
+        assert model.asked[0] == (f'Question: {goal}\nAnswer:', ' 2020-01-01')
+        seen.add(result['protocol']['task_data']['piqa']['validation']['sha256'])
+    assert len(seen) == 2
 
 
 def test_real_data_runs(test_data_dir):
