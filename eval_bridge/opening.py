@@ -27,7 +27,7 @@ from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 from tinyllama_jax.run import workdir
 
 _BATCH_SIZE = 8
-_WEIGHTS = ('*.safetensors', '*.bin')
+_MODEL = ('*.safetensors', '*.bin', 'config.json', 'generation_config.json')  # equal weights may turn otherwise
 _TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
 
 
@@ -63,7 +63,8 @@ class Run:
             return
         with tempfile.TemporaryDirectory() as folder:
             exported = pathlib.Path(folder) / 'export'
-            convert.export(loaded.params, loaded.config.model, loaded.tokenizer_path, exported, add_bos=bos)
+            options = {'add_bos': bos, 'imported': self.folder / workdir.IMPORTED}
+            convert.export(loaded.params, loaded.config.model, loaded.tokenizer_path, exported, **options)
             yield _open_in_transformers(exported, protocol, identity, tokenizer.sha256)
 
 
@@ -86,10 +87,11 @@ class Folder:
     def open(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
         """Opens a Llama in JAX, another architecture in transformers. Raises UsageError for a bad folder."""
         config = convert.read_config(self.folder)
-        identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _WEIGHTS)}
+        identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _MODEL)}
         if backend == 'hf' or (backend is None and config.get('model_type') != 'llama'):
             yield _open_in_transformers(self.folder, protocol, identity, _hash_of_files(self.folder, _TOKENIZERS))
             return
+        convert.say_what_generation_leaves_out(self.folder)
         params, model_config = convert.import_weights(self.folder)
         tokenizer, bos = hf_tokenizer.load(self.folder), hf_tokenizer.adds_bos(self.folder)
         stored = str(config.get('dtype') or config.get('torch_dtype') or 'float32')

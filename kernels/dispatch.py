@@ -105,7 +105,8 @@ def rms_norm(x_BTD, scale_D, residual_BTD=None, *, eps, impl=None, chip=None):
 def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
     """Returns queries or keys [B, T, N, H] turned by rotary position embedding, half rotation (Su et al., 2021).
 
-    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H). Raises ValueError as `attention` does.
+    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H); a RopeScaling as `scaling` changes the
+    frequencies instead. Raises ValueError as `attention` does.
     """
     op = 'rope'
     impl = choose(op, impl=impl, chip=chip)
@@ -114,7 +115,7 @@ def rope(x_BTNH, positions_BT, *, base, scaling=1.0, impl=None, chip=None):
     checks.require_implementation(op, impl, dtype, head_dim=x_BTNH.shape[3])
     if impl == 'xla':
         return _plain(chip).rope(x_BTNH, positions_BT, base=base, scaling=scaling)
-    return _kernels(op).rope(x_BTNH, positions_BT, float(base), float(scaling), _chip(impl, chip))
+    return _kernels(op).rope(x_BTNH, positions_BT, float(base), scaling, _chip(impl, chip))
 
 
 def swiglu(gate_BTF, up_BTF, *, impl=None, chip=None):

@@ -11,6 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import rope_scaling
+from kernels.rope_scaling import RopeScaling
+
 _MASKED = -1e30  # finite, so that a fully masked row stays finite
 
 
@@ -101,18 +104,22 @@ def rms_norm(x_BTD, scale_D, *, eps, residual_BTD=None):
     return y_BTD if residual_BTD is None else (y_BTD, x_BTD)
 
 
-def rope(x_BTNH, positions_BT, *, base, scaling=1.0):
+def rope(x_BTNH, positions_BT, *, base, scaling: float | RopeScaling = 1.0):
     """Returns x turned by rotary position embedding, half rotation (the layout Llama checkpoints use).
 
-    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H);
-    `scaling` > 1 is linear position interpolation.
+    The pair (x[i], x[i + H/2]) turns by position / scaling * base^(-2i / H). `scaling` > 1 is linear position
+    interpolation; a RopeScaling changes the frequencies instead.
     """
     half, dtype = x_BTNH.shape[-1] // 2, _wide(x_BTNH.dtype)
     return turned(x_BTNH, *rotary_angles(positions_BT, half, base=base, scaling=scaling, dtype=dtype))
 
 
-def rotary_angles(positions_BT, half: int, *, base, scaling=1.0, dtype=jnp.float32):
+def rotary_angles(positions_BT, half: int, *, base, scaling: float | RopeScaling = 1.0, dtype=jnp.float32):
     """Returns the cosines and sines, [B, T, 1, half], of the angles that `rope` turns by."""
+    if isinstance(scaling, RopeScaling):
+        angle_BT1h = rope_scaling.angles(positions_BT, half, base, scaling, dtype)[:, :, None]
+        factor = scaling.attention_factor
+        return factor * jnp.cos(angle_BT1h), factor * jnp.sin(angle_BT1h)
     frequency_h = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle_BT1h = (positions_BT.astype(dtype) / scaling)[:, :, None, None] * frequency_h[None, None, None, :]
     return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)

@@ -40,7 +40,14 @@ class ModelConfig:
     hidden_dim: int = 5_632  # SwiGLU's inner width
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
-    rope_scaling: float = 1.0  # linear interpolation: positions are divided by this
+    rope_scaling: float = 1.0  # how far rotation is stretched; linear: positions are divided by this
+    rope_kind: Literal['linear', 'llama3', 'yarn', 'dynamic'] = 'linear'
+    rope_original_seq_len: int | None = None  # length before stretching; the settings below are of llama3 and yarn, too
+    # Frequencies that turn less often than the first in that length are stretched; more often than the second, kept.
+    rope_slow_turns: float = 1.0
+    rope_fast_turns: float = 32.0
+    rope_truncate: bool = True  # yarn only, as kernels/rope_scaling.py explains
+    rope_attention_factor: float = 1.0  # yarn only: factor of cosines and sines
     # normal: std 0.02, residual outputs / sqrt(2 L); original: the original code's
     init: Literal['normal', 'original'] = 'normal'
     compute_dtype: Dtype | None = None  # none: bfloat16 on GPUs, float32 on CPUs
@@ -252,6 +259,18 @@ def validated(config: Config) -> Config:
         )
     if model.head_dim % 2:
         raise errors.usage('config.model.head_dim', f'must be even for rotary embedding, got {model.head_dim}')
+    original = model.rope_original_seq_len
+    if model.rope_kind != 'linear' and original is None:
+        raise errors.usage('config.model.rope_original_seq_len', f'is none, but rope_kind is {model.rope_kind}; set it')
+    # In a longer text dynamic rotation would depend on the text's length, which packed rows and caches do not have.
+    if model.rope_kind == 'dynamic' and original is not None and model.seq_len > original:
+        raise errors.usage(
+            'config.model.seq_len',
+            f'{model.seq_len} is above rope_original_seq_len = {original}, which rope_kind=dynamic does not allow; '
+            'choose yarn',
+        )
+    if model.rope_slow_turns >= model.rope_fast_turns:
+        raise errors.usage('config.model.rope_slow_turns', f'{model.rope_slow_turns} must be below rope_fast_turns')
     for name in data.sources:
         if not name.replace('-', '_').isidentifier():
             raise errors.usage(

@@ -69,7 +69,9 @@ def begin(params, tokens_BT, length_B, limit_B, key_B, sampling, *, slots: int, 
         layer_cache = {name: jnp.pad(x.swapaxes(1, 2), padding) for name, x in (('k', k_BTKH), ('v', v_BTKH))}
         return ops.attention(q_BTNH, k_BTKH, v_BTKH), layer_cache
 
-    x_BTD, cache = model.hidden(params, tokens_BT, config, ops=ops, attend=attend)
+    # Padding stands at the last token's position, so that a row's positions end with its prompt.
+    positions_BT = jnp.minimum(jnp.arange(tokens_BT.shape[1])[None], length_B[:, None] - 1)
+    x_BTD, cache = model.hidden(params, tokens_BT, config, ops=ops, positions_BT=positions_BT, attend=attend)
     x_B1D = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)
     token_B = _next_token(params, x_B1D, key_B, 0, sampling)
     token_B = jnp.where(limit_B > 0, token_B, NOTHING)

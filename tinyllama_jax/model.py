@@ -70,9 +70,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, ops: Ops, positions_BT, attend, cache=None):
         """Returns the attention's output [B, T, D] and this layer's cache. `attend` is explained at `hidden`."""
-        rotate = functools.partial(
-            ops.rope, positions_BT=positions_BT, base=self.config.rope_base, scaling=self.config.rope_scaling
-        )
+        rotate = functools.partial(ops.rope, positions_BT=positions_BT, **ops_lib.rope_options(self.config))
         # Named residuals are what a remat policy may save (config.REMAT). Their bytes are per token and layer of the
         # 1.1 B model in bfloat16. Queries, keys and values, 4,096 + 512 + 512 bytes, are saved after the rotation.
         q_BTNH = checkpoint_name(rotate(ops.linear(x_BTD, self.q[...])), 'qkv')

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels import checks, dispatch, varying
+from kernels.rope_scaling import RopeScaling
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, sharding
 from tinyllama_jax.config import Config, KernelConfig, ModelConfig
@@ -234,6 +235,22 @@ def chip_of(device) -> str | None:
 def compute_dtype(model: ModelConfig, chip: str | None):
     """Returns the dtype of activations: as configured, else bfloat16 on GPUs and float32 on CPUs."""
     return jnp.dtype(model.compute_dtype or ('bfloat16' if chip else 'float32'))
+
+
+def rope_options(model: ModelConfig) -> dict[str, Any]:
+    """Returns the arguments `base` and `scaling` of `Ops.rope`."""
+    scaling: float | RopeScaling = model.rope_scaling
+    if model.rope_kind != 'linear':
+        scaling = RopeScaling(
+            kind=model.rope_kind,
+            factor=model.rope_scaling,
+            original_length=model.rope_original_seq_len or model.seq_len,
+            slow_turns=model.rope_slow_turns,
+            fast_turns=model.rope_fast_turns,
+            truncate=model.rope_truncate,
+            attention_factor=model.rope_attention_factor,
+        )
+    return {'base': model.rope_base, 'scaling': scaling}
 
 
 def make_ops(

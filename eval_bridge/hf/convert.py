@@ -1,4 +1,4 @@
-"""Converts parameters to Hugging Face folders and back; the only file that knows Hugging Face's names.
+"""Converts parameters to Hugging Face folders and back; the only file that knows the names of their tensors.
 
 Our weights have their input axes first ([D, N, H] for queries); Hugging Face's are matrices [out, in].
 Both lay out rotary pairs alike, so nothing is permuted and a round trip is bit-equal. Tensors are
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from eval_bridge.hf import model_config as hf_model_config
 from eval_bridge.hf import tokenizer as hf_tokenizer
 from eval_bridge.hf import weights
 from tinyllama_jax import config as config_lib
@@ -43,6 +44,7 @@ _NAMES = (
     ('lm_head', 'lm_head.weight', 1),
 )
 _IGNORED = '.rotary_emb.inv_freq'  # a buffer that older checkpoints carry
+_KEPT_FILES = ('config.json', 'generation_config.json')  # a run keeps those of the folder that it was imported from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,7 @@ def export(
     format: str = 'safetensors',
     add_bos: bool = False,
     max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+    imported: pathlib.Path | None = None,
 ) -> None:
     """Writes a folder that transformers loads offline: weights, configuration, tokenizer.
 
@@ -111,6 +114,8 @@ def export(
       format: safetensors, or pytorch (pytorch_model.bin; needs torch).
       add_bos: whether the exported tokenizer puts BOS first, as the training data did.
       max_shard_bytes: larger models are split into files of at most this size, with an index.
+      imported: the config.json and generation_config.json of the folder that the model was imported from; the ids of
+        special tokens and the settings of generation are theirs.
 
     Raises UsageError for an output that is not empty, an unknown dtype or format, or a
     model or tokenizer that the format cannot express; RunError if writing fails.
@@ -135,8 +140,14 @@ def export(
     with _new_folder(output) as folder:
         hf_tokenizer.write(folder, tokenizer, add_bos=add_bos, max_length=model_config.seq_len)
         special = {'bos_token_id': _id_or_none(tokenizer.bos_id), 'eos_token_id': _id_or_none(tokenizer.eos_id)}
-        weights.write_json(folder / 'config.json', _hf_config(model_config, special, dtype))
-        weights.write_json(folder / 'generation_config.json', {**special, 'do_sample': False})
+        kept, generation = (
+            weights.read_json(imported / name) if imported and (imported / name).exists() else None
+            for name in _KEPT_FILES
+        )
+        config_json = hf_model_config.write(model_config, dtype, imported=kept, **special)
+        weights.write_json(folder / 'config.json', config_json)
+        special = {name: config_json[name] for name in special}
+        weights.write_json(folder / 'generation_config.json', generation or {**special, 'do_sample': False})
         tensors = _hf_tensors(params, model_config, dtype)
         weights.write(folder, tensors, dtype=dtype, format=format, max_shard_bytes=max_shard_bytes)
 
@@ -163,35 +174,6 @@ def _id_or_none(index: int) -> int | None:
     return None if index < 0 else index
 
 
-def _hf_config(config: ModelConfig, special: dict[str, int | None], dtype: str) -> dict[str, Any]:
-    # rope_theta and rope_scaling are transformers 4's form, which 5 reads too.
-    scaling = None if config.rope_scaling == 1 else {'type': 'linear', 'factor': config.rope_scaling}
-    return {
-        'architectures': ['LlamaForCausalLM'],
-        'model_type': 'llama',
-        'vocab_size': config.vocab_size,
-        'hidden_size': config.embed_dim,
-        'intermediate_size': config.hidden_dim,
-        'num_hidden_layers': config.num_layers,
-        'num_attention_heads': config.num_heads,
-        'num_key_value_heads': config.num_kv_heads,
-        'head_dim': config.head_dim,
-        'hidden_act': 'silu',
-        'max_position_embeddings': config.seq_len,
-        'rms_norm_eps': config.norm_eps,
-        'rope_theta': config.rope_base,
-        'rope_scaling': scaling,
-        'attention_bias': False,
-        'attention_dropout': 0.0,
-        'mlp_bias': False,
-        'tie_word_embeddings': False,
-        **special,
-        'initializer_range': 0.02,
-        'use_cache': True,
-        'torch_dtype': dtype,
-    }
-
-
 def _hf_tensors(params: dict, config: ModelConfig, dtype: str) -> dict[str, weights.Tensor]:
     leaves = _leaves(params)
 
@@ -210,33 +192,56 @@ def import_weights(folder: pathlib.Path) -> tuple[dict, ModelConfig]:
     """Returns the parameters (float32 numpy arrays) and the ModelConfig of a Llama's Hugging Face folder.
 
     Reads safetensors, else PyTorch's .bin files (which needs torch), whole or in
-    shards, in any floating dtype. Tied embeddings become two equal matrices.
+    shards, in floating dtypes of 16 bits or more. Tied embeddings become two equal
+    matrices. Names may lack `model.`, as those of transformers' LlamaModel do.
     Raises UsageError naming the file, field or tensor that is missing, unreadable
     or that our model does not compute.
     """
     folder = pathlib.Path(folder)
     values = read_config(folder)
-    config = _model_config(values, folder / 'config.json')
+    config = hf_model_config.read(values, folder / 'config.json')
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), _abstract_params(config))
     leaves, slices, filled = _leaves(params), _slices(config), set()
     for name, array in weights.read(folder):
         if name.endswith(_IGNORED):
             continue
-        part = slices.get(name)
+        hf_name = name if name in slices else f'model.{name}'
+        part = slices.get(hf_name)
         if part is None:
-            raise errors.UsageError(f'{folder} holds a tensor {name}, which a Llama without biases does not have.')
+            raise errors.UsageError(
+                f'{folder} holds a tensor {name}, which a Llama without biases of {config.num_layers} layers does not '
+                "have; save it again by transformers' save_pretrained if only the name is wrong."
+            )
+        if hf_name in filled:
+            raise errors.UsageError(f'{folder} holds the tensor {name} twice; leave one out.')
         if array.shape != part.hf_shape:
             raise errors.UsageError(
                 f'{folder}: {name} has the shape {array.shape}, but config.json makes it {part.hf_shape}.'
             )
         leaves[part.path][... if part.layer is None else part.layer] = part.from_hf(array)
-        filled.add(name)
-    if values.get('tie_word_embeddings') and 'lm_head.weight' not in filled:
-        params['lm_head'][...] = params['embed'].T
-        filled.add('lm_head.weight')
+        filled.add(hf_name)
+    if values.get('tie_word_embeddings'):
+        _tie(params, filled, folder)
     if missing := [name for name in slices if name not in filled]:
         raise errors.UsageError(f'{folder} lacks {len(missing)} tensors, {missing[0]} the first; is it complete?')
     return params, config
+
+
+def _tie(params: dict, filled: set[str], folder: pathlib.Path) -> None:
+    """Fills the embedding or the head from the other. Raises UsageError if the folder holds both, and they differ."""
+    embed_VD, head_VD = params['embed'], params['lm_head'].T
+    embed, head = 'model.embed_tokens.weight', 'lm_head.weight'
+    if head not in filled:
+        head_VD[...] = embed_VD
+    elif embed not in filled:
+        embed_VD[...] = head_VD
+    elif not np.array_equal(embed_VD, head_VD, equal_nan=True):
+        raise errors.UsageError(
+            f'{folder}/config.json: tie_word_embeddings is true, but {embed} and {head} differ; set it to false, or '
+            f'leave {head} out.'
+        )
+    if embed in filled or head in filled:
+        filled.update((embed, head))
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -244,50 +249,21 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return weights.read_json(pathlib.Path(folder) / 'config.json')
 
 
-# Other values of these fields would make another model.
-_REQUIRED = {
-    'model_type': 'llama',
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'mlp_bias': False,
-    'quantization_config': None,
+# Settings of generation that change texts and that our generation does not have, and their values that change nothing.
+_UNAPPLIED = {
+    **dict.fromkeys(('repetition_penalty', 'num_beams', 'encoder_repetition_penalty', 'guidance_scale'), (1, None)),
+    **dict.fromkeys(('no_repeat_ngram_size', 'min_length', 'min_new_tokens'), (0, None)),
+    **dict.fromkeys(('bad_words_ids', 'suppress_tokens', 'begin_suppress_tokens', 'sequence_bias'), ([], None)),
+    **dict.fromkeys(('forced_bos_token_id', 'forced_eos_token_id', 'stop_strings'), (None,)),
 }
 
 
-def _model_config(values: dict[str, Any], path: pathlib.Path) -> ModelConfig:
-    for field, required in _REQUIRED.items():
-        if values.get(field, None if field == 'model_type' else required) != required:
-            raise errors.UsageError(f'{path}: {field} is {values.get(field)!r}; only {required!r} can be imported.')
-    try:
-        base, scaling = _rope(values, path)
-        heads = values['num_attention_heads']
-        config = ModelConfig(
-            vocab_size=values['vocab_size'],
-            seq_len=values.get('max_position_embeddings', 2_048),
-            num_layers=values['num_hidden_layers'],
-            embed_dim=values['hidden_size'],
-            num_heads=heads,
-            num_kv_heads=values.get('num_key_value_heads') or heads,
-            head_dim=values.get('head_dim') or values['hidden_size'] // heads,
-            hidden_dim=values['intermediate_size'],
-            norm_eps=values.get('rms_norm_eps', 1e-6),  # Hugging Face's default, not ours
-            rope_base=base,
-            rope_scaling=scaling,
-        )
-    except KeyError as error:
-        raise errors.UsageError(f'{path} has no field {error.args[0]}.') from None
-    return config_lib.validated(Config(model=config)).model
-
-
-def _rope(values: dict[str, Any], path: pathlib.Path) -> tuple[float, float]:
-    """Returns base and linear scaling, from transformers 5's rope_parameters or 4's rope_theta and rope_scaling."""
-    field = 'rope_parameters' if values.get('rope_parameters') else 'rope_scaling'
-    rope = values.get(field) or {}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind not in ('default', 'linear') or rope.get('partial_rotary_factor', 1.0) != 1.0:
-        raise errors.UsageError(f'{path}: {field} is {rope}; only plain and linearly scaled rotation can be imported.')
-    base = rope.get('rope_theta', values.get('rope_theta', 10_000.0))
-    return float(base), float(rope['factor']) if kind == 'linear' else 1.0
+def say_what_generation_leaves_out(folder: pathlib.Path) -> None:
+    """Prints to stderr the settings in a folder's generation_config.json that our generation does not follow."""
+    path = folder / 'generation_config.json'
+    values = weights.read_json(path) if path.exists() else {}
+    if found := [f'{name}={values[name]!r}' for name, same in _UNAPPLIED.items() if values.get(name) not in same]:
+        print(f'{path}: texts are generated without {", ".join(found)}', file=sys.stderr)
 
 
 def export_run(config: Config | None, folder: pathlib.Path, *, step: int | None, output: str | None, **options) -> None:
@@ -295,7 +271,7 @@ def export_run(config: Config | None, folder: pathlib.Path, *, step: int | None,
     if not output:
         raise errors.UsageError('--output=DIR, the folder to write, is missing.')
     loaded = workdir.load(folder, config, step)
-    options['add_bos'] = loaded.config.data.bos
+    options |= {'add_bos': loaded.config.data.bos, 'imported': folder / workdir.IMPORTED}
     export(loaded.params, loaded.config.model, loaded.tokenizer_path, pathlib.Path(output), **options)
     print(f'exported step {loaded.step} to {output}')
 
@@ -317,6 +293,8 @@ def import_run(
     ours, theirs = ({'model': config_lib.to_dict(each)} for each in (config.model, imported))
     for field, (wanted, given) in resume.changes(ours, theirs, 'weights').items():
         raise errors.UsageError(f'{field} is {wanted}, but {source} has {given}; set --{field}={given}.')
+    files = [path for name in _KEPT_FILES if (path := pathlib.Path(source) / name).exists()]
+    values, *_ = [weights.read_json(path) for path in files]
     tokenizer_path = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(
         folder,
@@ -324,7 +302,11 @@ def import_run(
         step_lib.make_state(config, jax.device_put(params)),
         tokenizer_path if tokenizer_path.exists() else None,
         command,
+        imported=files,
     )
     print(f'imported {source} to {folder} at step 0')
+    say_what_generation_leaves_out(pathlib.Path(source))
+    if lost := hf_model_config.lost(values, imported):
+        print(f"import: an export of {folder} will not have config.json's {', '.join(lost)}", file=sys.stderr)
     if missing := workdir.missing_tokenizer(folder):
         print(f'import: {missing}', file=sys.stderr)

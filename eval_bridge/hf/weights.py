@@ -24,6 +24,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 _STEMS = {'safetensors': ('model', '.safetensors'), 'pytorch': ('pytorch_model', '.bin')}
 FORMATS = tuple(_STEMS)
 _CODES = {'float32': 'F32', 'bfloat16': 'BF16'}  # safetensors' names
+_READ = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # and torch's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,16 @@ def require_torch(what: str):
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises UsageError if it cannot be read."""
+    """Returns the object in a JSON file. Raises UsageError if it cannot be read, or is no object."""
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        values = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise errors.UsageError(f'{path} cannot be read ({error.strerror}); give a Hugging Face folder.') from None
     except ValueError:
         raise errors.UsageError(f'{path} is not valid JSON.') from None
+    if not isinstance(values, dict):
+        raise errors.UsageError(f'{path} holds a {type(values).__name__}, not a JSON object; give another file.')
+    return values
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
@@ -121,7 +125,7 @@ def _write_pytorch(path: pathlib.Path, tensors: dict[str, Tensor], dtype: str) -
 def read(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, array) of every tensor in a folder's safetensors files, else its .bin files.
 
-    Raises UsageError naming the file that is missing or unreadable.
+    Raises UsageError naming the file that is missing or unreadable, or the tensor that is not of a floating dtype.
     """
     for format, read_file in (('safetensors', _read_safetensors), ('pytorch', _read_pytorch)):
         files = _files(folder, format)
@@ -140,10 +144,9 @@ def _files(folder: pathlib.Path, format: str) -> list[pathlib.Path]:
     if not index.exists():
         return []
     try:
-        names = set(read_json(index)['weight_map'].values())
+        files = [folder / pathlib.Path(name).name for name in sorted(set(read_json(index)['weight_map'].values()))]
     except (AttributeError, KeyError, TypeError):
-        raise errors.UsageError(f'{index} is not an index of weights: it has no weight_map.') from None
-    files = [folder / pathlib.Path(name).name for name in sorted(names)]
+        raise errors.UsageError(f'{index} is not an index of weights: it has no weight_map of file names.') from None
     for file in files:
         if not file.exists():
             raise errors.UsageError(f'{index} names {file.name}, which is not there; is the folder complete?')
@@ -154,9 +157,16 @@ def _read_safetensors(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safetensors.safe_open(path, framework='np') as file:
             for name in file.keys():  # noqa: SIM118 - the file object is not a mapping
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _READ:
+                    raise _wrong_dtype(path, name, dtype)
                 yield name, file.get_tensor(name)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise errors.UsageError(f'{path} cannot be read ({error}); is it complete?') from None
+
+
+def _wrong_dtype(path: pathlib.Path, name: str, dtype: str) -> errors.UsageError:
+    return errors.UsageError(f'{path}: {name} is of {dtype}; only {", ".join(_READ)} can be read.')
 
 
 def _read_pytorch(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -166,5 +176,13 @@ def _read_pytorch(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     except Exception as error:  # torch raises many kinds, pickle's errors too
         reason = errors.first_line(error)
         raise errors.UsageError(f'{path} cannot be read as weights alone ({reason}).') from None
-    for name, tensor in tensors.items():
-        yield name, tensor.float().numpy()
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else [('its content', tensors)]:
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and isinstance(tensors, dict)):
+            raise errors.UsageError(
+                f'{path}: {name} is of type {type(tensor).__name__}; give a file of nothing but named tensors, as '
+                'torch.save(model.state_dict(), ...) writes it.'
+            )
+        dtype = str(tensor.dtype).removeprefix('torch.')
+        if dtype not in _READ.values() or tensor.layout is not torch.strided:
+            raise _wrong_dtype(path, name, dtype)
+        yield name, tensor.detach().float().numpy()

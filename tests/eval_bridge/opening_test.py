@@ -33,6 +33,9 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
     before = identity(folder)
     shutil.copytree(folder, tmp_path / 'copy')
     assert identity(tmp_path / 'copy') == before | {'model': 'copy'}
+    path = tmp_path / 'copy' / 'config.json'  # another base of rotation is another model
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'rope_theta': 500.0}))
+    assert identity(tmp_path / 'copy')['weights_sha256'] != before['weights_sha256']
     convert.export(
         tiny_export.random_params(tiny_export.MODEL, seed=1),
         tiny_export.MODEL,

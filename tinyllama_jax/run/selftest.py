@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from tinyllama_jax import errors, model, sharding
+from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.ops import Ops
 
@@ -142,7 +143,7 @@ def _case(key, op: str, config: Config, ops: Ops):
             )
         case 'rope':
             positions_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
-            options = {'base': model_config.rope_base, 'scaling': model_config.rope_scaling}
+            options = ops_lib.rope_options(model_config)
             arrays = normal(B, T, N, H), normal(B, T, K, H)
             return arrays, lambda ops, *arrays: [ops.rope(x, positions_BT, **options) for x in arrays]
         case 'swiglu':

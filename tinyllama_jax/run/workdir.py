@@ -2,6 +2,7 @@
 
 config.json        resolved configuration, command, commit, versions and devices of the last start
 tokenizer.model    the tokenizer the run trains with
+imported/          of an imported model: its config.json and generation_config.json, for exports
 checkpoints/STEP   see checkpoint.py
 metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by default)
 """
@@ -9,6 +10,8 @@ metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by defaul
 import dataclasses
 import json
 import pathlib
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +21,8 @@ from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals, versions
 from tinyllama_jax.settings import tree
+
+IMPORTED = 'imported'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +125,19 @@ def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
     files.write_atomically(kept, source.read_bytes())
 
 
-def create(workdir: pathlib.Path, config: Config, state, tokenizer_path: pathlib.Path | None, command: str) -> None:
-    """Creates a run from a TrainState at step 0 (an import). Raises UsageError if the folder is not empty."""
+def create(
+    workdir: pathlib.Path,
+    config: Config,
+    state,
+    tokenizer_path: pathlib.Path | None,
+    command: str,
+    *,
+    imported: Sequence[pathlib.Path] = (),
+) -> None:
+    """Creates a run from a TrainState at step 0 (an import), with copies of the files `imported`.
+
+    Raises UsageError if the folder is not empty.
+    """
     if workdir.exists() and any(workdir.iterdir()):
         raise errors.UsageError(f'--workdir={workdir} is not empty; import needs a new one.')
     with signals.unfinished(workdir):
@@ -130,4 +146,7 @@ def create(workdir: pathlib.Path, config: Config, state, tokenizer_path: pathlib
         checkpointer.close()
         if tokenizer_path is not None:
             keep_tokenizer(workdir, tokenizer_path)
+        (workdir / IMPORTED).mkdir(parents=True, exist_ok=True)
+        for path in imported:
+            shutil.copyfile(path, workdir / IMPORTED / path.name)
         write_config_file(workdir, config, command)

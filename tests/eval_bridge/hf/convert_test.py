@@ -153,6 +153,37 @@ def test_tied_embeddings_become_two_equal_matrices(copied):
     np.testing.assert_array_equal(params['lm_head'], params['embed'].T)
 
 
+def test_tied_matrices_that_differ_are_refused_and_either_may_be_missing(copied):
+    _edit(copied, tie_word_embeddings=True)
+    with pytest.raises(errors.UsageError, match=r'tie_word_embeddings is true, but .*embed_tokens.* and lm_head'):
+        convert.import_weights(copied)
+    tensors = safetensors.numpy.load_file(copied / 'model.safetensors')
+    del tensors['model.embed_tokens.weight']
+    safetensors.numpy.save_file(tensors, copied / 'model.safetensors')
+    params, _ = convert.import_weights(copied)
+    np.testing.assert_array_equal(params['embed'], tiny_export.params()['lm_head'].T)
+    np.testing.assert_array_equal(params['lm_head'], tiny_export.params()['lm_head'])
+
+
+def test_names_without_model_as_llamamodel_saves_them_are_imported(copied):
+    tensors = safetensors.numpy.load_file(copied / 'model.safetensors')
+    short = {name.removeprefix('model.'): array for name, array in tensors.items() if name != 'lm_head.weight'}
+    safetensors.numpy.save_file(short, copied / 'model.safetensors')
+    _edit(copied, tie_word_embeddings=True)
+    params, _ = convert.import_weights(copied)
+    _same(params['layers'], tiny_export.params()['layers'])
+    _same(params['embed'], tiny_export.params()['embed'])
+
+
+def test_a_bin_of_parameters_is_imported(copied):
+    torch = pytest.importorskip('torch')
+    tensors = safetensors.numpy.load_file(copied / 'model.safetensors')
+    (copied / 'model.safetensors').unlink()
+    state = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in tensors.items()}
+    torch.save(state, copied / 'pytorch_model.bin')
+    _same(convert.import_weights(copied)[0], tiny_export.params())
+
+
 @pytest.mark.parametrize(
     ('fields', 'named'),
     [
@@ -176,17 +207,34 @@ def test_another_model_is_refused_naming_the_field(copied, fields, named):
         convert.import_weights(copied)
 
 
-def _extra_tensor(folder):
+def _extra_tensor(folder, name='model.layers.0.self_attn.q_proj.bias'):
     tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
-    safetensors.numpy.save_file(
-        tensors | {'model.layers.0.self_attn.q_proj.bias': np.zeros(32, np.float32)}, folder / 'model.safetensors'
-    )
+    safetensors.numpy.save_file(tensors | {name: np.zeros(32, np.float32)}, folder / 'model.safetensors')
+
+
+def _compiled(folder):
+    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    compiled = {f'_orig_mod.{name}': array for name, array in tensors.items()}
+    safetensors.numpy.save_file(compiled, folder / 'model.safetensors')
+
+
+def _twice(folder):
+    norm = {'model.norm.weight': np.ones(MODEL.embed_dim, np.float32)}
+    (folder / 'model.safetensors').rename(folder / 'a.safetensors')
+    safetensors.numpy.save_file(norm, folder / 'b.safetensors')
+    index = {'weight_map': {'model.norm.weight': 'b.safetensors', 'lm_head.weight': 'a.safetensors'}}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
     ('spoil', 'named'),
     [
         (_extra_tensor, r'q_proj\.bias'),
+        (lambda folder: _extra_tensor(folder, 'model.layers.2.mlp.up_proj.weight'), r'layers\.2\..* of 2 layers'),
+        (lambda folder: _extra_tensor(folder, 'norm.weight'), 'tensor norm.weight twice'),
+        (_compiled, r'tensor _orig_mod\.'),
+        (_twice, r'tensor model\.norm\.weight twice'),
+        (lambda folder: (folder / 'config.json').write_text('[1]'), r'config\.json holds a list, not a JSON object'),
         (lambda folder: (folder / 'config.json').unlink(), r'config\.json cannot be read'),
         (lambda folder: (folder / 'config.json').write_text('{'), r'config\.json is not valid JSON'),
     ],
@@ -195,6 +243,24 @@ def test_a_spoilt_folder_is_refused_naming_the_file(copied, spoil, named):
     spoil(copied)
     with pytest.raises(errors.UsageError, match=named):
         convert.import_weights(copied)
+
+
+def test_an_export_of_an_import_has_its_settings_and_what_is_lost_is_named(copied, tmp_path, capsys):
+    special = {'bos_token_id': 1, 'eos_token_id': [2, 5], 'pad_token_id': 0}
+    generation = {**special, 'do_sample': True, 'temperature': 0.6, 'repetition_penalty': 1.2}
+    _edit(copied, **special, attention_dropout=0.1, custom=3, tie_word_embeddings=True)
+    tensors = safetensors.numpy.load_file(copied / 'model.safetensors')
+    del tensors['lm_head.weight']
+    safetensors.numpy.save_file(tensors, copied / 'model.safetensors')
+    (copied / 'generation_config.json').write_text(json.dumps(generation))
+    convert.import_run(None, tmp_path / 'run', input=str(copied), command='')
+    said = capsys.readouterr().err
+    assert "will not have config.json's tie_word_embeddings, custom" in said
+    assert 'texts are generated without repetition_penalty=1.2' in said
+    convert.export_run(None, tmp_path / 'run', step=None, output=str(tmp_path / 'out'))
+    values = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert values.items() >= (special | {'attention_dropout': 0.1, 'tie_word_embeddings': False}).items()
+    assert json.loads((tmp_path / 'out' / 'generation_config.json').read_text()) == generation
 
 
 # Where an export goes.

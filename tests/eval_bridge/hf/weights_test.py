@@ -85,6 +85,15 @@ def _write_index(content):
     return spoil
 
 
+def _write_tensor(dtype):
+    header = json.dumps({'a': {'dtype': dtype, 'shape': [2], 'data_offsets': [0, 2]}}).encode()
+
+    def spoil(folder):
+        (folder / 'model.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + b'\1\2')
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ('spoil', 'named'),
     [
@@ -93,7 +102,10 @@ def _write_index(content):
         (_write_index('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), 'names model-00001-of-00002'),
         (_write_index('{"weight_map"'), r'index\.json is not valid JSON'),
         (_write_index('{}'), r'index\.json is not an index of weights'),
-        (_write_index('[]'), r'index\.json is not an index of weights'),
+        (_write_index('[]'), r'index\.json holds a list, not a JSON object'),
+        (_write_index('{"weight_map": {"a": 5}}'), r'index\.json is not an index of weights'),
+        (_write_tensor('F8_E4M3'), r'model\.safetensors: a is of F8_E4M3; only F64, F32, F16, BF16'),
+        (_write_tensor('I8'), r'model\.safetensors: a is of I8'),
     ],
 )
 def test_a_file_that_is_missing_or_unreadable_is_named(folder, spoil, named):
@@ -107,6 +119,23 @@ def test_a_bin_that_holds_more_than_weights_is_not_executed(folder):
     (folder / 'model.safetensors').unlink()
     torch.save({'x': print}, folder / 'pytorch_model.bin')
     with pytest.raises(errors.UsageError, match=r'pytorch_model\.bin cannot be read as weights alone'):
+        _read(folder)
+
+
+@pytest.mark.parametrize(
+    ('content', 'named'),
+    [
+        (lambda torch: {'model': {'a': torch.ones(2)}, 'step': 3}, 'model is of type dict'),
+        (lambda torch: [torch.ones(2)], 'its content is of type list'),
+        (lambda torch: {'a': torch.ones(2, dtype=torch.int8)}, 'a is of int8; only F64'),
+        (lambda torch: {'a': torch.ones(2).to(torch.float8_e4m3fn)}, 'a is of float8_e4m3fn'),
+    ],
+)
+def test_a_bin_of_something_else_is_refused_by_name(folder, content, named):
+    torch = pytest.importorskip('torch')
+    (folder / 'model.safetensors').unlink()
+    torch.save(content(torch), folder / 'pytorch_model.bin')
+    with pytest.raises(errors.UsageError, match=rf'pytorch_model\.bin: {named}'):
         _read(folder)
 
 
