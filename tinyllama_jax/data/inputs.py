@@ -22,7 +22,7 @@ _SPLIT = re.compile(
     '(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev|h(?:o|e)ld[-_ ]?out)'
     '|(?P<test>test(?:ing)?|eval(?:uation)?))(?![a-z])'
 )
-_PAPERS = re.compile('(readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)', re.IGNORECASE)
+_PAPERS = re.compile('(_success|readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)', re.IGNORECASE)
 _TABLES = ('.csv', '.tsv')
 _OF_A_RUN = (
     'store', 'checkpoints', 'checkpoints-damaged', 'config.json', 'tokenizer.model', 'tokenizer.json', 'metrics.jsonl',
@@ -170,9 +170,9 @@ def _split(file: str, file_format: str, top_folders: Collection[str]) -> str | N
 def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) -> dict[str, str]:
     """Returns the format of each file, or the reason why it is not read."""
     fields = (source.text_field,) if source.text_field else FORMATS['jsonl'].text_fields
-    formats = {file: _by_name(file) for file in files}
     if source.format == 'text':
         return dict.fromkeys(files, 'text')
+    formats = {file: _by_name(file, source.format) for file in files}
     has_field = {
         file: readers.has_json_records(root / file, fields)
         for file, name in formats.items()
@@ -183,6 +183,7 @@ def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) 
     if source.format == 'auto':
         auto = _what_is_data(files, formats, has_field, f'{flag}.path={source.path}', flag)
         if auto == 'text':
+            _check_texts(root, files, fields, flag)
             return dict.fromkeys(files, 'text')
         wanted, other = set(FORMATS) - {'text'}, 'plain text beside data'
     else:
@@ -191,10 +192,23 @@ def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) 
     return {file: name if name in wanted or name not in FORMATS else other for file, name in formats.items()}
 
 
-def _by_name(file: str) -> str:
+def _check_texts(root: Path, files: Sequence[str], fields: tuple[str, ...], flag: str) -> None:
+    """Raises UsageError if a file that is called a text begins with a record: it would become a document as it is."""
+    for file in files:
+        called = [name for name in readers.CORPUS_TEXTS if name in Path(file.lower()).suffixes[-2:]]
+        if (called or '.' not in Path(file).name) and readers.begins_with_record(root / file, fields):
+            raise errors.UsageError(
+                f'{root / file} holds JSON lines, not plain text; rename it to .jsonl, or set {flag}.format=text to '
+                'read it so.'
+            )
+
+
+def _by_name(file: str, wanted: str) -> str:
     lower = file.lower()
     if lower.endswith(readers.ARCHIVES):
         return 'archive'
+    if wanted == 'auto' and lower.removesuffix(Path(lower).suffix).endswith(readers.CORPUS_TEXTS):
+        return 'text'  # compressed
     name = [name for name, row in FORMATS.items() if lower.endswith(row.suffixes)][-1]
     if name == 'arrow' and lower.split('/')[-1].startswith('cache-'):
         return 'a cache of `datasets`'

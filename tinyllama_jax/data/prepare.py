@@ -60,12 +60,11 @@ def prepare(
     if config.python_corpus:
         config = dataclasses.replace(config, sources=corpus.with_paths(config.sources, path.parent / 'corpus'))
     complete = store.read_manifest(path)
-    found = _list_files(
-        config,
-        own=[path] if workdir is None else [path, workdir],
-        share=complete is None or complete['version'] == store.SHARED_VERSION,
-    )
+    share = complete is None or complete['version'] == store.SHARED_VERSION
+    own = [path] if workdir is None else [path, workdir]
+    found = {name: inputs.find_inputs(name, source, own=own, share=share) for name, source in config.sources.items()}
     settings = _settings(config, found)
+    _say_splits(found)
     if complete is not None:
         _check_unchanged(complete, settings, found, path)
         _say(f'{path} is complete.')
@@ -89,9 +88,8 @@ def prepare(
     return complete
 
 
-def _list_files(config: DataConfig, *, own: list[Path], share: bool) -> dict[str, inputs.Found]:
-    """Lists the files of each source, and says which go to which split."""
-    found = {name: inputs.find_inputs(name, source, own=own, share=share) for name, source in config.sources.items()}
+def _say_splits(found: Mapping[str, inputs.Found]) -> None:
+    """Says which files go to which split."""
     for name, listing in found.items():
         for split, listed in listing.splits.items():
             files = [file for each in listed for file in each.names]
@@ -99,7 +97,6 @@ def _list_files(config: DataConfig, *, own: list[Path], share: bool) -> dict[str
             revisions = {match.group(1) for file in files if (match := _SNAPSHOT.search(file))}
             if len(revisions) > 1:
                 _say(f'{name}: these are {len(revisions)} snapshots of one repository; give the path of one')
-    return found
 
 
 def _settings(config: DataConfig, found: Mapping[str, inputs.Found]) -> dict[str, Any]:

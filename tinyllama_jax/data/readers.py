@@ -171,12 +171,21 @@ def has_json_records(path: Path, fields: tuple[str, ...]) -> bool | None:
             if whole is None:  # not JSON as a whole: lines, some of them bad, unless they do not begin like objects
                 return False if first.lstrip()[:1] == b'{' and first.strip() != b'{' else None
             values, single = (whole[:1], False) if isinstance(whole, list) else ([whole], True)
-    except (OSError, BadFile):
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, BadFile):
         return False  # reading it will say why
     if not values or not isinstance(values[0], dict):
         return None
     there = any(field in values[0] for field in fields)
     return None if single and not there else there
+
+
+def begins_with_record(path: Path, fields: tuple[str, ...]) -> bool:
+    """Returns whether the first of several lines of a file is a JSON object with one of `fields`."""
+    try:
+        line, newline, _ = next(_content(path), b'').partition(b'\n')
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, BadFile):
+        return False  # reading it will say why
+    return bool(newline) and _is_object(line) and any(field in json.loads(line) for field in fields)
 
 
 def _is_object(line: bytes) -> bool:

@@ -1,7 +1,9 @@
 """Which files of a source are read, in which split and format, and why the others are not."""
 
+import gzip
 import itertools
 import json
+import lzma
 import os
 import shutil
 
@@ -93,7 +95,7 @@ def test_the_splits_of_a_folder(tmp_path):
     ids=lambda value: value[0] if isinstance(value, list) else '',
 )
 def test_names_tell_the_split(tmp_path, files, train, validation):
-    write(tmp_path, *files)
+    write(tmp_path, *files, content='some words')
     splits, ignored = listed(tmp_path)
     assert [len(splits.get(split, [])) for split in ('train', 'validation')] == [train, validation]
     assert set(ignored.values()) <= {'test split'}
@@ -140,6 +142,22 @@ def test_what_would_be_taken_for_text_is_refused_or_asked_about(tmp_path):
     with pytest.raises(errors.UsageError, match=r'JSON records \(b\.json\) and plain text \(a\.py\).*format=jsonl or'):
         listed(tmp_path)
     assert listed(tmp_path, format='jsonl')[0] == {'train': ['b.json']}
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a', 'a.txt.gz'])
+def test_json_lines_by_another_name_are_refused(tmp_path, name):
+    content = b'{"text": "some words"}\n' * 2
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('gz') else content)
+    with pytest.raises(errors.UsageError, match=rf'/{name} holds JSON lines'):
+        listed(tmp_path)
+    assert listed(tmp_path, format='text')[0] == {'train': [name]}
+
+
+def test_compressed_plain_text_is_plain_text(tmp_path):
+    (tmp_path / 'en.txt.xz').write_bytes(lzma.compress(b'some words\nof text\n'))
+    assert [i.format for i in find_inputs('words', SourceConfig(path=str(tmp_path))).splits['train']] == ['text']
+    write(tmp_path, 'a.jsonl')
+    assert listed(tmp_path) == ({'train': ['a.jsonl']}, {'en.txt.xz': 'plain text beside data'})
 
 
 def test_a_file_of_two_names_is_read_once(tmp_path):
