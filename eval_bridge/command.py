@@ -19,7 +19,9 @@ from tinyllama_jax.run import workdir as workdir_lib
 
 _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 # What answers depend on, besides the protocol and the request.
-_ANSWERS_DEPEND_ON = ('weights_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length')
+_ANSWERS_DEPEND_ON = (
+    'weights_sha256', 'settings_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length',
+)  # fmt: skip
 _NO_MODEL = 'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER (--models for a table or figure).'
 _Source = opening.Run | opening.Folder
 _ModelsByTokens = dict[float, tuple[str, _Source]]  # training tokens -> name, model

@@ -27,7 +27,8 @@ from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 from tinyllama_jax.run import workdir
 
 _BATCH_SIZE = 8
-_MODEL = ('*.safetensors', '*.bin', 'config.json', 'generation_config.json')  # equal weights may turn otherwise
+_WEIGHTS = ('*.safetensors', '*.bin')
+_SETTINGS = ('*token*', f'{workdir.IMPORTED}/*')  # of a run, beside its configuration
 _TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
 
 
@@ -58,6 +59,8 @@ class Run:
         loaded = workdir.load(self.folder, self.config, self.step)
         tokenizer, bos = tokenizer_lib.Tokenizer(loaded.tokenizer_path), loaded.config.data.bos
         identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
+        settings = json.dumps([dataclasses.asdict(loaded.config.model), bos, _hash_of_files(self.folder, _SETTINGS)])
+        identity['settings_sha256'] = hashlib.sha256(settings.encode()).hexdigest()
         if backend != 'hf':
             yield _open_in_jax(loaded.params, loaded.config.model, tokenizer, protocol, 'float32', bos, identity)
             return
@@ -87,7 +90,8 @@ class Folder:
     def open(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
         """Opens a Llama in JAX, another architecture in transformers. Raises UsageError for a bad folder."""
         config = convert.read_config(self.folder)
-        identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _MODEL)}
+        identity = {'model': self.folder.name, 'weights_sha256': _hash_of_files(self.folder, _WEIGHTS)}
+        identity['settings_sha256'] = _hash_of_files(self.folder, ('*.json',))
         if backend == 'hf' or (backend is None and config.get('model_type') != 'llama'):
             yield _open_in_transformers(self.folder, protocol, identity, _hash_of_files(self.folder, _TOKENIZERS))
             return

@@ -66,12 +66,12 @@ class _Lister(_factory.TaskFactory):
     def note(self, config: dict[str, Any], file: pathlib.Path | None = None) -> '_Noted':
         """Stands in for ConfigurableTask, which the factory makes of a task that stands in a group's file."""
         if 'class' not in config and not self._lenient:
+            TaskConfig(**copy.deepcopy(config))  # raises TypeError for an unknown field
             if file is None and not (config.get('dataset_path') or config.get('custom_dataset')):
                 raise errors.UsageError(
                     f'{self._files[-1]}: there is no task {config["task"].rpartition("::")[2]!r}, and the group does '
                     'not define it (dataset_path is missing); correct the name, or define the task.'
                 )
-            TaskConfig(**copy.deepcopy(config))  # raises TypeError for an unknown field
         self.found.append(Declared(config['task'], config, file or self._files[-1]))
         return _Noted(config['task'])
 
@@ -156,7 +156,7 @@ def _unusable(entry: Entry, error: Exception) -> errors.UsageError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, ModuleNotFoundError):
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
         return errors.UsageError(
             f'the task {entry.name} needs the package {cause.name}, which is not installed; install it, or leave the '
             'task out.'

@@ -111,7 +111,8 @@ def test_the_result_of_a_run_is_stamped_and_its_answers_are_kept(task_files, run
         'paper', {'piqa': 0}, 'float32', False,
     )  # fmt: skip
     assert (stamp['step'], stamp['backend'], stamp['max_length']) == (0, 'jax', tiny_export.MODEL.seq_len)
-    assert all(len(stamp[name]) == 64 for name in ('weights_sha256', 'tokenizer_sha256'))
+    hashes = ('weights_sha256', 'settings_sha256', 'tokenizer_sha256')
+    assert all(len(stamp[name]) == 64 for name in hashes) and set(hashes) < set(command._ANSWERS_DEPEND_ON)
     (kept,) = (run / 'eval' / 'responses').iterdir()
     lines = kept.read_text().splitlines()
     assert len(lines) == 24

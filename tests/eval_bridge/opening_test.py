@@ -35,7 +35,10 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
     assert identity(tmp_path / 'copy') == before | {'model': 'copy'}
     path = tmp_path / 'copy' / 'config.json'  # another base of rotation is another model
     path.write_text(json.dumps(json.loads(path.read_text()) | {'rope_theta': 500.0}))
-    assert identity(tmp_path / 'copy')['weights_sha256'] != before['weights_sha256']
+    changed = identity(tmp_path / 'copy')
+    assert changed == before | {'model': 'copy', 'settings_sha256': changed['settings_sha256']}
+    assert changed['settings_sha256'] != before['settings_sha256']
+    shutil.copyfile(folder / 'config.json', path)
     convert.export(
         tiny_export.random_params(tiny_export.MODEL, seed=1),
         tiny_export.MODEL,

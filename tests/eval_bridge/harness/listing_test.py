@@ -118,6 +118,7 @@ def test_a_task_file_that_cannot_be_read_is_named(tmp_path):
     ('code', 'message'),
     [
         ('import nowhere_to_be_found', 'the task mine needs the package nowhere_to_be_found, which is not installed'),
+        ('raise ModuleNotFoundError("pip install x")', r'mine: .* imported \(ModuleNotFoundError: pip install x\)'),
         ('raise OSError("no data")', r'mine: what .*mine\.yaml names cannot be imported \(OSError: no data\)'),
         ('other = 1', r'mine: what .* names cannot be imported \(AttributeError: '),
     ],
