@@ -200,7 +200,12 @@ def import_weights(folder: pathlib.Path) -> tuple[dict, ModelConfig]:
     folder = pathlib.Path(folder)
     values = read_config(folder)
     config = hf_model_config.read(values, folder / 'config.json')
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), _abstract_params(config))
+    try:
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), _abstract_params(config))
+    except MemoryError as error:
+        raise errors.UsageError(
+            f'{folder}/config.json describes a model too large for this machine: {error}.'
+        ) from None
     leaves, slices, filled = _leaves(params), _slices(config), set()
     for name, array in weights.read(folder):
         if name.endswith(_IGNORED):
@@ -288,6 +293,7 @@ def import_run(
     if not source:
         raise errors.UsageError('--input=DIR, a Hugging Face Llama folder, is missing.')
     params, imported = import_weights(pathlib.Path(source))
+    say_what_generation_leaves_out(pathlib.Path(source))
     if config is None:
         config = Config(model=imported)
     ours, theirs = ({'model': config_lib.to_dict(each)} for each in (config.model, imported))
@@ -305,7 +311,6 @@ def import_run(
         imported=files,
     )
     print(f'imported {source} to {folder} at step 0')
-    say_what_generation_leaves_out(pathlib.Path(source))
     if lost := hf_model_config.lost(values, imported):
         print(f"import: an export of {folder} will not have config.json's {', '.join(lost)}", file=sys.stderr)
     if missing := workdir.missing_tokenizer(folder):

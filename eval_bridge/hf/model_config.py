@@ -48,7 +48,7 @@ class _Fields:
                 raise errors.UsageError(f'{self.path} has no field {self._prefix}{name}.')
             return default
         value = self.values[name]
-        if type(value) not in (int, kind):
+        if type(value) not in (int, kind) or abs(value) >= (2**31 if kind is int else 2**1000):
             raise self.refused(name, f', not {"a whole number" if kind is int else "a number"}; mend the file')
         return kind(value)
 

@@ -183,6 +183,6 @@ def _read_pytorch(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
                 'torch.save(model.state_dict(), ...) writes it.'
             )
         dtype = str(tensor.dtype).removeprefix('torch.')
-        if dtype not in _READ.values() or tensor.layout is not torch.strided:
+        if dtype not in _READ.values() or tensor.layout is not torch.strided or tensor.is_meta:
             raise _wrong_dtype(path, name, dtype)
         yield name, tensor.detach().float().numpy()

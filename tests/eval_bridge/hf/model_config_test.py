@@ -68,6 +68,7 @@ def test_both_spellings_and_an_export_describe_one_model(rope):
     config = model_config.read(_values(rope_theta=500.0, rope_scaling=given), PATH)
     of_five = _values(rope_theta='drop', rope_scaling='drop', rope_parameters=given | {'rope_theta': 500.0})
     assert model_config.read(of_five, PATH) == config
+    assert model_config.read(_values(rope_theta=45774528000.0), PATH).rope_base == 45774528000.0  # of Gradient's 4 M
     both = _values(rope_theta=500, rope_scaling=given, rope_parameters=given | {'rope_theta': 500.0})
     assert model_config.read(both, PATH) == config
     older = {('type' if name == 'rope_type' else name): value for name, value in given.items()}
@@ -100,6 +101,7 @@ def test_what_is_missing_has_transformers_defaults():
         ({'hidden_size': '64'}, "hidden_size is '64', not a whole number"),
         ({'vocab_size': 400.0}, r'vocab_size is 400\.0, not a whole number'),
         ({'num_hidden_layers': None}, 'num_hidden_layers is None'),
+        ({'num_hidden_layers': 10**400}, 'num_hidden_layers is 1000'),
         ({'num_attention_heads': [2]}, r'num_attention_heads is \[2\]'),
         ({'num_key_value_heads': 0}, 'num_kv_heads'),
         ({'head_dim': 0}, 'head_dim'),
