@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from eval_bridge import evaluate
 from eval_bridge.harness import listing
+from tests.support.scripted import Scripted
 from tinyllama_jax import errors
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
@@ -131,3 +133,12 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path, code, message):
     assert [task.name for task in listing.declared(['mine'], manager)] == ['mine']
     with pytest.raises(errors.UsageError, match=message):
         listing.declared(['mine'], manager, resolve=True)
+
+
+def test_a_package_that_is_missing_only_when_the_task_is_built_is_named(tmp_path):
+    (tmp_path / 'utils.py').write_text('def docs(dataset):\n    import nowhere_to_be_found\n')
+    (tmp_path / 'data.jsonl').write_text('{"q": "1", "a": "2"}\n')
+    text = ''.join(f'{name}: {json.dumps(value)}\n' for name, value in PLAIN.items())
+    (tmp_path / 'mine.yaml').write_text(f'task: mine\n{text}process_docs: !function utils.docs\n')
+    with pytest.raises(errors.UsageError, match='one of the tasks mine needs the package nowhere_to_be_found'):
+        evaluate.evaluate(Scripted(), ['mine'], include_path=tmp_path)
