@@ -175,10 +175,13 @@ def test_a_file_of_two_names_is_read_once(tmp_path):
 
 
 def test_copies_are_named(tmp_path, capsys):
-    for folder in ('a', 'b'):
-        corpora.write_zst(tmp_path / 'words' / folder / 'x.jsonl.zst', [corpora.record('the same words')])
+    for revision in ('a', 'b'):
+        path = tmp_path / 'words' / 'snapshots' / revision / 'x.jsonl.zst'
+        corpora.write_zst(path, [corpora.record('the same words')])
     prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')
-    assert 'words: the same documents in a/x.jsonl.zst, b/x.jsonl.zst' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'words: these are 2 snapshots of one repository' in said
+    assert 'words: the same documents in snapshots/a/x.jsonl.zst, snapshots/b/x.jsonl.zst' in said
 
 
 @pytest.mark.parametrize('workdir', ['.', 'runs/a'])

@@ -357,13 +357,22 @@ def test_with_restarted_positions_a_document_is_computed_as_at_the_start_of_a_ro
         ({'data__sources__more__path': 'x'}, r'has more, but .* with slimpajama, starcoder.*sources\.more=none'),
         ({'data__bos': 'true'}, r'config\.data\.bos=True, but .* prepared with False'),
         ({'data__eos_per_document': 2}, r'config\.data\.eos_per_document=2, but .* prepared with 1'),
-        ({'model__seq_len': 100_000}, r'source slimpajama .* no row of seq_len \+ 1 = 100001 tokens'),
+        (
+            {'model__seq_len': 100_000},
+            r'slimpajama .* no row of seq_len \+ 1 = 100001 tokens, since none of its 3 streams .* tokens in all',
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
 def test_a_config_that_does_not_fit_the_store_is_refused(tokens, changes, message):
     with pytest.raises(errors.UsageError, match=message):
         pipeline.make_dataset(config(**changes), tokens)
+
+
+def test_the_share_of_tokens_that_no_row_holds(tokens):
+    for name, share in pipeline.make_dataset(config(), tokens).in_no_row().items():
+        train = tokens.manifest['sources'][name]['splits']['train']
+        assert share == pytest.approx(1 - 32 * tokens.num_rows(name, 'train', 31) / train['tokens'])
 
 
 def test_a_wrong_tokenizer_is_refused(tokens, tmp_path):
