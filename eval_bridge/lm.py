@@ -167,8 +167,8 @@ class JaxLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Returns a text for each (context, generation arguments), cut before the first stop sequence.
 
-        Contexts are truncated on the left to leave room for all tokens asked for. When a sampled request is
-        repeated, each repetition is drawn with another seed.
+        Contexts are truncated on the left to leave room for all tokens asked for. Sampled requests are drawn
+        independently: the generator mixes a prompt's ids into its seed, and each repetition has another seed.
         """
         texts = [''] * len(requests)
         with tqdm.tqdm(total=len(requests), desc='Generating', disable=disable_tqdm or None) as bar:
@@ -188,8 +188,8 @@ class JaxLM(TemplateLM):
                 raise errors.UsageError(f'a task wants {count} new tokens, but seq_len is {self.max_length}.')
             ids = (self.tok_encode(context) or [self.prefix_token_id])[count - self.max_length :]
             name = json.dumps(options, sort_keys=True)
-            groups[name].append(_Prompt(index, ids, repeats[name, context]))
-            repeats[name, context] += 1
+            groups[name].append(_Prompt(index, ids, repeats[name, tuple(ids)]))
+            repeats[name, tuple(ids)] += 1
         for name, prompts in groups.items():
             options: dict[str, Any] = {**lm_eval_models_utils.normalize_gen_kwargs(json.loads(name), self.max_gen_toks)}
             buckets = defaultdict(list)

@@ -9,6 +9,7 @@ Shapes: B rows, P positions of the padded prompts.
 import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -85,19 +86,24 @@ class Generator:
           temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is sampled.
           top_k: sample among the k likeliest tokens only.
           top_p: of those, sample among the likeliest that together reach this probability.
-          seed: for sampling; one for all prompts, or one for each.
+          seed: for sampling; one for all prompts, or one for each. Prompts that differ are sampled independently.
 
         Raises UsageError for arguments out of range.
         """
-        _check_arguments(prompts, self._config, max_new_tokens, temperature, top_k, top_p)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        _check_arguments(prompts, self._config, max_new_tokens, temperature, top_k, top_p, seeds)
         most = self._config.vocab_size
         sampling = (temperature, min(top_k or most, most), top_p or _ALL) if temperature else None
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         return self._blocks(prompts, max_new_tokens, sampling, seeds, decode.NOTHING if eos_id is None else eos_id)
 
     def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos: int) -> Iterator[Continuations]:
         tokens_BP, length_B, limit_B = self._pad(prompts, max_new_tokens)
-        key_B = jnp.stack([jax.random.key(seed) for seed in [*seeds, *[0] * (len(length_B) - len(seeds))]])
+        # Prompts of one seed are drawn independently: each has its own ids in its key.
+        keys = [
+            jax.random.fold_in(model.random_key(seed), zlib.crc32(np.array(ids, np.uint32).tobytes()))
+            for seed, ids in zip(seeds, prompts, strict=True)
+        ]
+        key_B = jnp.stack([*keys, *[jax.random.key(0)] * (len(length_B) - len(keys))])
         slots = padded_length(tokens_BP.shape[1] + int(limit_B.max()) - 1)
         batch = Continuations([[] for _ in prompts], [False] * len(prompts))
         static = {'config': self._config, 'ops': self._ops}
@@ -132,7 +138,7 @@ class Generator:
         return tokens_BP, length_B, limit_B
 
 
-def _check_arguments(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top_p) -> None:
+def _check_arguments(prompts, config: ModelConfig, max_new_tokens, temperature, top_k, top_p, seeds) -> None:
     def refuse(name: str, value, wanted: str):
         raise errors.UsageError(f'{name} must be {wanted}, got {value}.')
 
@@ -149,6 +155,9 @@ def _check_arguments(prompts, config: ModelConfig, max_new_tokens, temperature, 
         refuse('top_k', top_k, 'at least 1')
     if top_p is not None and not 0 < top_p <= 1:
         refuse('top_p', top_p, 'above 0 and at most 1')
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            refuse('seed', seed, 'from 0 to 2**63 - 1')
 
 
 def padded_length(length: int, smallest: int = _SMALLEST) -> int:

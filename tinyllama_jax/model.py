@@ -129,6 +129,12 @@ class Llama(nnx.Module):
         self.lm_head = _weight(rngs, std, config.embed_dim, config.vocab_size)
 
 
+def random_key(seed: int):
+    """Returns a jax.random key in which all bits of a seed below 2**63 count; jax.random.key drops those above 32."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
 def init_params(config: ModelConfig, key) -> dict:
     """Returns fresh float32 parameters as a plain nested dict; `key` is a jax.random key."""
     return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key))))

@@ -65,7 +65,7 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
         lambda key: make_state(config, model.init_params(config.model, key)),
         out_shardings=state_shardings(config, mesh),
     )
-    return make(jax.random.key(config.seed))
+    return make(model.random_key(config.seed))
 
 
 def _split(rows_BR):

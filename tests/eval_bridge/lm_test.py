@@ -181,6 +181,15 @@ def test_a_repeated_request_is_sampled_again(jax_lm):
     assert jax_lm.generate_until(by_default) == jax_lm.generate_until(of_one)
 
 
+def test_requests_are_sampled_independently(encoder):
+    flat = jax.tree.map(np.zeros_like, tiny_export.params())  # every token is as likely after any prompt
+    options = {'until': [], 'max_gen_toks': 4, 'do_sample': True}
+    texts = lm.JaxLM(flat, CONFIG, encoder).generate_until(
+        _requests('generate_until', [(f'prompt {number}', options) for number in range(20)])
+    )
+    assert len(set(texts)) == 20
+
+
 def test_texts_equal_lm_eval_s_hf_model(encoder, tmp_path):
     tiny_export.require_torch()
     huggingface = pytest.importorskip('lm_eval.models.huggingface')

@@ -157,9 +157,26 @@ def test_samples_follow_the_model_s_distribution(params):
         ({'temperature': 1.0, 'top_k': 0}, 'top_k'),
         ({'temperature': 1.0, 'top_p': 0.0}, 'top_p'),
         ({'temperature': 1.0, 'top_p': 1.1}, 'top_p'),
+        ({'seed': -1}, 'seed must be from 0 to'),
+        ({'seed': 2**63}, 'seed must be from 0 to'),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(params, changed, named):
     options = {'prompt_ids': PROMPT, 'max_new_tokens': 4, **changed}
     with pytest.raises(errors.UsageError, match=named):
         generate.stream(params, CONFIG, options.pop('prompt_ids'), **options)
+
+
+def test_all_bits_of_a_seed_count(params):
+    options = {'max_new_tokens': 12, 'temperature': 1.5}
+    texts = [generate.generate(params, CONFIG, PROMPT, seed=seed, **options) for seed in (0, 2**32, 2**63 - 1, 2**31)]
+    assert len(set(map(tuple, texts))) == 4
+    data = jax.random.key_data
+    assert (data(model.random_key(2**32 - 1)) == data(jax.random.key(2**32 - 1))).all(), 'smaller seeds are as before'
+
+
+def test_prompts_of_one_seed_are_drawn_independently():
+    flat = jax.tree.map(jnp.zeros_like, tiny_export.random_params(CONFIG))  # every token is as likely after any prompt
+    drawn = [tokens[0] for tokens in _batch(flat, [[i] for i in range(40)], max_new_tokens=1, temperature=1.0)]
+    assert len(set(drawn)) > 30
+    assert drawn[7:9] == [tokens[0] for tokens in _batch(flat, [[7], [8]], max_new_tokens=1, temperature=1.0)]
