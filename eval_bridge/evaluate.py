@@ -109,6 +109,7 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
                 patches.replaced(lm_eval.evaluator, 'add_env_info', lambda result: None),  # a page that takes seconds
                 patches.refusing(),
                 patches.scoring_gold(),
+                patches.saturating(),
                 patches.fitting(model),
             ):
                 part = lm_eval.evaluator.simple_evaluate(
@@ -122,6 +123,11 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
         except jinja2.UndefinedError as error:
             raise errors.UsageError(
                 f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
+            ) from error
+        except ArithmeticError as error:
+            raise errors.UsageError(
+                f'a metric of {", ".join(names)} cannot be computed from these answers ({type(error).__name__}: '
+                f'{error}); leave the task out.'
             ) from error
         except UnicodeDecodeError as error:  # in the middle of a file, which is decoded only as it is read
             raise errors.UsageError(f'the data of {", ".join(names)} is not valid UTF-8: {error}.') from error

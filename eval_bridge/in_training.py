@@ -5,7 +5,8 @@
     WORKDIR/eval/training/step-STEP.json  the complete result, as `evaluate` writes it
 
 It follows the paper's protocol, on the first evaluate_limit examples of each task. The parameters stay where they are
-on the run's mesh, and training doesn't change: its losses are the same digits as without.
+on the run's mesh, and training doesn't change: its losses are the same digits as without. An evaluation that fails is
+one line, and one that a stop signal interrupts is made by the next start.
 """
 
 import pathlib
@@ -22,23 +23,29 @@ from eval_bridge.harness import listing
 from eval_bridge.jail import programs
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.config import Config
+from tinyllama_jax.process import signals
 from tinyllama_jax.run import metrics
 
 _FIELD = 'config.train.evaluate_tasks'
 
 
-def hooks(config: Config, folder: pathlib.Path, processes: int) -> tuple['Evaluation', ...]:
+def hooks(config: Config, folder: pathlib.Path, members: cluster.Members) -> tuple['Evaluation', ...]:
     """Returns a tuple with the hook that `config` asks for, if any. Raises UsageError for what cannot be evaluated."""
     if not config.train.evaluate_tasks:
         return ()
-    if processes > 1:
+    if members.count > 1:
         raise errors.usage(
             _FIELD,
-            f'only a run of one process can evaluate while it trains, and this one has {processes}; leave it out, and '
-            'evaluate the checkpoints with main.py evaluate',
+            f'only a run of one process can evaluate while it trains, and this one has {members.count}; leave it out, '
+            'and evaluate the checkpoints with main.py evaluate',
         )
-    return (Evaluation(config, folder),)
+    return (Evaluation(config, folder, members),)
+
+
+class _Stopped(Exception):
+    """A stop signal came during an evaluation."""
 
 
 class Evaluation:
@@ -47,9 +54,9 @@ class Evaluation:
     The constructor tries every task on a model that answers at once, and raises UsageError for one that cannot run.
     """
 
-    def __init__(self, config: Config, folder: pathlib.Path):
-        self._config, self._folder = config, folder
-        self._path, self._begun = folder / 'evaluation.jsonl', False
+    def __init__(self, config: Config, folder: pathlib.Path, members: cluster.Members):
+        self._config, self._folder, self._members = config, folder, members
+        self._path = folder / 'evaluation.jsonl'
         train = config.train
         options = {'include_path': train.evaluate_include_path, 'task_data': train.evaluate_task_data}
         self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -65,12 +72,25 @@ class Evaluation:
             raise errors.usage(_FIELD, str(error).rstrip('.')) from None
 
     def __call__(self, step: int, params: Any) -> None:
-        """Evaluates `params`, the parameters after step `step`, if an evaluation is due."""
+        """Evaluates `params`, the parameters after step `step`, if that is due and has not been done. Never raises."""
         train = self._config.train
         if not train.due(step, train.evaluate_every_steps):
             return
+        try:
+            if not any(entry['step'] == step for entry in metrics.read_entries(self._path)):
+                self._evaluate(step, params)
+        except _Stopped:
+            self._say(f'step {step}: told to stop; the next start evaluates this step')
+        except Exception as error:  # whatever it is, the run goes on
+            self._say(f'step {step}: not evaluated ({type(error).__name__}: {errors.first_line(error)})')
+
+    def _evaluate(self, step: int, params: Any) -> None:
+        """Evaluates `params` and writes the scores."""
+        train = self._config.train
         tokenizer = tokenizer_lib.Tokenizer(self._folder / 'tokenizer.model')
-        model = lm.JaxLM(params, self._config.model, tokenizer, mesh=jax.tree.leaves(params)[0].sharding.mesh)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        model = _Interruptible(params, self._config.model, tokenizer, mesh=mesh)
+        model.members = self._members
         identity = {'step': step, 'backend': 'jax', 'tokenizer_sha256': tokenizer.sha256}
         identity |= {name: getattr(model, name) for name in ('dtype', 'add_bos', 'max_length')}
         result = evaluate.evaluate(
@@ -91,14 +111,32 @@ class Evaluation:
             }
             if scores:
                 tasks[task] = scores
-        if not self._begun:  # drops what an interrupted start wrote after the checkpoint from which this one resumes
-            metrics.cut_entries(self._path, step - 1)
-            self._begun = True
         writer = metrics.Writer(self._path, self._config, start_step=step - 1)
         writer.write({'step': step, 'tasks': tasks})
         writer.close()
-        shown = (f'{task} {next(iter(scores.values())):.4f}' for task, scores in tasks.items())
-        tqdm.tqdm.write(f'step {step}: ' + ', '.join(shown), file=sys.stderr)
+        self._say(f'step {step}: ' + ', '.join(f'{task} {next(iter(of.values())):.4f}' for task, of in tasks.items()))
+
+    def _say(self, line: str) -> None:
+        tqdm.tqdm.write(line, file=sys.stderr)
+
+
+class _Interruptible(lm.JaxLM):
+    """A JaxLM that tells the watchdog about each batch, and raises _Stopped before one if the run is told to stop."""
+
+    members: cluster.Members
+
+    def _score_batch(self, batch):
+        self._begin()
+        return super()._score_batch(batch)
+
+    def _generate(self, options, prompts):
+        self._begin()
+        return super()._generate(options, prompts)
+
+    def _begin(self) -> None:
+        if signals.stopping():
+            raise _Stopped
+        self.members.at('an evaluation')
 
 
 class _Rehearsal(LM):

@@ -17,13 +17,14 @@ from tinyllama_jax import checkpoint, errors, flops, ops, sharding
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster.lockstep import Lockstep
-from tinyllama_jax.config import Config, TrainConfig
+from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
 from tinyllama_jax.process import cores, signals, xla
-from tinyllama_jax.run import journal, metrics, resume, selftest
+from tinyllama_jax.run import journal, metrics, profiler, resume, selftest
 from tinyllama_jax.run.validation import losses
 
-Hook = Callable[[int, Any], None]  # called with (step, params) after each validation and every evaluate_every_steps
+# Called with (step, params) after each validation and every evaluate_every_steps, and by a start from such a step.
+Hook = Callable[[int, Any], None]
 
 
 def train(
@@ -83,13 +84,15 @@ class _Run:
             if members.primary
             else journal.Silent()
         )
-        self.profiler = _Profiler(config.train, folder / 'profile', self.journal.say, enabled=members.primary)
+        self.profiler = profiler.Profiler(config.train, folder / 'profile', self.journal.say, enabled=members.primary)
         self.throughput = metrics.Throughput()
         self.logged = self.saved = self.start  # the last steps that were logged and saved
 
     def loop(self) -> None:
         """Trains from `start` to the end. Raises Stopped after a stop signal and a save."""
         config = self.config.train
+        if self.start and self.hooks and config.due(self.start, config.evaluate_every_steps):
+            self._call_hooks(self.start)  # an interrupted start may have saved this step and not evaluated it
         if self.start >= config.num_steps:
             done = f'trained to step {self.start}; nothing to do for num_steps={config.num_steps}.'
             self.journal.say(f'{self.folder}: {done}')
@@ -135,10 +138,10 @@ class _Run:
                     pending = None
                 if validate:
                     self._validate(step)
+                if save:  # before the hooks, which may take long or fail
+                    self._save(step)
                 if call_hooks:
                     self._call_hooks(step)
-                if save:
-                    self._save(step)
         self.checkpointer.wait()
         self.journal.say(f'trained to step {config.num_steps}; checkpoints in {self.folder / "checkpoints"}')
 
@@ -249,28 +252,3 @@ class _Run:
         """Ends the profile, if one is being taken, and closes the files."""
         self.profiler.stop(self.state)
         self.journal.close()
-
-
-class _Profiler:
-    """Traces steps profile_step to profile_step + profile_steps - 1, for TensorBoard."""
-
-    def __init__(self, config: TrainConfig, folder: pathlib.Path, say: Callable[[str], None], *, enabled: bool):
-        self._first, self._count = (config.profile_step if enabled else None), config.profile_steps
-        self._folder, self._say, self._tracing = folder, say, False
-
-    def before_step(self, step: int, state) -> None:
-        """Starts or stops the trace if it is due before `step`."""
-        if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
-        elif self._first and step == self._first + self._count:
-            self.stop(state)
-
-    def stop(self, state) -> None:
-        """Ends the trace, if there is one, once `state` is computed."""
-        if self._tracing:
-            # Steps are dispatched ahead; without waiting the trace would end in the middle of the last ones.
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            self._tracing = False
-            self._say(f'profile, for TensorBoard: {self._folder}')

@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
+from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import ConfigurableTask
 
 from eval_bridge.tasks import instructeval
@@ -122,6 +124,18 @@ def _naming_failures(method: str) -> Callable:
 
 def _refuse_empty(task: ConfigurableTask, doc) -> None:
     raise errors.UsageError(f'the task {task.config.task} has an empty choice or target in {doc}.')
+
+
+def saturating() -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which lm-eval's perplexities that no float holds are inf, not an OverflowError."""
+
+    def exp(x: float) -> float:
+        try:
+            return math.exp(x)
+        except OverflowError:
+            return math.inf
+
+    return replaced(lm_eval_metrics, 'math', types.SimpleNamespace(**{**vars(math), 'exp': exp}))
 
 
 def fitting(model) -> contextlib.AbstractContextManager[None]:

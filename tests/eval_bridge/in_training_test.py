@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
+import signal
 
+import jax
 import pytest
 
-from eval_bridge import in_training
+from eval_bridge import evaluate, in_training
 from tests.support import tiny_experiment
-from tinyllama_jax import errors, train
-from tinyllama_jax.run import metrics
+from tinyllama_jax import errors, sharding, train
+from tinyllama_jax.cluster import members as cluster
+from tinyllama_jax.cluster import place
+from tinyllama_jax.process import signals
+from tinyllama_jax.run import metrics, workdir
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
@@ -70,8 +77,12 @@ def _losses(folder):
     return [entry['loss'] for entry in metrics.read_entries(folder / 'metrics.jsonl')]
 
 
+def _members(count):
+    return cluster.Members(place.Place('here', num_processes=count), None)
+
+
 def _train(config, folder):
-    train.train(config, folder, hooks=in_training.hooks(config, folder, 1))
+    train.train(config, folder, hooks=in_training.hooks(config, folder, _members(1)))
 
 
 @pytest.fixture(scope='module')
@@ -107,10 +118,10 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
         pass
 
     def killed(step, params):
-        if step == 4:
+        if step == 3:
             raise Killed
 
-    hooks = (*in_training.hooks(config, tmp_path, 1), killed)
+    hooks = (*in_training.hooks(config, tmp_path, _members(1)), killed)
     with pytest.raises(Killed):
         train.train(config, tmp_path, hooks=hooks)
     assert [entry['step'] for entry in metrics.read_entries(tmp_path / 'evaluation.jsonl')] == [3]
@@ -119,10 +130,50 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
     assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()
 
 
+def test_an_evaluation_that_fails_comes_after_the_checkpoint_and_does_not_end_the_run(
+    config, evaluated, tmp_path, monkeypatch, capsys
+):
+    saved = {}
+
+    def failing(model, tasks, *, identity, output, **_):
+        saved[identity['step']] = sorted(int(path.name.partition('.')[0]) for path in tmp_path.glob('checkpoints/*'))
+        raise OverflowError('math range error\nand more')
+
+    hooks = in_training.hooks(config, tmp_path, _members(1))
+    monkeypatch.setattr(evaluate, 'evaluate', failing)
+    train.train(config, tmp_path, hooks=hooks)
+    assert _losses(tmp_path) == _losses(evaluated)
+    assert set(saved) == {3, 6, 8} and all(step in saved[step] for step in (6, 8)), 'a checkpoint comes before'
+    assert 'step 6: not evaluated (OverflowError: math range error)\n' in capsys.readouterr().err
+    monkeypatch.undo()
+    _train(config, tmp_path)  # there is nothing left to train, but the last step was not evaluated
+    newest = metrics.read_entries(evaluated / 'evaluation.jsonl')[-1]
+    assert metrics.read_entries(tmp_path / 'evaluation.jsonl') == [newest]
+
+
+def test_a_stop_signal_ends_an_evaluation_and_the_next_start_makes_it_up(config, evaluated, tmp_path, capsys):
+    folder = shutil.copytree(evaluated, tmp_path / 'run')
+    (evaluation,) = in_training.hooks(config, folder, members := _members(1))
+    entries = metrics.cut_entries(folder / 'evaluation.jsonl', 6)
+    params = workdir.load(folder).params
+    params = jax.device_put(params, sharding.shardings(params, sharding.make_mesh(config.mesh)))
+    with signals.StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluation(8, params)
+        assert 'step 8: told to stop; the next start evaluates this step' in capsys.readouterr().err
+    before = members._mark[0]
+    evaluation(8, params)
+    assert metrics.read_entries(folder / 'evaluation.jsonl')[-1:] == entries
+    done = members._mark[0]
+    assert done > before, 'the watchdog hears of each batch'
+    evaluation(8, params)
+    assert members._mark[0] == done, 'what has been evaluated is not evaluated again'
+
+
 def _refused(config, message, processes=1, **fields):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
     with pytest.raises(errors.UsageError, match=message):
-        in_training.hooks(config, pathlib.Path('nowhere'), processes)
+        in_training.hooks(config, pathlib.Path('nowhere'), _members(processes))
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(config):
@@ -140,4 +191,4 @@ def test_what_cannot_be_evaluated_is_refused_before_training(config):
 
 def test_without_tasks_there_is_no_hook(config):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_tasks=()))
-    assert in_training.hooks(config, pathlib.Path('nowhere'), 2) == ()
+    assert in_training.hooks(config, pathlib.Path('nowhere'), _members(2)) == ()

@@ -361,8 +361,8 @@ def test_resumed_one_step_before_a_validation_only_what_compiles_is_given_time_f
         ('the step', True),
         ('waiting for a step', True),
         ('validation', True),
-        ('a hook', False),
         ('saving', False),
+        ('a hook', False),
     ]
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 
 _unfinished = set()  # folders that Ctrl-C removes
+_stop_signals = []  # the StopSignals that are entered
 
 
 def end_on_ctrl_c(line: str) -> None:
@@ -21,7 +22,8 @@ def end_on_ctrl_c(line: str) -> None:
         signal.signal(number, signal.SIG_IGN)
         for folder in _unfinished:
             shutil.rmtree(folder, ignore_errors=True)
-        os.write(2, f'{line}\n'.encode())
+        with contextlib.suppress(OSError):  # nobody reads standard error any more
+            os.write(2, f'{line}\n'.encode())
         os._exit(128 + number)
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a background job keeps ignoring it
@@ -61,13 +63,20 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self):
+        _stop_signals.append(self)
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
+        _stop_signals.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number, _):
         self.received = number
         signal.signal(number, self._previous[number])
+
+
+def stopping() -> bool:
+    """Returns whether a StopSignals context is entered and has received a signal."""
+    return any(stop_signals.received for stop_signals in _stop_signals)

@@ -1,5 +1,6 @@
 """What a start of a run writes into its folder and prints. Of several processes only process 0 does it."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -33,14 +34,16 @@ class Silent:
 class Journal(Silent):
     """The journal of the process that writes. Opening it prepares the run's folder for steps from `start` on.
 
-    It copies the tokenizer, cuts the metrics to `start`, writes config.json, and says which settings changed.
+    It copies the tokenizer, cuts the metrics to `start`, writes config.json, and says which settings changed or have
+    no effect.
     """
 
     def __init__(self, folder: pathlib.Path, config: Config, command: str, start: int, tokenizer_path: pathlib.Path):
         workdir.keep_tokenizer(folder, tokenizer_path)
         before = workdir.read_config_file(folder)
         self._recomputed = metrics.Recomputed(folder / 'metrics.jsonl', start)
-        metrics.cut_entries(folder / 'validation.jsonl', start)
+        for name in ('validation.jsonl', 'evaluation.jsonl'):
+            metrics.cut_entries(folder / name, start)
         now = workdir.write_config_file(folder, config, command)
         if not resume.same_losses(before, now):
             self._recomputed.forget()
@@ -51,6 +54,8 @@ class Journal(Silent):
         changes = tree.differences(before['config'], now['config'], 'config') if before else {}
         for field, (old, new) in changes.items():
             self.say(f'changed since the last start: {field} was {old}, is {new}')
+        for remark in _remarks(config):
+            self.say(f'note: {remark}')
 
     def say(self, line: str) -> None:
         """Prints a line."""
@@ -79,3 +84,24 @@ class Journal(Silent):
         self._progress.close()
         self._writer.close()
         self._validations.close()
+
+
+def _remarks(config: Config) -> list[str]:
+    """Returns a sentence about each setting that cannot have the effect it is made for."""
+    optimizer, train, lines = config.optimizer, config.train, []
+    if optimizer.warmup_steps >= train.num_steps:
+        lines.append(
+            f'config.optimizer.warmup_steps is {optimizer.warmup_steps} and config.train.num_steps {train.num_steps}: '
+            'the learning rate only rises, and never reaches its peak'
+        )
+    if optimizer.decay_steps and optimizer.schedule == 'cosine':
+        lines.append(f'config.optimizer.decay_steps is {optimizer.decay_steps}: only the schedule wsd has them')
+    if train.profile_step and train.profile_step > train.num_steps:
+        lines.append(f'config.train.profile_step is {train.profile_step}: the run ends before, at {train.num_steps}')
+    if train.keep_every_steps and train.keep_every_steps % train.checkpoint_every_steps:
+        both = math.lcm(train.keep_every_steps, train.checkpoint_every_steps)
+        lines.append(
+            f'config.train.keep_every_steps is {train.keep_every_steps}, no multiple of checkpoint_every_steps = '
+            f'{train.checkpoint_every_steps}: checkpoints are kept for ever only every {both} steps'
+        )
+    return lines

@@ -1,8 +1,10 @@
 """Changes to lm-eval's tasks: undone after the context; they add a metric and refuse bad examples."""
 
 import json
+import math
 
 import pytest
+from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 
 from eval_bridge import evaluate
@@ -69,3 +71,12 @@ def test_every_prompt_fits_a_model_without_tokens():
         assert instructeval.InstructEval.fits('x' * 10_000, 1)
     with patches.fitting(Scripted(max_length=10)):
         assert instructeval.InstructEval.fits('x' * 9, 1) and not instructeval.InstructEval.fits('x' * 10, 1)
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(tmp_path):
+    changes = {'output_type': 'loglikelihood', 'doc_to_choice': None, 'metric_list': [{'metric': 'perplexity'}]}
+    changes['doc_to_target'] = '{{choices[1]}}'
+    scores = _evaluate(tmp_path, {'choices': ['b', 'c' * 4000]}, **changes)['results']['tiny']
+    assert scores['perplexity,none'] == math.inf
+    with pytest.raises(OverflowError):
+        AGGREGATION_REGISTRY['perplexity']([-1000.0])

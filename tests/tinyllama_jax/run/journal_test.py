@@ -4,6 +4,7 @@ import pytest
 
 from tests.support import tiny
 from tinyllama_jax.run import journal, metrics
+from tinyllama_jax.settings import experiment
 
 
 def test_a_silent_journal_takes_what_the_other_takes(tmp_path, capsys):
@@ -32,3 +33,26 @@ def test_a_journal_writes_and_says(tmp_path, capsys):
     assert metrics.read_entries(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'pieces'
     assert 'step 1: validation loss web 2.0000' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('changed', 'remark'),
+    [
+        (
+            {'optimizer.warmup_steps': 21},
+            'warmup_steps is 21 and config.train.num_steps 20: the learning rate only rises',
+        ),
+        ({'optimizer.decay_steps': 3}, 'config.optimizer.decay_steps is 3: only the schedule wsd has them'),
+        ({'train.profile_step': 21}, 'config.train.profile_step is 21: the run ends before'),
+        ({'train.keep_every_steps': 8}, 'checkpoints are kept for ever only every 40 steps'),
+        ({'optimizer.warmup_steps': 19, 'train.keep_every_steps': 10, 'train.profile_step': 20}, None),
+    ],
+)
+def test_settings_without_their_effect_are_said(changed, remark, tmp_path, capsys):
+    config = tiny.CONFIG
+    for field, value in changed.items():
+        config = experiment.override(config, field, str(value))
+    (tmp_path / 'given.model').write_bytes(b'pieces')
+    journal.Journal(tmp_path / 'run', config, '', 0, tmp_path / 'given.model').close()
+    said = capsys.readouterr().err
+    assert (f'{remark}' in said) if remark else ('note: ' not in said)
