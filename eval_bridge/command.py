@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ _TOKENS = re.compile(r'(?:^|[-_])(\d+(?:\.\d+)?)([bt])$', re.IGNORECASE)
 _ANSWERS_DEPEND_ON = (
     'weights_sha256', 'settings_sha256', 'tokenizer_sha256', 'backend', 'dtype', 'add_bos', 'max_length',
 )  # fmt: skip
+_LONGEST_NAME = 100  # of the tasks in a file's name
 _NO_MODEL = 'evaluate needs --workdir=DIR, the folder of a run, or --model=FOLDER (--models for a table or figure).'
 _Source = opening.Run | opening.Folder
 _ModelsByTokens = dict[float, tuple[str, _Source]]  # training tokens -> name, model
@@ -172,18 +175,45 @@ def evaluate_model(
 ) -> None:
     """Evaluates one model and prints its scores; with `parity`, compares the other backend's answers.
 
-    The result goes to the file `output`, else to step-STEP.json in `folder`. Raises RunError if parity does not hold.
+    The result goes to the file `output`, else to `folder` (`_keep`). Raises RunError if parity does not hold.
     """
     source.check_model(for_parity=parity)
     result = evaluator.compare(source) if parity else evaluator.evaluate(source)
-    if not output and folder:
-        output = folder / f'step-{result["protocol"]["step"]}.json'
     if output:
         evaluate.write(output, result)
+    elif folder:
+        output = _keep(folder, f'step-{result["protocol"]["step"]}', evaluator.tasks, result)
     print(describe_result(result))
+    if output:
+        print(f'result: {output}')
     if parity:
         print(parity_lib.describe(result['parity']))
         parity_lib.require(result['parity'])
+
+
+def _keep(folder: pathlib.Path, name: str, tasks: Sequence[str], result: dict[str, Any]) -> pathlib.Path:
+    """Writes a result to NAME.json in `folder`, and returns the path.
+
+    If that file holds other tasks, or was measured in another way, it stays: the new one is named by tasks and settings
+    too.
+    """
+
+    def settings(result: Mapping[str, Any]) -> list[Any]:
+        return [sorted(result['results']), *(result['protocol'].get(field) for field in ('limit', 'name', 'backend'))]
+
+    path = folder / f'{name}.json'
+    try:
+        same = not path.exists() or settings(json.loads(path.read_text(encoding='utf-8'))) == settings(result)
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a result
+        same = False
+    if not same:
+        stamp, listed = result['protocol'], re.sub(r'[^\w.,+-]', '_', ','.join(tasks))
+        if len(listed) > _LONGEST_NAME:
+            listed = f'{listed[:_LONGEST_NAME]}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}'
+        parts = [name, listed, stamp['name'], stamp['backend'], *([f'first{stamp["limit"]}'] if stamp['limit'] else [])]
+        path = folder / f'{"-".join(parts)}.json'
+    evaluate.write(path, result)
+    return path
 
 
 def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], output: pathlib.Path) -> None:
@@ -194,7 +224,7 @@ def make_table(evaluator: Evaluator, table: int, models: Mapping[str, _Source], 
     for number, (name, source) in enumerate(models.items(), start=1):
         print(f'[{number}/{len(models)}] {name}', flush=True)
         result = evaluator.evaluate(source, label=name)
-        evaluate.write(output / f'{name}-table{table}.json', result)
+        _keep(output, f'{name}-table{table}', evaluator.tasks, result)
         rows[name] = results.scores(table, result, name)
     with _writing(output):
         print(results.write_table(output, table, rows))
@@ -210,7 +240,7 @@ def make_figure(evaluator: Evaluator, models: _ModelsByTokens, output: pathlib.P
     for number, (tokens, (name, source)) in enumerate(sorted(models.items()), start=1):
         print(f'[{number}/{len(models)}] {name}, {tokens:,.0f} tokens', flush=True)
         result = evaluator.evaluate(source, label=name)
-        evaluate.write(output / f'{name}.json', result)
+        _keep(output, name, evaluator.tasks, result)
         points[tokens] = results.scores(2, result, name)
     with _writing(output):
         print(f'figure: {results.write_figure(output, points)}')

@@ -131,6 +131,19 @@ def test_the_harness_s_own_protocol_takes_the_task_s_shots(task_files, run, tmp_
     assert (stamp['name'], stamp['num_fewshot'], stamp['add_bos']) == ('current', {'piqa': 2}, False)
 
 
+def test_results_of_other_tasks_and_settings_are_kept_apart(task_files, llama, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    convert.import_run(None, folder, input=str(llama), command='main.py import')
+    for tasks, options in ((['piqa'], {}), (['boolq'], {}), (['piqa'], {'limit': 2}), (['piqa'], {})):
+        _evaluate(task_files, folder, tasks=tasks, **options)
+    names = ['step-0-boolq-paper-jax', 'step-0-piqa-paper-jax-first2', 'step-0']
+    kept = [json.loads((folder / 'eval' / f'{name}.json').read_text()) for name in names]
+    assert [list(result['results']) for result in kept] == [['boolq'], ['piqa'], ['piqa']]
+    assert [result['protocol']['limit'] for result in kept] == [None, 2, None]
+    assert len(list((folder / 'eval').glob('*.json'))) == 3
+    assert f'result: {folder}/eval/step-0-boolq-paper-jax.json' in capsys.readouterr().out
+
+
 def test_parity_with_transformers_is_reported(task_files, llama, others, tmp_path, capsys):
     _evaluate(task_files, tasks=['piqa'], model=str(llama), parity=True, output=str(tmp_path / 'r.json'))
     result = json.loads((tmp_path / 'r.json').read_text())

@@ -94,9 +94,16 @@ def _read(folder: pathlib.Path) -> _Run:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')
     validation = metrics.read_entries(folder / 'validation.jsonl')
-    results = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((folder / 'eval').glob('*.json'))]
-    # Tables are lists, and results without a step are of other models than this run's.
-    evaluations = [each for each in results if isinstance(each, dict) and 'step' in each.get('protocol', {})]
+    evaluations = []
+    for path in sorted((folder / 'eval').glob('*.json')):
+        try:
+            result = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as error:
+            notes.append(f'{path} is left out, for it is not valid JSON: {error}')
+            continue
+        # Tables are lists, and results without a step are of other models than this run's.
+        if isinstance(result, dict) and 'step' in result.get('protocol', {}):
+            evaluations.append(result)
     evaluations.sort(key=_step_of)
     in_training = metrics.read_entries(folder / 'evaluation.jsonl')
     if not validation:
@@ -125,8 +132,31 @@ def _summary(run: _Run) -> dict[str, Any]:
     }
     for evaluation in run.evaluations:  # the newest last
         for task in evaluation['results']:
-            summary['tasks'][task] = {'step': _step_of(evaluation), **_task_scores(run, evaluation, task)}
+            scores: dict[str, Any] = {'step': _step_of(evaluation), **_task_scores(run, evaluation, task)}
+            if measured := _measured(evaluation, task):
+                scores['measured'] = measured
+            summary['tasks'][_label(evaluation, task)] = scores
     return summary
+
+
+def _label(evaluation: Mapping[str, Any], task: str) -> str:
+    """Returns the task's name; with what sets its score apart from that of all examples by the paper's protocol."""
+    stamp = evaluation['protocol']
+    apart = [f'first {stamp["limit"]} examples'] if stamp.get('limit') else []
+    usual = {'name': 'paper', 'backend': 'jax'}
+    apart += [stamp[field] for field in usual if stamp.get(field, usual[field]) != usual[field]]
+    return f'{task} ({", ".join(apart)})' if apart else task
+
+
+def _measured(evaluation: Mapping[str, Any], task: str) -> str:
+    """Returns how a score was measured, as its result says: protocol, backend, examples, requests that were cut."""
+    stamp = evaluation['protocol']
+    said = [str(stamp[field]) for field in ('name', 'backend') if stamp.get(field)]
+    if 'limit' in stamp:
+        said.append(f'first {stamp["limit"]} examples' if stamp['limit'] else 'all examples')
+    if cut := (stamp.get('truncated_requests') or {}).get(task):
+        said.append(f'{cut:,} requests cut')
+    return ', '.join(said)
 
 
 def _task_scores(run: _Run, evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
@@ -199,21 +229,21 @@ def _draw_evaluations(run: _Run) -> Figure | None:
     if not run.evaluations:
         return None
     figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
-    tasks = sorted({task for evaluation in run.evaluations for task in evaluation['results']})
-    for i, task in enumerate(tasks):
-        points = []
-        for evaluation in (each for each in run.evaluations if task in each['results']):
+    measured = [(_label(each, task), task, each) for each in run.evaluations for task in each['results']]
+    for i, label in enumerate(sorted({label for label, _, _ in measured})):
+        points = {}  # by step: of two results that were measured alike, the last counts
+        for _, task, evaluation in (each for each in measured if each[0] == label):
             scores = _task_scores(run, evaluation, task)
             name = 'acc_norm' if 'acc_norm' in scores else 'acc'  # normalised by length if the task reports that
             if name in scores:
                 stderr, chance = scores.get(f'{name}_stderr', 0.0), scores.get('chance_acc')
-                points.append((_step_of(evaluation), scores[name], stderr, chance))
+                points[_step_of(evaluation)] = _step_of(evaluation), scores[name], stderr, chance
         if not points:
             continue
-        steps, values, stderrs, chances = zip(*points, strict=True)
-        axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=task)
+        steps, values, stderrs, chances = zip(*points.values(), strict=True)
+        axes.errorbar(steps, values, yerr=stderrs, color=f'C{i}', marker='o', capsize=3, label=label)
         if chances[-1]:
-            axes.axhline(chances[-1], color=f'C{i}', linestyle=':', linewidth=1, label=f'{task}, chance')
+            axes.axhline(chances[-1], color=f'C{i}', linestyle=':', linewidth=1, label=f'{label}, chance')
     axes.set_ylabel('accuracy (± standard error)')
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -285,14 +315,15 @@ def _facts(run: _Run, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _task_rows(tasks: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram')]
+def _task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [('task', 'step', 'metric', 'value', 'chance or unigram', 'measured')]
     beside = {'acc': 'chance_acc', 'acc_norm': 'chance_acc', 'gold_bits_per_byte': 'unigram_bits_per_byte'}
     for task, scores in tasks.items():
         for name, value in scores.items():
-            if name == 'step' or name in beside.values() or name.endswith('_stderr'):
+            if name in ('step', 'measured') or name in beside.values() or name.endswith('_stderr'):
                 continue
             stderr, chance = scores.get(f'{name}_stderr'), scores.get(beside.get(name, ''))
             shown = f'{value:.4f}' if stderr is None else f'{value:.4f} ± {stderr:.4f}'
-            rows.append((task, str(scores['step']), name, shown, '' if chance is None else f'{chance:.4f}'))
+            beside_it = '' if chance is None else f'{chance:.4f}'
+            rows.append((task, str(scores['step']), name, shown, beside_it, scores.get('measured', '')))
     return rows

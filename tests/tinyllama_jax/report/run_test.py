@@ -159,3 +159,20 @@ def test_without_metrics_the_train_command_is_named(tmp_path):
     with pytest.raises(errors.UsageError, match=r'no metrics\.jsonl .*main\.py train --config=FILE --workdir='):
         report.report(tmp_path)
     assert not (tmp_path / 'report').exists()
+
+
+def test_how_a_score_was_measured_is_shown(tmp_path):
+    _write_training(tmp_path)
+    (tmp_path / 'eval').mkdir()
+    whole, limited = _evaluation(20, 0.75, 1.5), _evaluation(20, 1.0, 1.5)
+    whole['protocol'] |= {'name': 'paper', 'backend': 'jax', 'limit': None, 'truncated_requests': {'cloze': 3}}
+    limited['protocol'] |= {'name': 'current', 'backend': 'hf', 'limit': 2}
+    for name, evaluation in (('a', whole), ('b', limited)):
+        (tmp_path / 'eval' / f'{name}.json').write_text(json.dumps(evaluation))
+    (tmp_path / 'eval' / 'c.json').write_text('{"results"')
+    text = report.report(tmp_path).read_text()
+    tasks = json.loads((tmp_path / 'report/summary.json').read_text())['tasks']
+    assert (tasks['cloze']['acc'], tasks['cloze']['measured']) == (0.75, 'paper, jax, all examples, 3 requests cut')
+    assert tasks['cloze (first 2 examples, current, hf)']['acc'] == 1.0
+    assert 'paper, jax, all examples, 3 requests cut' in text and 'current, hf, first 2 examples' in text
+    assert 'c.json is left out, for it is not valid JSON' in text
