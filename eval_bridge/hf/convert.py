@@ -8,6 +8,7 @@ converted one at a time: a 1.1 B export needs little memory beside the parameter
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -154,16 +155,25 @@ def export(
 
 @contextlib.contextmanager
 def _new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `output`, renamed to `output` on success and removed on failure."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    """Yields a folder whose files are in `output` on success, and nowhere on failure.
+
+    A new output appears by one renaming. An empty folder that exists may be a mount point or the current one, which
+    cannot be replaced: it gets the files one by one, config.json last.
+    """
+    exists, inside = os.path.lexists(output), output / '.partial'
+    if exists and (not output.is_dir() or {*output.iterdir()} - {inside}):
         raise errors.UsageError(f'--output={output} exists and is not an empty folder; give a new one.')
-    partial = output.with_name(f'.{output.name}.partial')
+    partial = inside if exists else output.with_name(f'.{output.name}.partial')
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with signals.unfinished(partial):
             yield partial
-            partial.rename(output)
+            if exists:
+                for path in sorted(partial.iterdir(), key=lambda path: path.name == 'config.json'):
+                    path.rename(output / path.name)
+            else:
+                partial.rename(output)
     except OSError as error:
         raise errors.RunError(f'--output={output} could not be written: {error.strerror or error}.') from error
     finally:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import resource
 import shutil
 import subprocess
@@ -283,6 +285,23 @@ def test_an_output_that_is_not_empty_is_refused_and_kept(tmp_path):
     (output / 'mine').unlink()
     tiny_export.write_export(tmp_path)
     assert (output / 'model.safetensors').exists()
+
+
+def test_an_empty_folder_that_cannot_be_replaced_is_written_inside(tmp_path, monkeypatch):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'export').symlink_to('empty')
+    tiny_export.write_export(tmp_path)
+    names = {path.name for path in (tmp_path / 'empty').iterdir()}
+    assert (
+        (tmp_path / 'export').is_symlink() and {'config.json', 'model.safetensors'} <= names and '.partial' not in names
+    )
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    convert.export(tiny_export.params(), MODEL, tmp_path / 'tokenizer.model', pathlib.Path('.'))
+    assert set(os.listdir('.')) == names
+    (tmp_path / 'dangling').symlink_to('nowhere')
+    with pytest.raises(errors.UsageError, match='--output=.*dangling exists'):
+        convert.export(tiny_export.params(), MODEL, tmp_path / 'tokenizer.model', tmp_path / 'dangling')
 
 
 @pytest.mark.parametrize('format', ['safetensors', 'pytorch'])
