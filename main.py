@@ -8,10 +8,10 @@ from typing import Any
 
 from absl import flags
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, files
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster import place
-from tinyllama_jax.process import signals, xla
+from tinyllama_jax.process import signals, streams, xla
 from tinyllama_jax.settings import commands, experiment
 
 _USAGE = f'usage: main.py {"|".join(commands.COMMANDS)} --config=FILE --workdir=DIR'
@@ -20,18 +20,20 @@ for _name, (_kind, *_) in commands.FLAGS.items():
     getattr(flags, f'DEFINE_{_kind}')(_name, *commands.define_arguments(_name))
 
 
-def _run(command: commands.Command, config: Any, workdir: pathlib.Path | None, command_line: str) -> None:
+def _run(name: str, config: Any, workdir: pathlib.Path | None, command_line: str) -> None:
     """Calls a command's function; imports only what it needs."""
-    options: dict[str, Any] = {name: FLAGS[name].value for name in command.flags.split()}
+    command = commands.COMMANDS[name]
+    options: dict[str, Any] = {flag: FLAGS[flag].value for flag in command.flags.split()}
     if command.keeps_command:
         options['command'] = command_line
     if not command.joins_cluster:
+        place.refuse_several(name)
         pkgutil.resolve_name(command.path)(config, workdir, **options)
         return
-    here = place.find(**{name: options.pop(name) for name in commands.PLACE_FLAGS.split()})
+    here = place.find(**{flag: options.pop(flag) for flag in commands.PLACE_FLAGS.split()})
     with cluster.joined(here, config) as members:  # processes that disagree are told so before the slow imports
         if command.trains and config.train.evaluate_tasks:  # only then, for it imports lm-eval
-            options['hooks'] = pkgutil.resolve_name('eval_bridge.in_training:hooks')(config, workdir, members.count)
+            options['hooks'] = pkgutil.resolve_name('eval_bridge.in_training:hooks')(config, workdir, members)
         pkgutil.resolve_name(command.path)(config, workdir, **options, members=members)
 
 
@@ -50,18 +52,27 @@ def main(argv: list[str]) -> int | None:
             if FLAGS[flag].present and takers and name not in takers:
                 raise errors.UsageError(f'--{flag} is a flag of {", ".join(takers)}, not of {name}; leave it out.')
         command = commands.COMMANDS[name]
+        if command.trains:
+            streams.outlive()
+        for flag in commands.PATHS.split():
+            FLAGS[flag].value = files.local_paths(f'--{flag}', FLAGS[flag].value)
         if command.needs_workdir and not FLAGS.workdir:
             raise errors.UsageError(f'{name} needs --workdir=DIR, the folder of the run.')
         workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
         config = experiment.resolve(FLAGS.config, workdir, overrides, required=command.needs_config)
         exact = bool(command.trains and config and config.train.deterministic)
         xla.set_up_jax(deterministic=exact, compiled=workdir / 'compiled' if exact and workdir else None)
-        _run(command, config, workdir, shlex.join(['main.py', *argv[1:]]))
-    except (flags.Error, errors.Failure) as error:
-        print(f'main.py: {error}', file=sys.stderr)
-        return getattr(error, 'exit_code', errors.UsageError.exit_code)
+        _run(name, config, workdir, shlex.join(['main.py', *argv[1:]]))
+        sys.stdout.flush()  # here, where a full disk is still told
+    except Exception as error:
+        failure = errors.foreseen(error)
+        if not isinstance(failure, flags.Error | errors.Failure):
+            raise
+        print(f'main.py: {failure}', file=sys.stderr)
+        return getattr(failure, 'exit_code', errors.UsageError.exit_code)
 
 
 if __name__ == '__main__':
+    streams.set_up()
     signals.end_on_ctrl_c('main.py: stopped by Ctrl-C; the same command resumes or starts over.')
     sys.exit(main(sys.argv))

@@ -65,6 +65,8 @@ DEMO = '--config=configs/demo.py'
         (('train', '--workdir=x', DEMO, '--limit=3'), '--limit is a flag of evaluate, not of train; leave it out.'),
         (('export', '--workdir=x', '--output=y', '--prompt=z'), '--prompt is a flag of generate, not of export'),
         (('prepare', '--step=0'), '--step is a flag of evaluate, export, generate, not of prepare'),
+        (('train', '--workdir=gs://b/x', DEMO), '--workdir: gs://b/x is an address'),
+        (('evaluate', '--model=~nobody-here/x', '--tasks=piqa'), '--model: there is no home folder for ~nobody-here/x'),
         (('report', '--workdir=x', '--nolog_samples'), '--log_samples is a flag of evaluate, not of report'),
     ],
 )
@@ -80,6 +82,14 @@ def test_the_line_reaches_the_shell():
     done = subprocess.run([sys.executable, 'main.py', 'train'], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == 'main.py: train needs --workdir=DIR, the folder of the run.\n'
+
+
+def test_one_command_started_twice_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
+    monkeypatch.setenv('OMPI_COMM_WORLD_RANK', '1')
+    for command, message in (('prepare', 'prepare runs in one process'), ('train', 'a launcher started several')):
+        said = _fails(capsys, command, '--workdir=nowhere', f'--config={ROOT}/configs/demo.py')
+        assert f'OMPI_COMM_WORLD_SIZE=2: {message}' in said
 
 
 def test_help_lists_the_flags():

@@ -7,6 +7,7 @@
     Annotated[float, '>= 0', '< 1']   a finite number within these bounds instead
     Literal['cosine', 'wsd']          one of these
     Annotated[str, REMAT]             one of the keys of a table
+    Path                              a file or folder of this machine; ~ is expanded
     ... | None                        none too
 
 Nothing here imports jax.
@@ -24,6 +25,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from tinyllama_jax import errors
 
 Dtype = Literal['bfloat16', 'float32']
+PATH = 'path'
+Path = Annotated[str, PATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class ModelConfig:
 class SourceConfig:
     """One named corpus and its share of the mixture."""
 
-    path: str | None = None  # a folder (or one file); train/, validation/, test/ inside are splits
+    path: Path | None = None  # a folder (or one file); train/, validation/, test/ inside are splits
     weight: float = 1.0  # share of rows, relative to the other sources
     format: Literal['auto', 'jsonl', 'parquet', 'arrow', 'text'] = 'auto'  # auto: by name; text: a file is one document
     text_field: str | None = None  # none: `text` in jsonl; `text` or `content`, whichever is there, in tables
@@ -71,10 +74,10 @@ class DataConfig:
     """Corpora, tokenizer and the order in which rows are trained on."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    tokenizer: str | None = None  # a SentencePiece .model file; none: prepare trains one if tokenizer_pieces is set
+    tokenizer: Path | None = None  # a SentencePiece .model file; none: prepare trains one if tokenizer_pieces is set
     tokenizer_pieces: int | None = None  # vocabulary of the tokenizer that prepare trains on the sources
     python_corpus: bool = False  # sources without a path are written from the Python installation (the demo's corpus)
-    store: str | None = None  # prepared tokens; none: WORKDIR/store
+    store: Path | None = None  # prepared tokens; none: WORKDIR/store
     bos: bool = False  # put BOS before each document
     eos_per_document: Annotated[int, '>= 0'] = 1  # the paper's second fault inserted more than one
     document_mask: bool = False  # tokens see their own document only, not the others packed into their row
@@ -179,8 +182,8 @@ class TrainConfig:
         5_000  # of evaluate_tasks, not of the validation loss; 0: only at the end
     )
     evaluate_limit: int | None = 100  # only this many examples of each task, from its beginning
-    evaluate_include_path: str | None = None  # as evaluate's --include_path
-    evaluate_task_data: str | None = None  # as evaluate's --task_data
+    evaluate_include_path: Path | None = None  # as evaluate's --include_path
+    evaluate_task_data: Path | None = None  # as evaluate's --task_data
     checkpoint_every_steps: int = 1_000
     keep_checkpoints: int = 3  # newest ones kept
     keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for ever
@@ -246,6 +249,14 @@ def kind_of(annotation: Any) -> Kind:
     return Kind(typing.get_origin(annotation) or annotation, optional, choices, bounds)
 
 
+# Type of a field -> (types of its values, in words).
+KINDS = {
+    int: ((int,), 'a whole number'),
+    float: ((int, float), 'a number'),
+    bool: ((bool,), 'true or false'),
+    str: ((str,), 'a text'),
+    tuple: ((tuple, list), 'a list'),
+}
 _COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '!=': operator.ne}
 
 
@@ -320,7 +331,13 @@ def _check_value(value: Any, field: str, kind: Kind) -> None:
         if value not in kind.choices:
             listed = ', '.join(['none'] * kind.optional + [str(choice) for choice in kind.choices])
             raise errors.usage(field, f'{value!r} is not one of {listed}')
-    elif kind.type in (int, float):
+        return
+    types, wanted = KINDS[kind.type]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind.type is not bool):
+        raise errors.usage(field, f'must be {wanted}, got {value!r}')
+    if isinstance(value, int | float) and kind.type is not bool:
         limits = [bound.split() for bound in kind.bounds]
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise errors.usage(field, f'must be below 2**63, got {value}')
         if not math.isfinite(value) or not all(_COMPARISONS[sign](value, float(limit)) for sign, limit in limits):
             raise errors.usage(field, f'must be a finite number {" and ".join(kind.bounds)}, got {value}')

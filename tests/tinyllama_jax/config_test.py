@@ -34,6 +34,8 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
         ('optimizer.beta1', '-0.5', 'config.optimizer.beta1: must be'),
         ('optimizer.final_learning_rate', '1', 'is above peak_learning_rate'),
         ('optimizer.schedule', 'wsd', 'decay_steps'),
+        ('seed', str(2**63), f'config.seed: must be below .*got {2**63}'),
+        ('train.num_steps', '9' * 400, 'config.train.num_steps: must be below'),
         ('mesh.data', '-1', r'config.mesh: at most one axis is -1 .*, got data and fsdp'),
         ('mesh.fsdp', '0', 'config.mesh.fsdp: must be a finite number >= -1 and != 0, got 0'),
         ('mesh.tensor', '-2', 'config.mesh.tensor: must be'),

@@ -102,12 +102,13 @@ class Members:
 
     def _exit(self, status: int, line: str, *, stacks: bool) -> None:
         """Ends the process at once, from any thread."""
-        if stacks:
-            os.write(2, f'{self.place}, every thread (the watchdog has ended it):\n'.encode())
-            faulthandler.dump_traceback(file=2, all_threads=True)
         retry = status == errors.Unavailable.exit_code
         remedy = ' The same command resumes from the newest checkpoint.' if retry else ''
-        os.write(2, f'main.py: {line.rstrip(".")}.{remedy}\n'.encode())
+        with contextlib.suppress(OSError):  # nobody reads standard error any more
+            if stacks:
+                os.write(2, f'{self.place}, every thread (the watchdog has ended it):\n'.encode())
+                faulthandler.dump_traceback(file=2, all_threads=True)
+            os.write(2, f'main.py: {line.rstrip(".")}.{remedy}\n'.encode())
         os._exit(status)
 
     def finish(self) -> None:
@@ -303,6 +304,9 @@ def joined(place: Place, config: Config) -> Iterator[Members]:
         members.finish()
         raise
     except BaseException as error:
-        members.fail(error)
-        raise
+        failure = errors.foreseen(error)
+        members.fail(failure)
+        if failure is error:
+            raise
+        raise failure from error
     members.finish()

@@ -8,6 +8,7 @@ import platform
 from tinyllama_jax import errors
 
 _NVIDIA_DEVICES = ('/dev/nvidiactl', '/dev/dxg')  # Linux, and Linux in Windows
+_AMD_DEVICE = '/dev/kfd'
 # glibc's mallopt: never allocate by mmap, never return memory, one arena for all threads.
 _MALLOC_OPTIONS = ((-4, 0), (-1, 2_000_000_000), (-8, 1))
 # For GPUs, unless XLA_FLAGS sets them; both supported versions of jaxlib know each.
@@ -32,6 +33,8 @@ def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = N
     Args:
       deterministic: on GPUs, use only operations with a fixed order of summation.
       compiled: cache folder for compiled programs, and with them the choices of autotuning on these GPUs.
+
+    Raises UsageError if JAX_PLATFORMS asks for GPUs that are not there.
     """
     if any(os.path.exists(device) for device in _NVIDIA_DEVICES):
         flags = [f'--{name}={value}' for name, value in gpu_xla_flags(deterministic=deterministic).items()]
@@ -41,7 +44,11 @@ def set_up_jax(*, deterministic: bool = False, compiled: pathlib.Path | None = N
         if compiled:
             os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled.absolute()))
     else:
-        os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+        platforms = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+        if {'cuda', 'gpu'} & set(platforms.split(',')) and not os.path.exists(_AMD_DEVICE):
+            raise errors.usage(
+                f'JAX_PLATFORMS={platforms}', 'this machine shows no NVIDIA device; unset it, or set cpu'
+            )
     if platform.libc_ver()[0] == 'glibc':
         for option, value in _MALLOC_OPTIONS:
             ctypes.CDLL(None).mallopt(option, value)

@@ -19,11 +19,21 @@ from tinyllama_jax.config import Config
 
 
 def read_entries(path: pathlib.Path) -> list[dict]:
-    """Returns the entries of a metrics file, without a last line that a kill cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split('\n')
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Returns the entries of a metrics file, without a last line that a kill cut short.
+
+    Raises UsageError naming the line that is not an entry.
+    """
+    entries = []
+    lines = path.read_text(errors='replace').split('\n')[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line) if line else None
+            if entry is not None and entry['step'] is not None:
+                entries.append(entry)
+        except (ValueError, KeyError, TypeError):
+            where = f'line {number} is not an entry with a step: {line[:60]!r}'
+            raise errors.usage(str(path), f'{where}; remove it') from None
+    return entries
 
 
 def cut_entries(path: pathlib.Path, step: int) -> list[dict]:

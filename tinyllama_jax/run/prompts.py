@@ -34,7 +34,7 @@ def generate_run(
     texts = list(prompt)
     if prompts:
         try:
-            texts += pathlib.Path(prompts).read_text(encoding='utf-8').removesuffix('\n').split('\n')
+            texts += pathlib.Path(prompts).read_text(encoding='utf-8-sig').removesuffix('\n').split('\n')
         except (OSError, UnicodeDecodeError) as error:
             raise errors.UsageError(f'--prompts={prompts} cannot be read: {error}.') from None
     if not texts:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import pathlib
+import shlex
 from typing import Any
 
 from tinyllama_jax import config as config_lib
@@ -77,5 +78,5 @@ def check_resume(config: Config, fingerprint: str, folder: pathlib.Path, meta: d
     for field, (old, new) in contradictions.items():
         raise errors.UsageError(
             f'{field} is {new}, but {folder} was trained with {old} up to step {meta["step"]}. Set it back, or start '
-            f'a new run with --workdir={folder}-2.'
+            f'a new run with --workdir={shlex.quote(f"{folder}-2")}.'
         )

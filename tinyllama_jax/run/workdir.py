@@ -50,11 +50,14 @@ def write_config_file(workdir: pathlib.Path, config: Config, command: str) -> di
 
 
 def read_config_file(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the content of WORKDIR/config.json, newer settings at their defaults; None if there is no such file."""
+    """Returns the content of WORKDIR/config.json, newer settings at their defaults; None if there is no such file.
+
+    Raises UsageError if it is not a run's.
+    """
     path = workdir / 'config.json'
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
+    content = tree.read_file(path)
     return content | {'config': tree.completed(content['config'])}
 
 
@@ -63,7 +66,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     content = read_config_file(workdir)
     if content is None:
         raise errors.UsageError(f'--workdir={workdir}: there is no config.json; run main.py train or import first.')
-    return tree.from_dict(content['config'])
+    return config_lib.validated(tree.from_dict(content['config']))
 
 
 def refuse_contradiction(workdir: pathlib.Path, config: Config) -> None:

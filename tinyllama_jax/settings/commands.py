@@ -17,6 +17,8 @@ class Command:
 
 
 PLACE_FLAGS = 'coordinator num_processes process_id'
+# The flags that name files or folders.
+PATHS = 'config workdir plan output input model models include_path task_data prompts'
 
 COMMANDS = {
     'prepare': Command('tinyllama_jax.data.prepare:prepare_run', needs_config=True),

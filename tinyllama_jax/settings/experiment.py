@@ -2,16 +2,16 @@
 
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 import runpy
+import traceback
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors
+from tinyllama_jax import errors, files
 from tinyllama_jax.config import Config
 from tinyllama_jax.settings import tree
 
@@ -30,14 +30,27 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def load_experiment(spec: str) -> Config:
     """Returns the configuration that `get_config(arg)` makes in the Python file of FILE[:arg]."""
-    file, _, arg = spec.partition(':')
+    file, _, arg = (spec, '', '') if os.path.isfile(spec) or ':' not in spec else spec.rpartition(':')
     if not os.path.isfile(file):
         raise errors.UsageError(f'--config={spec}: there is no file {file}; the experiments are in configs/.')
-    get_config = runpy.run_path(file)['get_config']
+    if not file.endswith('.py'):
+        of_a_run = f'; the settings of a run are read by --workdir={os.path.dirname(file) or "."} alone'
+        raise errors.usage(
+            f'--config={spec}',
+            f'an experiment is a Python file, such as configs/demo.py{of_a_run if file.endswith(".json") else ""}',
+        )
     try:
-        return get_config(arg)
+        get_config = runpy.run_path(file).get('get_config')
+        config = get_config(arg) if get_config else None
     except (ValueError, TypeError) as error:  # an unknown variant, an unknown field
         raise errors.UsageError(f'--config={spec}: {error}') from error
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = '' if isinstance(error, SyntaxError) else f', line {line.lineno} of {line.filename}'
+        raise errors.usage(f'--config={spec}', f'{type(error).__name__}: {error}{where}') from error
+    if not isinstance(config, Config):
+        raise errors.usage(f'--config={spec}', f'{file} has no function get_config(arg) that returns a Config')
+    return config
 
 
 def resolve(
@@ -49,20 +62,35 @@ def resolve(
 ) -> Config | None:
     """Returns the validated configuration of an experiment file, or else of a workdir, with overrides.
 
-    Without either returns None, or raises UsageError if one is `required`.
+    Without either returns None, or raises UsageError if one is `required`. A `~` in a path is expanded.
     """
-    saved = workdir / 'config.json' if workdir else None
+    path = workdir / 'config.json' if workdir else None
+    saved = tree.read_file(path)['config'] if path and path.exists() else None  # refused here if it is not a run's
     if experiment:
         config = load_experiment(experiment)
-    elif saved and saved.exists():
-        config = tree.from_dict(json.loads(saved.read_text())['config'])
+    elif saved is not None:
+        config = tree.from_dict(saved)
     elif overrides or required:
         raise errors.UsageError('--config=FILE is missing, for example --config=configs/demo.py.')
     else:
         return None
-    for path, text in overrides:
-        config = override(config, path, text)
-    return config_lib.validated(config)
+    for field, text in overrides:
+        config = override(config, field, text)
+    return config_lib.validated(_with_local_paths(config, 'config'))
+
+
+def _with_local_paths(group: Any, prefix: str) -> Any:
+    """Returns a tree of settings with `~` expanded in its paths. Raises UsageError for one that is an address."""
+    changed = {}
+    for name, hint in typing.get_type_hints(type(group), include_extras=True).items():
+        value, field = getattr(group, name), f'{prefix}.{name}'
+        if dataclasses.is_dataclass(value):
+            changed[name] = _with_local_paths(value, field)
+        elif isinstance(value, Mapping):
+            changed[name] = {key: _with_local_paths(entry, f'{field}.{key}') for key, entry in value.items()}
+        elif isinstance(value, str) and config_lib.PATH in config_lib.kind_of(hint).bounds:
+            changed[name] = files.local_paths(field, value)
+    return dataclasses.replace(group, **changed)
 
 
 def override(config: Config, path: str, text: str) -> Config:
@@ -115,5 +143,4 @@ def _parsed(text: str, hint: Any, flag: str) -> Any:
             return {'true': True, 'false': False}[text.lower()]
         return kind.type(text)
     except (ValueError, KeyError):
-        wanted = {int: 'a whole number', float: 'a number', bool: 'true or false'}[kind.type]
-        raise errors.usage(flag, f'expects {wanted}, got {text!r}') from None
+        raise errors.usage(flag, f'expects {config_lib.KINDS[kind.type][1]}, got {text!r}') from None

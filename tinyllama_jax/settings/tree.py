@@ -1,6 +1,8 @@
 """Reads configurations back from the dictionaries of `config.to_dict`, and compares such dictionaries."""
 
 import dataclasses
+import json
+import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +11,24 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import Config, to_dict
 
 
+def read_file(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a run's config.json. Raises UsageError if it is not JSON, or not a run's."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
+    except ValueError as error:
+        raise errors.UsageError(f'{path} is not valid JSON: {error}; mend it, or use a new --workdir.') from None
+    if isinstance(content, dict) and isinstance(content.get('config'), dict):
+        return content
+    if isinstance(content, dict) and 'model_type' in content:
+        remedy = f'evaluate --model={path.parent} takes it, and main.py import --input={path.parent} makes a run of it'
+        raise errors.usage(f'--workdir={path.parent}', f'this is a Hugging Face folder, not a run; {remedy}')
+    raise errors.usage(str(path), 'this is not the config.json of a run; give another --workdir')
+
+
 def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
-    """Inverts `to_dict`; a missing field takes its default. Raises UsageError for an unknown field."""
+    """Inverts `to_dict`; a missing field takes its default. Raises UsageError for an unknown field, or no group."""
+    if not isinstance(values, Mapping):
+        raise errors.UsageError(f'{kind.__name__} is {values!r}, not a group of settings; was config.json edited?')
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -21,7 +39,7 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config) -> Any:
         if dataclasses.is_dataclass(hint):
             value = from_dict(value, hint)
         elif typing.get_origin(hint) is Mapping:
-            value = {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in value.items()}
+            value = {key: from_dict(entry, typing.get_args(hint)[1]) for key, entry in dict(value or {}).items()}
         fields[name] = tuple(value) if isinstance(value, list) else value
     return kind(**fields)
 

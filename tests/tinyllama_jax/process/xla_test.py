@@ -19,6 +19,15 @@ def test_without_an_nvidia_device_jax_is_told_so(device, platforms, tmp_path, mo
     assert os.environ.get('JAX_PLATFORMS') == platforms
 
 
+@pytest.mark.parametrize('platforms', ['cuda', 'gpu', 'cuda,cpu'])
+def test_gpus_that_are_not_there_are_named(platforms, tmp_path, monkeypatch):
+    monkeypatch.setattr(xla, '_NVIDIA_DEVICES', (str(tmp_path / 'missing'),))
+    monkeypatch.setattr(xla, '_AMD_DEVICE', str(tmp_path / 'missing'))
+    monkeypatch.setenv('JAX_PLATFORMS', platforms)
+    with pytest.raises(errors.UsageError, match=f'JAX_PLATFORMS={platforms}: this machine shows no NVIDIA device'):
+        xla.set_up_jax()
+
+
 FLAG = 'xla_gpu_enable_latency_hiding_scheduler'
 
 

@@ -109,3 +109,10 @@ def test_progress_prints_a_line_per_entry_without_a_terminal(capsys):
     progress.update({'step': 40, 'loss': 2.5, 'tokens_per_second': 5.0})
     progress.close()
     assert 'step 40/100: loss 2.5000, 5 tokens/s, 0:02:00 to go' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('line', ['{"step": 2,}', '[]', '{"loss": 1}', '\0\0'])
+def test_a_line_that_is_no_entry_is_named(line, tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(errors.UsageError, match='metrics.jsonl: line 2 is not an entry with a step'):
+        metrics.read_entries(tmp_path / 'metrics.jsonl')

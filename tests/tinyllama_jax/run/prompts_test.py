@@ -1,9 +1,10 @@
 """The command `generate`: prompts and continuations printed in order, whole characters at a time."""
 
-from tests.support import tiny_export
+from tests.support import tiny, tiny_export
 from tinyllama_jax import generate
 from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.run import prompts as prompts_lib
+from tinyllama_jax.run import workdir
 
 
 def test_prompts_are_printed_in_order_as_their_tokens_come(tmp_path, capsys):
@@ -32,3 +33,20 @@ def test_a_text_that_ends_within_a_character_is_printed(tmp_path, capsys):
     assert tokenizer.decode(prompt + new).endswith('\ufffd')
     prompts_lib._print_texts([prompt], iter([generate.Continuations([new], [True])]), tokenizer)
     assert capsys.readouterr().out == tokenizer.decode(prompt + new) + '\n'
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch):
+    tokenizer = tokenizer_lib.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    (tmp_path / 'prompts').write_text('def one\r\nclass\r\n', encoding='utf-8-sig', newline='')
+    asked = []
+
+    class Stub:
+        def batch(self, prompts, **_):
+            asked.extend(prompts)
+            return iter([generate.Continuations([[5]] * len(prompts), [True] * len(prompts))])
+
+    loaded = workdir.Loaded(tiny.CONFIG, {}, 0, tokenizer.path)
+    monkeypatch.setattr(workdir, 'load', lambda *_: loaded)
+    monkeypatch.setattr(generate, 'Generator', lambda *_: Stub())
+    prompts_lib.generate_run(None, tmp_path, prompt=[], prompts=str(tmp_path / 'prompts'))
+    assert asked == [tokenizer.encode('def one'), tokenizer.encode('class')]

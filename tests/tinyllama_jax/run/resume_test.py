@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import pathlib
 
 import pytest
 
@@ -99,3 +100,11 @@ def test_every_row_of_the_table_decides_a_field_that_no_row_above_it_does():
         fits = set(fnmatch.filter(fields, setting))
         assert fits, setting
         fields = [field for field in fields if field not in fits]
+
+
+@pytest.mark.parametrize(('folder', 'new'), [('.', '--workdir=.-2.'), ('my runs/a', "--workdir='my runs/a-2'.")])
+def test_the_new_workdir_can_be_typed_as_it_is_written(folder, new):
+    meta = checkpoint.make_meta(CONFIG, 'data', {}) | {'step': 7}
+    with pytest.raises(errors.UsageError) as raised:
+        resume.check_resume(_changed('seed', 2), 'data', pathlib.Path(folder), meta)
+    assert str(raised.value).endswith(new)

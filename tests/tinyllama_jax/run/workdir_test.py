@@ -76,3 +76,9 @@ def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
     ):
         workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'b.model')
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'a'
+
+
+def test_a_config_file_that_is_not_a_run_s_is_one_line(tmp_path):
+    (tmp_path / 'config.json').write_text('{"config": {"seed": 5,}}')
+    with pytest.raises(errors.UsageError, match='config.json is not valid JSON'):
+        workdir.read_config(tmp_path)

@@ -97,3 +97,63 @@ def test_a_workdir_stands_in_for_a_missing_config(tmp_path):
     (tmp_path / 'config.json').write_text('{"config": {"seed": 5}}')
     assert experiment.resolve(None, tmp_path, [('train.num_steps', '7')]).train.num_steps == 7
     assert experiment.resolve(None, tmp_path, []).seed == 5
+
+
+def test_a_colon_in_a_path_is_no_argument(tmp_path):
+    (tmp_path / 'a:b').mkdir()
+    file = tmp_path / 'a:b' / 'x.py'
+    file.write_text(
+        'from tinyllama_jax.config import Config\n\ndef get_config(arg):\n    return Config(seed=len(arg))\n'
+    )
+    assert experiment.load_experiment(str(file)).seed == 0
+    assert experiment.load_experiment(f'{file}:four').seed == 4
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('config.json', '{"config": {}, "on": true}', 'an experiment is a Python file, .* are read by --workdir='),
+        ('x.yaml', 'seed: 1', 'an experiment is a Python file, such as configs/demo.py.$'),
+        ('x.py', 'seed = 1', 'x.py has no function get_config'),
+        ('x.py', 'def get_config(arg): return 1', 'has no function get_config.* that returns a Config'),
+        ('x.py', 'import json\nseed: [', r'SyntaxError: .*line 2'),
+        (
+            'x.py',
+            '1\n2\ndef get_config(arg): return nothing',
+            "NameError: name 'nothing' is not defined, line 3 of .*x.py",
+        ),
+    ],
+)
+def test_what_is_no_experiment_is_one_line(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(errors.UsageError, match=message) as raised:
+        experiment.load_experiment(str(tmp_path / name))
+    assert '\n' not in str(raised.value) and str(raised.value).startswith(f'--config={tmp_path}')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('{"model_type": "llama"}', '--workdir=.*: this is a Hugging Face folder, not a run; evaluate --model='),
+        ('{"config": {"seed": 5},}', 'config.json is not valid JSON: .*line 1 column .*; mend it'),
+        ('[]', 'config.json: this is not the config.json of a run'),
+        ('{"config": {"model": null}}', 'ModelConfig is None, not a group'),
+        ('{"config": {"seed": "5"}}', "config.seed: must be a whole number, got '5'"),
+        ('{"config": {"train": {"num_steps": 128.0}}}', 'config.train.num_steps: must be a whole number, got 128.0'),
+    ],
+)
+def test_a_workdir_that_holds_no_run_is_named(text, message, tmp_path):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(errors.UsageError, match=message):
+        experiment.resolve(None, tmp_path, [], required=False)
+
+
+def test_paths_in_settings_are_of_this_machine(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/x')
+    demo = str(ROOT / 'configs/demo.py')
+    paths = [(f'data.{name}', '~/a') for name in ('store', 'tokenizer', 'sources.web.path')]
+    config = experiment.resolve(demo, None, [*paths, ('train.evaluate_task_data', '~/b')])
+    assert config.data.store == config.data.tokenizer == config.data.sources['web'].path == '/home/x/a'
+    assert config.train.evaluate_task_data == '/home/x/b'
+    with pytest.raises(errors.UsageError, match='config.data.sources.web.path: gs://a is an address'):
+        experiment.resolve(demo, None, [('data.sources.web.path', 'gs://a')])
