@@ -71,7 +71,7 @@ def _files_where(predicate) -> set[str]:
 # names without a folder are files of tinyllama_jax/, and rooms are its folders.
 ORDER = (
     ('kernels/',),
-    ('errors', 'files', 'config', 'flops', 'tokenizer'),
+    ('errors', 'files', 'fields', 'config', 'flops', 'tokenizer'),
     ('settings/', 'process/'),
     ('data/',),
     ('sharding', 'ops', 'model', 'optimizer', 'step', 'checkpoint_errors', 'checkpoint', 'decode', 'generate'),
@@ -206,7 +206,7 @@ def test_the_first_files_to_read_stay_short():
     # Lines of comments and empty lines are not counted.
     names = ('config', 'model', 'optimizer', 'sharding', 'step', 'train', 'checkpoint')
     lines = [line.strip() for name in names for line in (ROOT / f'tinyllama_jax/{name}.py').read_text().splitlines()]
-    assert sum(not line.startswith('#') for line in lines if line) < 1_140
+    assert sum(not line.startswith('#') for line in lines if line) < 1_120
 
 
 TESTS = {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*_test.py')}

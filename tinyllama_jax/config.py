@@ -1,32 +1,19 @@
 """Every setting of a run: frozen dataclasses and their validation.
 
 `configs/x.py:get_config` builds a `Config`, settings/experiment.py applies
-`--config.model.num_kv_heads=2`, and `validated` checks the result. An annotation says what a field allows:
-
-    int, float                        a finite number > 0
-    Annotated[float, '>= 0', '< 1']   a finite number within these bounds instead
-    Literal['cosine', 'wsd']          one of these
-    Annotated[str, REMAT]             one of the keys of a table
-    Path                              a file or folder of this machine; ~ is expanded
-    ... | None                        none too
-
-Nothing here imports jax.
+`--config.model.num_kv_heads=2`, and `validated` checks the result. An annotation says
+what a field allows (fields.py): a plain number is above 0. Nothing here imports jax.
 """
 
 import dataclasses
-import math
-import operator
 import pathlib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, fields
+from tinyllama_jax.fields import Path
 
 Dtype = Literal['bfloat16', 'float32']
-PATH = 'path'
-Path = Annotated[str, PATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +98,8 @@ class OptimizerConfig:
     beta2: Annotated[float, '>= 0', '< 1'] = 0.95
     eps: float = 1e-8
     weight_decay: Annotated[float, '>= 0'] = 0.1
-    decay: Literal['matrices', 'all'] = (
-        'matrices'  # what weight_decay applies to: all but the norms' scales; all: as the original
-    )
+    # What weight_decay applies to. matrices: all but the norms' scales; all: as the original.
+    decay: Literal['matrices', 'all'] = 'matrices'
     clip_norm: float = 1.0
 
 
@@ -178,9 +164,7 @@ class TrainConfig:
     eval_every_steps: Annotated[int, '>= 0'] = 5_000  # validation loss per source; 0: only at the end
     eval_rows: int = 512  # validation rows per source
     evaluate_tasks: tuple[str, ...] = ()  # lm-eval's tasks on which the model is evaluated while it trains
-    evaluate_every_steps: Annotated[int, '>= 0'] = (
-        5_000  # of evaluate_tasks, not of the validation loss; 0: only at the end
-    )
+    evaluate_every_steps: Annotated[int, '>= 0'] = 5_000  # on evaluate_tasks; 0: only at the end
     evaluate_limit: int | None = 100  # only this many examples of each task, from its beginning
     evaluate_include_path: Path | None = None  # as evaluate's --include_path
     evaluate_task_data: Path | None = None  # as evaluate's --task_data
@@ -223,46 +207,9 @@ def to_dict(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-class Kind(NamedTuple):
-    """What a field's annotation allows."""
-
-    type: type
-    optional: bool
-    choices: Sequence[Any]  # empty: any value of the type
-    bounds: Sequence[str]  # of a number
-
-
-def kind_of(annotation: Any) -> Kind:
-    """Returns what the annotation of a field that is neither a group nor a mapping allows (see the top of the file)."""
-    optional = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    if optional:
-        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
-    choices: Sequence[Any] = ()
-    bounds: Sequence[Any] = ('> 0',)
-    if typing.get_origin(annotation) is Annotated:
-        annotation, *bounds = typing.get_args(annotation)
-        if isinstance(bounds[0], Mapping):
-            choices, bounds = tuple(bounds[0]), ()
-    if typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        annotation = type(choices[0])
-    return Kind(typing.get_origin(annotation) or annotation, optional, choices, bounds)
-
-
-# Type of a field -> (types of its values, in words).
-KINDS = {
-    int: ((int,), 'a whole number'),
-    float: ((int, float), 'a number'),
-    bool: ((bool,), 'true or false'),
-    str: ((str,), 'a text'),
-    tuple: ((tuple, list), 'a list'),
-}
-_COMPARISONS = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '!=': operator.ne}
-
-
 def validated(config: Config) -> Config:
     """Returns `config`, or raises UsageError naming the first field whose value cannot work."""
-    _check_fields(config, 'config')
+    fields.check(config, 'config')
     model, data, optimizer, train = config.model, config.data, config.optimizer, config.train
     if model.num_heads % model.num_kv_heads:
         raise errors.usage(
@@ -309,35 +256,3 @@ def validated(config: Config) -> Config:
             f'{train.global_batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}',
         )
     return config
-
-
-def _check_fields(group: Any, path: str) -> None:
-    """Checks every value of a tree of dataclasses by itself, against its annotation."""
-    for name, annotation in typing.get_type_hints(type(group), include_extras=True).items():
-        value, field = getattr(group, name), f'{path}.{name}'
-        if dataclasses.is_dataclass(value):
-            _check_fields(value, field)
-        elif isinstance(value, Mapping):
-            for key, entry in value.items():
-                _check_fields(entry, f'{field}.{key}')
-        else:
-            _check_value(value, field, kind_of(annotation))
-
-
-def _check_value(value: Any, field: str, kind: Kind) -> None:
-    if value is None and kind.optional:
-        return
-    if kind.choices:
-        if value not in kind.choices:
-            listed = ', '.join(['none'] * kind.optional + [str(choice) for choice in kind.choices])
-            raise errors.usage(field, f'{value!r} is not one of {listed}')
-        return
-    types, wanted = KINDS[kind.type]
-    if not isinstance(value, types) or (isinstance(value, bool) and kind.type is not bool):
-        raise errors.usage(field, f'must be {wanted}, got {value!r}')
-    if isinstance(value, int | float) and kind.type is not bool:
-        limits = [bound.split() for bound in kind.bounds]
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise errors.usage(field, f'must be below 2**63, got {value}')
-        if not math.isfinite(value) or not all(_COMPARISONS[sign](value, float(limit)) for sign, limit in limits):
-            raise errors.usage(field, f'must be a finite number {" and ".join(kind.bounds)}, got {value}')

@@ -53,9 +53,7 @@ class Ops:
     chip: str | None  # the GPU's compute capability, such as sm_90; None for a CPU
     mesh: Mesh | None  # None: one device
     whole_weights: bool = False  # ZeRO-1: each device holds whole weights, which need no all-gather
-    gradient_dtype: str | None = (
-        None  # dtype of weight gradients, out of the matmul and reduced; none: the compute dtype
-    )
+    gradient_dtype: str | None = None  # of weights, out of the matmul and in the reduction; none: the compute dtype
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None):
         """Returns causal grouped-query attention over whole sequences, [B, T, N, H]."""

@@ -1,8 +1,15 @@
-"""An lm-eval model with scripted answers, to test what tasks ask and how they score."""
+"""An lm-eval model with scripted answers, and a plain task, to test what tasks ask and how they score."""
 
 from collections.abc import Callable
 
 from lm_eval.api.model import LM
+
+# A task file without its name: the rows of data.jsonl beside it, with a question q and an answer a.
+PLAIN = {
+    'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': 'data.jsonl'}}, 'test_split': 'test',
+    'output_type': 'generate_until', 'doc_to_text': 'q', 'doc_to_target': 'a',
+    'metric_list': [{'metric': 'exact_match', 'aggregation': 'mean', 'higher_is_better': True}],
+}  # fmt: skip
 
 
 class Scripted(LM):

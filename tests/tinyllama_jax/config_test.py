@@ -1,7 +1,6 @@
 """Validation of the configuration: the field, its value, and what it allows."""
 
 import itertools
-from typing import Annotated, Literal
 
 import pytest
 
@@ -47,23 +46,6 @@ CONFIG = Config(data=DataConfig(sources={'web': SourceConfig(path='web', weight=
 def test_validation_names_the_field_and_its_value(path, text, message):
     with pytest.raises(errors.UsageError, match=message):
         config_lib.validated(experiment.override(CONFIG, path, text))
-
-
-@pytest.mark.parametrize(
-    ('annotation', 'kind'),
-    [
-        (int, config_lib.Kind(int, False, (), ('> 0',))),
-        (str | None, config_lib.Kind(str, True, (), ('> 0',))),
-        (tuple[str, ...], config_lib.Kind(tuple, False, (), ('> 0',))),
-        (Literal[1, 3], config_lib.Kind(int, False, (1, 3), ('> 0',))),
-        (Literal['a', 'b'] | None, config_lib.Kind(str, True, ('a', 'b'), ('> 0',))),
-        (Annotated[float, '>= 0', '< 1'] | None, config_lib.Kind(float, True, (), ('>= 0', '< 1'))),
-        (Annotated[str, {'a': (), 'b': None}], config_lib.Kind(str, False, ('a', 'b'), ())),
-    ],
-)
-def test_an_annotation_says_what_a_field_allows(annotation, kind):
-    type_, optional, choices, bounds = config_lib.kind_of(annotation)
-    assert config_lib.Kind(type_, optional, tuple(choices), tuple(bounds)) == kind
 
 
 @pytest.mark.parametrize('bound', ['optimizer.beta2', 'data.holdout_share', 'optimizer.warmup_steps', 'seed'])

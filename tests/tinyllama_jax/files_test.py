@@ -49,16 +49,16 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(tmp_path, monkeypatch)
     ('given', 'path'),
     [
         ('runs/a', 'runs/a'),
-        ('~', '/home/x'),
-        ('~/runs/a', '/home/x/runs/a'),
+        ('~', '/elsewhere'),
+        ('~/runs/a', '/elsewhere/runs/a'),
         ('a~b', 'a~b'),
-        (['~/a', 'x-105b=~/b', 'c'], ['/home/x/a', 'x-105b=/home/x/b', 'c']),
+        (['~/a', 'x-105b=~/b', 'c'], ['/elsewhere/a', 'x-105b=/elsewhere/b', 'c']),
         (None, None),
         ([], []),
     ],
 )
 def test_a_tilde_is_the_home_folder(given, path, monkeypatch):
-    monkeypatch.setenv('HOME', '/home/x')
+    monkeypatch.setenv('HOME', '/elsewhere')
     assert files.local_paths('--workdir', given) == path
 
 

@@ -115,7 +115,7 @@ class TensorBoard(Sink):
     """Event files of TensorBoard; nested dictionaries become paths such as loss/web."""
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
-        # tensorboardX imports torch where it is installed, for annotations only; that takes two seconds.
+        # tensorboardX imports torch where it is installed, for annotations only; that takes more than a second.
         torch = sys.modules.setdefault('torch', None)  # pyrefly: ignore  # None: an import fails as if not installed
         try:
             from tensorboardX import SummaryWriter

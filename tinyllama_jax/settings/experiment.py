@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import errors, files
+from tinyllama_jax import errors, fields, files
 from tinyllama_jax.config import Config
 from tinyllama_jax.settings import tree
 
@@ -88,7 +88,7 @@ def _with_local_paths(group: Any, prefix: str) -> Any:
             changed[name] = _with_local_paths(value, field)
         elif isinstance(value, Mapping):
             changed[name] = {key: _with_local_paths(entry, f'{field}.{key}') for key, entry in value.items()}
-        elif isinstance(value, str) and config_lib.PATH in config_lib.kind_of(hint).bounds:
+        elif isinstance(value, str) and fields.kind_of(hint).is_path:
             changed[name] = files.local_paths(field, value)
     return dataclasses.replace(group, **changed)
 
@@ -113,7 +113,7 @@ def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
     if typing.get_origin(hint) is Mapping:
         match rest:
             case [entry] if text.lower() == 'none':
-                new = {other: fields for other, fields in value.items() if other != entry}
+                new = {other: group for other, group in value.items() if other != entry}
             case [entry, *below] if below:
                 old = value.get(entry, typing.get_args(hint)[1]())
                 new = {**value, entry: _override(old, below, text, flag)}
@@ -122,8 +122,8 @@ def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
                 raise errors.usage(flag, wanted)
     elif dataclasses.is_dataclass(value):
         if not rest:
-            fields = ', '.join(field.name for field in dataclasses.fields(value))
-            raise errors.usage(flag, f'{name} is a group; set one of its fields: {fields}')
+            names = ', '.join(field.name for field in dataclasses.fields(value))
+            raise errors.usage(flag, f'{name} is a group; set one of its fields: {names}')
         new = _override(value, rest, text, flag)
     elif rest:
         raise errors.usage(flag, f'{name} has no fields below it')
@@ -133,7 +133,7 @@ def _override(node: Any, path: list[str], text: str, flag: str) -> Any:
 
 
 def _parsed(text: str, hint: Any, flag: str) -> Any:
-    kind = config_lib.kind_of(hint)
+    kind = fields.kind_of(hint)
     if kind.optional and text.lower() == 'none':
         return None
     if kind.type is tuple:
@@ -143,4 +143,4 @@ def _parsed(text: str, hint: Any, flag: str) -> Any:
             return {'true': True, 'false': False}[text.lower()]
         return kind.type(text)
     except (ValueError, KeyError):
-        raise errors.usage(flag, f'expects {config_lib.KINDS[kind.type][1]}, got {text!r}') from None
+        raise errors.usage(flag, f'expects {fields.KINDS[kind.type][1]}, got {text!r}') from None

@@ -8,16 +8,11 @@ import pytest
 from eval_bridge import evaluate
 from eval_bridge.harness import listing
 from eval_bridge.jail import programs
-from tests.support.scripted import Scripted
+from tests.support.scripted import PLAIN, Scripted
 from tinyllama_jax import errors
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
-PLAIN = {
-    'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': 'data.jsonl'}}, 'test_split': 'test',
-    'output_type': 'generate_until', 'doc_to_text': 'q', 'doc_to_target': 'a',
-    'metric_list': [{'metric': 'exact_match', 'aggregation': 'mean', 'higher_is_better': True}],
-}  # fmt: skip
 RUNNING = {'process_results': '!run utils.score'}
 MARKED = RUNNING | {'unsafe_code': True}
 UNSAFE = PLAIN | MARKED

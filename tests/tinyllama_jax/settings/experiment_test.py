@@ -149,11 +149,11 @@ def test_a_workdir_that_holds_no_run_is_named(text, message, tmp_path):
 
 
 def test_paths_in_settings_are_of_this_machine(monkeypatch):
-    monkeypatch.setenv('HOME', '/home/x')
+    monkeypatch.setenv('HOME', '/elsewhere')
     demo = str(ROOT / 'configs/demo.py')
     paths = [(f'data.{name}', '~/a') for name in ('store', 'tokenizer', 'sources.web.path')]
     config = experiment.resolve(demo, None, [*paths, ('train.evaluate_task_data', '~/b')])
-    assert config.data.store == config.data.tokenizer == config.data.sources['web'].path == '/home/x/a'
-    assert config.train.evaluate_task_data == '/home/x/b'
+    assert config.data.store == config.data.tokenizer == config.data.sources['web'].path == '/elsewhere/a'
+    assert config.train.evaluate_task_data == '/elsewhere/b'
     with pytest.raises(errors.UsageError, match='config.data.sources.web.path: gs://a is an address'):
         experiment.resolve(demo, None, [('data.sources.web.path', 'gs://a')])
