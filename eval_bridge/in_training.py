@@ -87,7 +87,7 @@ class Evaluation:
     def _evaluate(self, step: int, params: Any) -> None:
         """Evaluates `params` and writes the scores."""
         train = self._config.train
-        tokenizer = tokenizer_lib.Tokenizer(self._folder / 'tokenizer.model')
+        tokenizer = tokenizer_lib.load(tokenizer_lib.kept(self._folder))
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         model = _Interruptible(params, self._config.model, tokenizer, mesh=mesh)
         model.members = self._members

@@ -29,6 +29,7 @@ from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Dtype, ModelConfig
+from tinyllama_jax.tokenizer_base import BaseTokenizer
 
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096  # a larger batch is no faster on a CPU, and its last batch has more padding
@@ -41,9 +42,8 @@ class JaxLM(TemplateLM):
 
     Args:
       params: nested dict of float32 arrays.
-      tokenizer: has encode, decode, bos_id and eos_id as tinyllama_jax.tokenizer.Tokenizer does.
       batch_size: rows of `seq_len` tokens in a batch; a batch of shorter rows has more of them.
-      add_bos: puts BOS before every text; the paper's protocol does not.
+      add_bos: puts before every text what the tokenizer adds to one, BOS for most; the paper's protocol does not.
       mesh: the devices to shard parameters and rows over; None: the default device.
       dtype: float32 or bfloat16, of the computation.
     """
@@ -52,7 +52,7 @@ class JaxLM(TemplateLM):
         self,
         params: dict,
         model_config: ModelConfig,
-        tokenizer,
+        tokenizer: BaseTokenizer,
         *,
         batch_size: int = 8,
         add_bos: bool = False,
@@ -91,9 +91,13 @@ class JaxLM(TemplateLM):
         return self._tokenizer.bos_id if self._tokenizer.bos_id >= 0 else self._tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Returns the ids of `string`, after BOS if `add_special_tokens` (by default: as `add_bos`)."""
-        bos = self.add_bos if add_special_tokens is None else add_special_tokens
-        return ([self._tokenizer.bos_id] if bos else []) + self._tokenizer.encode(string)
+        """Returns the ids of `string`, with what the tokenizer adds if `add_special_tokens`.
+
+        By default that is as `add_bos` says, but not for a string that begins with BOS, as in lm-eval's hf model.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos and not self._tokenizer.begins_with(string, self.prefix_token_id)
+        return self._tokenizer.encode(string, special=add_special_tokens)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns (sum of log-probabilities, whether greedy decoding gives it) of each continuation."""
@@ -210,7 +214,7 @@ class JaxLM(TemplateLM):
             top_k=options.get('top_k') or None,  # 0 means all tokens, as in transformers
             top_p=options.get('top_p'),
             seed=[prompt.repeat for prompt in prompts],
-            eos_id=self.eot_token_id,
+            eos_id=self._tokenizer.stop_ids,
         )
         stops, waiting = options['until'], dict(enumerate(prompts))
         for rows in blocks:

@@ -19,7 +19,6 @@ from lm_eval.api.model import TemplateLM
 
 from eval_bridge import lm
 from eval_bridge.hf import convert
-from eval_bridge.hf import tokenizer as hf_tokenizer
 from eval_bridge.protocols import Protocol
 from tinyllama_jax import errors, sharding
 from tinyllama_jax import tokenizer as tokenizer_lib
@@ -28,8 +27,8 @@ from tinyllama_jax.run import workdir
 
 _BATCH_SIZE = 8
 _WEIGHTS = ('*.safetensors', '*.bin')
-_SETTINGS = ('*token*', f'{workdir.IMPORTED}/*')  # of a run, beside its configuration
-_TOKENIZERS = ('tokenizer.model', 'tokenizer.json', 'vocab.json', 'merges.txt')
+_SETTINGS = ('*token*', 'tokenizer/*', f'{workdir.IMPORTED}/*')  # of a run, beside its configuration
+_TOKENIZERS = ('*token*.json', 'tokenizer.model', 'vocab.json', 'merges.txt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +56,13 @@ class Run:
     def open(self, protocol: Protocol, backend: str | None = None) -> Iterator[Opened]:
         """Opens the model in JAX, or an export of it in transformers (`backend` hf). Raises as workdir.load does."""
         loaded = workdir.load(self.folder, self.config, self.step)
-        tokenizer, bos = tokenizer_lib.Tokenizer(loaded.tokenizer_path), loaded.config.data.bos
+        bos = loaded.config.data.bos
+        tokenizer = tokenizer_lib.load(loaded.tokenizer_path, adds_bos=bos)
         identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
         settings = json.dumps([dataclasses.asdict(loaded.config.model), bos, _hash_of_files(self.folder, _SETTINGS)])
         identity['settings_sha256'] = hashlib.sha256(settings.encode()).hexdigest()
         if backend != 'hf':
-            yield _open_in_jax(loaded.params, loaded.config.model, tokenizer, protocol, 'float32', bos, identity)
+            yield _open_in_jax(loaded.params, loaded.config.model, tokenizer, protocol, 'float32', identity)
             return
         with tempfile.TemporaryDirectory() as folder:
             exported = pathlib.Path(folder) / 'export'
@@ -97,21 +97,26 @@ class Folder:
             return
         convert.say_what_generation_leaves_out(self.folder)
         params, model_config = convert.import_weights(self.folder)
-        tokenizer, bos = hf_tokenizer.load(self.folder), hf_tokenizer.adds_bos(self.folder)
+        tokenizer = tokenizer_lib.load(self.folder)
         stored = str(config.get('dtype') or config.get('torch_dtype') or 'float32')
-        yield _open_in_jax(params, model_config, tokenizer, protocol, stored, bos, identity)
+        yield _open_in_jax(params, model_config, tokenizer, protocol, stored, identity)
 
 
-def _open_in_jax(params, model_config: ModelConfig, tokenizer, protocol, stored: str, bos: bool, identity) -> Opened:
-    """Opens a Llama. `stored`: its weights' dtype as stored; `bos`: whether its tokenizer adds BOS by default."""
+def _open_in_jax(params, model_config: ModelConfig, tokenizer, protocol, stored: str, identity) -> Opened:
+    """Opens a Llama. `stored`: its weights' dtype as stored."""
     _refuse_large_tokenizer(tokenizer.path, tokenizer.vocab_size, model_config.vocab_size)
+    if max(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise errors.UsageError(
+            f'{tokenizer.path} has neither BOS nor EOS, one of which begins a text without a context; name them in its '
+            'tokenizer_config.json (bos_token, eos_token).'
+        )
     dtype = protocol.dtype if protocol.dtype != 'auto' else 'bfloat16' if stored == 'bfloat16' else 'float32'
     model = lm.JaxLM(
         params,
         model_config,
         tokenizer,
         batch_size=_BATCH_SIZE,
-        add_bos=(bos if protocol.add_bos is None else protocol.add_bos) and tokenizer.bos_id >= 0,
+        add_bos=bool(tokenizer.encode('', special=True)) if protocol.add_bos is None else protocol.add_bos,
         mesh=_mesh(model_config),
         dtype=dtype,
     )
@@ -165,7 +170,9 @@ def _open_in_transformers(folder: pathlib.Path, protocol: Protocol, identity, to
             f'{folder} has no tokenizer that transformers opens: {errors.first_line(error)}'
         ) from None
     assert hf_lm.tokenizer is not None  # its type allows None, for models without text
-    _refuse_large_tokenizer(folder, len(hf_lm.tokenizer), model.get_input_embeddings().num_embeddings)
+    _refuse_large_tokenizer(
+        folder, max(hf_lm.tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    )
     dtype = str(model.dtype).removeprefix('torch.')
     computed = {'backend': 'hf', 'dtype': dtype, 'add_bos': hf_lm.add_bos_token, 'max_length': hf_lm.max_length}
     return Opened(hf_lm, {**identity, **computed, 'tokenizer_sha256': tokenizer_sha256})
@@ -193,7 +200,7 @@ def _hash_of_arrays(tree) -> str:
 def _hash_of_files(folder: pathlib.Path, patterns: tuple[str, ...]) -> str:
     """Returns the SHA-256 of the names and contents of a folder's files."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
         with path.open('rb') as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, 'sha256').digest())
     return digest.hexdigest()

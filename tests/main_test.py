@@ -141,8 +141,8 @@ def imported(tmp_path_factory):
          ' --config.data.tokenizer=PIPE', 'PIPE'),
         ('import --input=SOURCE --workdir=NEW', 'SOURCE/config.json'),
         ('evaluate --model=SOURCE --tasks=piqa', 'SOURCE/config.json'),
-        ('export --workdir=RUN --output=NEW', 'RUN/tokenizer.model'),
-        ('generate --workdir=RUN --prompt=a', 'RUN/tokenizer.model'),
+        ('export --workdir=RUN --output=NEW', 'RUN/tokenizer/tokenizer.json'),
+        ('generate --workdir=RUN --prompt=a', 'RUN/tokenizer/tokenizer.json'),
         ('report --workdir=RUN', 'RUN/metrics.jsonl'),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ class DataConfig:
     """Corpora, tokenizer and the order in which rows are trained on."""
 
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    tokenizer: Path | None = None  # a SentencePiece .model file; none: prepare trains one if tokenizer_pieces is set
+    tokenizer: Path | None = None  # a SentencePiece .model file, a tokenizer.json or its folder; none: one is trained
     tokenizer_pieces: int | None = None  # vocabulary of the tokenizer that prepare trains on the sources
     python_corpus: bool = False  # sources without a path are written from the Python installation (the demo's corpus)
     store: Path | None = None  # prepared tokens; none: WORKDIR/store

@@ -79,21 +79,21 @@ def begin(params, tokens_BT, length_B, limit_B, key_B, sampling, *, slots: int, 
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'ops'), donate_argnames='state')
-def advance(params, state: State, count, ended_B, sampling, eos, *, config: ModelConfig, ops: Ops):
+def advance(params, state: State, count, ended_B, sampling, eos_E, *, config: ModelConfig, ops: Ops):
     """Generates up to `count` <= C more tokens for each row; returns the new State and the tokens [B, C].
 
-    A row ends after the token `eos`, at its limit, or where `ended_B` is set; after its end its tokens are NOTHING. The
-    loop stops early when all rows have ended.
+    A row ends after one of the tokens `eos_E`, at its limit, or where `ended_B` is set; after its end its tokens are
+    NOTHING. The loop stops early when all rows have ended.
     """
     state = dataclasses.replace(state, token_B=jnp.where(ended_B, NOTHING, state.token_B))
 
     def unfinished(carry):
         i, state, _ = carry
-        return (i < count) & jnp.any(_active(state, eos))
+        return (i < count) & jnp.any(_active(state, eos_E))
 
     def step(carry):
         i, state, tokens_BC = carry
-        state = _step(params, state, sampling, eos, config, ops)
+        state = _step(params, state, sampling, eos_E, config, ops)
         return i + 1, state, jax.lax.dynamic_update_slice(tokens_BC, state.token_B[:, None], (0, i))
 
     tokens_BC = jnp.full((state.token_B.shape[0], BLOCK), NOTHING)
@@ -101,12 +101,13 @@ def advance(params, state: State, count, ended_B, sampling, eos, *, config: Mode
     return state, tokens_BC
 
 
-def _active(state: State, eos):
+def _active(state: State, eos_E):
     """Returns which rows have not ended, [B]."""
-    return (state.token_B != NOTHING) & (state.token_B != eos) & (state.number < state.limit_B)
+    stopped_B = (state.token_B[:, None] == eos_E[None]).any(axis=1)
+    return (state.token_B != NOTHING) & ~stopped_B & (state.number < state.limit_B)
 
 
-def _step(params, state: State, sampling, eos, config: ModelConfig, ops: Ops) -> State:
+def _step(params, state: State, sampling, eos_E, config: ModelConfig, ops: Ops) -> State:
     """Feeds each row's newest token and picks the next one."""
     slot = state.prompt_slots + state.number - 1
     slots_S = jnp.arange(state.cache[0]['k'].shape[2])
@@ -118,7 +119,7 @@ def _step(params, state: State, sampling, eos, config: ModelConfig, ops: Ops) ->
         cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], slot, axis=2) for name in new}
         return reference.cached_attention(q_B1NH, cache['k'], cache['v'], visible_BS), cache
 
-    active_B = _active(state, eos)
+    active_B = _active(state, eos_E)
     positions_B1 = (state.length_B + state.number - 1)[:, None]
     tokens_B1 = jnp.maximum(state.token_B, 0)[:, None]
     x_B1D, cache = model.hidden(

@@ -75,12 +75,12 @@ class Generator:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Sequence[int] = 0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
     ) -> Iterator[Continuations]:
         """Continues the prompts together; after every few tokens yields the same Continuations object, updated.
 
-        A continuation ends with `eos_id` (which is kept), after `max_new_tokens`, or when the model has read
-        `seq_len` tokens. The same prompt, seed and options give the same tokens.
+        A continuation ends with `eos_id`, or one of several (which is kept), after `max_new_tokens`, or when the model
+        has read `seq_len` tokens. The same prompt, seed and options give the same tokens.
 
         Args:
           temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is sampled.
@@ -94,9 +94,11 @@ class Generator:
         _check_arguments(prompts, self._config, max_new_tokens, temperature, top_k, top_p, seeds)
         most = self._config.vocab_size
         sampling = (temperature, min(top_k or most, most), top_p or _ALL) if temperature else None
-        return self._blocks(prompts, max_new_tokens, sampling, seeds, decode.NOTHING if eos_id is None else eos_id)
+        ends = [eos_id] if isinstance(eos_id, int) else eos_id
+        eos_E = np.array(ends or [decode.NOTHING], np.int32)
+        return self._blocks(prompts, max_new_tokens, sampling, seeds, eos_E)
 
-    def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos: int) -> Iterator[Continuations]:
+    def _blocks(self, prompts, max_new_tokens: int, sampling, seeds, eos_E: np.ndarray) -> Iterator[Continuations]:
         tokens_BP, length_B, limit_B = self._pad(prompts, max_new_tokens)
         # Prompts of one seed are drawn independently: each has its own ids in its key.
         keys = [
@@ -113,7 +115,7 @@ class Generator:
             start = time.monotonic()
             for row, new in enumerate(np.asarray(block_BC)[: len(prompts)]):  # waits for the device
                 batch.tokens[row] += new[new != decode.NOTHING].tolist()
-                done = batch.tokens[row][-1] == eos or len(batch.tokens[row]) == limit_B[row]
+                done = batch.tokens[row][-1] in eos_E or len(batch.tokens[row]) == limit_B[row]
                 batch.ended[row] = batch.ended[row] or done
             seconds = time.monotonic() - start
             yield batch
@@ -123,7 +125,7 @@ class Generator:
             ended_B[: len(prompts)] = batch.ended
             # Short blocks show their tokens soon, long ones save calls.
             count = min(2 * count, decode.BLOCK) if seconds < _PATIENCE_S else count
-            state, block_BC = decode.advance(self._weights, state, count, ended_B, sampling, eos, **static)
+            state, block_BC = decode.advance(self._weights, state, count, ended_B, sampling, eos_E, **static)
 
     def _pad(self, prompts, max_new_tokens: int):
         """Returns tokens [B, P], lengths [B] and limits [B]; rows that only fill the batch up have the limit 0."""

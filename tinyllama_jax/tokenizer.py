@@ -1,4 +1,4 @@
-"""SentencePiece: encodes and decodes text, adds BOS and EOS to documents, trains a small model.
+"""Opens a tokenizer of either kind; SentencePiece: encodes and decodes text, trains a small model.
 
 `Tokenizer.encode` gives exactly sentencepiece's ids, several times faster if the
 model allows it: no BPE merge crosses a point that no piece spans, so a text is cut
@@ -15,73 +15,112 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tinyllama_jax import errors, files
+from tinyllama_jax import errors, files, tokenizer_base, tokenizer_json
 
+FOLDER = 'tokenizer'  # in a run's folder or a store: the files of a tokenizer.json
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
 # Before each run of spaces, and around newlines and tabs.
 _CUT = re.compile(f'\\n|\\t|[ {_SPACE}]*[^ {_SPACE}\\n\\t]+|[ {_SPACE}]+')
 _MEMO_ENTRIES = 1 << 18  # about 50 MB
 _MEMO_CHARACTERS = 48  # longer cuts seldom recur
 _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
+_TIKTOKEN = re.compile(rb'[A-Za-z0-9+/]+=* \d+\r?\n')
 
 
-class Tokenizer:
+class Tokenizer(tokenizer_base.BaseTokenizer):
     """A SentencePiece model from the file `path`.
 
-    Attributes: path, sha256 (of the file), vocab_size (pieces), bos_id and eos_id
-    (-1 if the model has none), dtype (uint16, or uint32 above 65,536 pieces).
-    Raises UsageError when the file is missing or not a SentencePiece model.
+    `adds_bos`: whether `encode` puts BOS first if asked for special tokens. Raises UsageError when the file is missing
+    or not a SentencePiece model.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, adds_bos: bool = False):
         self.path = Path(path)
-        flag = f'--config.data.tokenizer={path}'
         try:
             model = self.path.read_bytes()
         except OSError as error:
             raise errors.UsageError(
-                f'{flag} cannot be read ({error.strerror}); give the path of a SentencePiece .model file.'
+                f'the tokenizer {path} cannot be read ({error.strerror}); give a SentencePiece .model file, a '
+                'tokenizer.json, or a folder that has one.'
             ) from None
         try:
             if not model:
                 raise ValueError('an empty file')  # sentencepiece would treat it as no model
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
+            kind = "in tiktoken's form (Llama 3's)" if _TIKTOKEN.match(model) else 'not a SentencePiece model'
             raise errors.UsageError(
-                f'{flag} is not a SentencePiece model; give a .model file, not a tokenizer.json.'
+                f'{path} is {kind}; give a SentencePiece .model file, or a tokenizer.json (its name ends with .json).'
             ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.stop_ids = tuple({self.eos_id} - {-1})
+        self._adds_bos = adds_bos and self.bos_id >= 0
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
         self._memo = _Memo(proto, self.dtype) if _can_be_cut(proto) else None
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` without special tokens; lone surrogates become U+FFFD."""
-        return self._encode(text).tolist()
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of `text`, after BOS if `special` and the tokenizer adds it."""
+        return [self.bos_id] * (special and self._adds_bos) + self._encode(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids` without special tokens."""
-        return self._processor.decode([int(token) for token in ids])
+        """Returns the text of `ids` without special tokens; ids that are no pieces give nothing."""
+        return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
 
-    def encode_document(self, text: str, *, bos: bool, eos_per_document: int) -> np.ndarray:
-        """Returns [BOS] + ids + EOS * eos_per_document, of `dtype`. Raises UsageError if the model lacks BOS or EOS."""
-        head, tail = [self.bos_id] * bos, [self.eos_id] * eos_per_document
-        if -1 in head + tail:
-            raise errors.UsageError(
-                f'{self.path} has no {"BOS" if -1 in head else "EOS"} piece; set config.data.bos=false and '
-                'config.data.eos_per_document=0, or use another tokenizer.'
-            )
-        return np.concatenate([np.asarray(head, self.dtype), self._encode(text), np.asarray(tail, self.dtype)])
+    def begins_with(self, text: str, index: int) -> bool:
+        """Returns False: to SentencePiece a special token's name is plain text."""
+        return False
+
+    def has(self, piece: str) -> bool:
+        """Returns whether the model has this piece."""
+        return self._processor.id_to_piece(self._processor.piece_to_id(piece)) == piece
 
     def _encode(self, text: str) -> np.ndarray:
         if not text.isascii():
-            text = _without_surrogates(text)
+            text = tokenizer_base.without_surrogates(text)
         if self._memo is None:
             return np.asarray(self._processor.encode(text), self.dtype)
         return self._memo.encode(text)
+
+
+def load(path: str | Path, *, adds_bos: bool = False) -> tokenizer_base.BaseTokenizer:
+    """Returns the tokenizer at `path`: a SentencePiece .model file, a tokenizer.json, or a folder with one of them.
+
+    Of a folder's tokenizer.json and tokenizer.model the first counts, as in transformers. `adds_bos` is for a .model
+    file; of a folder, its own settings decide. Raises UsageError for what cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return tokenizer_json.JsonTokenizer(path) if path.suffix == '.json' else Tokenizer(path, adds_bos=adds_bos)
+    model = path / tokenizer_json.MODEL
+    if (path / tokenizer_json.FILE).exists():
+        return tokenizer_json.JsonTokenizer(path)
+    if not model.exists():
+        raise errors.UsageError(f'{path} holds neither tokenizer.model nor tokenizer.json.')
+    config, _ = tokenizer_json.settings(path)
+    # Among transformers' tokenizer classes, those of Llama add BOS unless told otherwise.
+    llama = str(config.get('tokenizer_class') or '').startswith('Llama')
+    tokenizer = Tokenizer(model, adds_bos=bool(config.get('add_bos_token', llama)))
+    tokenizer.stop_ids = tokenizer_json.stop_ids(path, tokenizer.eos_id)
+    if all(map(tokenizer.has, tokenizer_json.names(path))):
+        return tokenizer
+    return tokenizer_json.JsonTokenizer(path)  # with added tokens, which SentencePiece does not know
+
+
+def kept(folder: Path) -> Path:
+    """Returns the path of the tokenizer that a run's folder or a store keeps, whether it exists or not."""
+    return folder / FOLDER if (folder / FOLDER).exists() else folder / tokenizer_json.MODEL
+
+
+def keep(source: str | Path, folder: Path) -> None:
+    """Copies the tokenizer at `source` to where `kept` finds it in `folder`. Raises OSError."""
+    source = Path(source)
+    if source.is_dir() or source.suffix == '.json':
+        tokenizer_json.copy(source, folder / FOLDER)
+    else:
+        files.write_atomically(folder / tokenizer_json.MODEL, source.read_bytes())
 
 
 class _Memo(dict):
@@ -127,14 +166,6 @@ def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
     return not any(len(text) > 1 and re.search(f'[^{_SPACE}]{_SPACE}|[ \n\t]', text) for text in texts)
 
 
-def _without_surrogates(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    return text
-
-
 def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None:
     """Trains a model of `pieces` pieces on `texts` and writes it to the file `path`, atomically.
 
@@ -142,7 +173,12 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None
     a dummy prefix, unk 0, bos 1, eos 2, no pad. The same texts give the same file.
     Raises UsageError when `pieces` is too many or too few for the texts.
     """
-    lines = (_without_surrogates(line).replace('\0', ' ') for text in texts for line in text.split('\n') if line)
+    lines = (
+        tokenizer_base.without_surrogates(line).replace('\0', ' ')
+        for text in texts
+        for line in text.split('\n')
+        if line
+    )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

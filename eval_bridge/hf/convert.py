@@ -109,11 +109,11 @@ def export(
 
     Args:
       params: nested dict of numpy or jax arrays.
-      tokenizer_path: the SentencePiece model that the run trained with.
+      tokenizer_path: what the run trained with: a SentencePiece model, a tokenizer.json, or a folder with one.
       output: a new or empty folder; it appears only when it is complete.
       dtype: float32 or bfloat16, of the weights.
       format: safetensors, or pytorch (pytorch_model.bin; needs torch).
-      add_bos: whether the exported tokenizer puts BOS first, as the training data did.
+      add_bos: whether a SentencePiece model's tokenizer puts BOS first, as the training data did.
       max_shard_bytes: larger models are split into files of at most this size, with an index.
       imported: the config.json and generation_config.json of the folder that the model was imported from; the ids of
         special tokens and the settings of generation are theirs.
@@ -132,15 +132,19 @@ def export(
         )
     if format == 'pytorch':
         weights.require_torch('--format=pytorch')
-    tokenizer = tokenizer_lib.Tokenizer(tokenizer_path)
+    tokenizer = tokenizer_lib.load(tokenizer_path)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise errors.UsageError(
             f'{tokenizer_path} has {tokenizer.vocab_size} pieces but config.model.vocab_size is '
             f'{model_config.vocab_size}; give the tokenizer that the model was trained with.'
         )
     with _new_folder(output) as folder:
-        hf_tokenizer.write(folder, tokenizer, add_bos=add_bos, max_length=model_config.seq_len)
-        special = {'bos_token_id': _id_or_none(tokenizer.bos_id), 'eos_token_id': _id_or_none(tokenizer.eos_id)}
+        hf_tokenizer.write(folder, pathlib.Path(tokenizer_path), add_bos=add_bos, max_length=model_config.seq_len)
+        ends = list(tokenizer.stop_ids)
+        special = {
+            'bos_token_id': _id_or_none(tokenizer.bos_id),
+            'eos_token_id': ends if len(ends) > 1 else next(iter(ends), None),
+        }
         kept, generation = (
             weights.read_json(imported / name) if imported and (imported / name).exists() else None
             for name in _KEPT_FILES
@@ -297,11 +301,12 @@ def import_run(
     """Makes a workdir at step 0 from the folder `input` (or `model`); a `config` given must describe the same model.
 
     What the weights do not decide (seq_len, initialisation, how the model is computed) comes from the config.
-    If the folder has no tokenizer.model, says on stderr where to put one: a tokenizer.json cannot be converted.
+    If the folder has no tokenizer, says on stderr where to put one.
     """
     source = input or model
     if not source:
         raise errors.UsageError('--input=DIR, a Hugging Face Llama folder, is missing.')
+    tokenizer = hf_tokenizer.find(pathlib.Path(source))
     params, imported = import_weights(pathlib.Path(source))
     say_what_generation_leaves_out(pathlib.Path(source))
     if config is None:
@@ -311,15 +316,16 @@ def import_run(
         raise errors.UsageError(f'{field} is {wanted}, but {source} has {given}; set --{field}={given}.')
     files = [path for name in _KEPT_FILES if (path := pathlib.Path(source) / name).exists()]
     values, *_ = [weights.read_json(path) for path in files]
-    tokenizer_path = pathlib.Path(source) / 'tokenizer.model'
     workdir.create(
         folder,
         config,
         step_lib.make_state(config, jax.device_put(params)),
-        tokenizer_path if tokenizer_path.exists() else None,
+        None if tokenizer is None else pathlib.Path(source),
         command,
         imported=files,
     )
+    if tokenizer is not None:
+        hf_tokenizer.keep_model(pathlib.Path(source), folder, tokenizer)
     print(f'imported {source} to {folder} at step 0')
     if lost := hf_model_config.lost(values, imported):
         print(f"import: an export of {folder} will not have config.json's {', '.join(lost)}", file=sys.stderr)

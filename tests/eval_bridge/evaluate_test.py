@@ -10,9 +10,9 @@ import pytest
 
 from eval_bridge import command, evaluate, lm
 from eval_bridge.hf import convert
-from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
 from tinyllama_jax import errors
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.run import prompts
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def jax_lm(folder):
     params, config = convert.import_weights(folder)
-    return lm.JaxLM(params, config, hf_tokenizer.load(folder))
+    return lm.JaxLM(params, config, tokenizer_lib.load(folder))
 
 
 def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_path):
@@ -155,11 +155,10 @@ def test_lm_eval_s_hf_model_agrees_on_real_tasks(folder, jax_lm, test_data_dir):
     _check_agreement(folder, jax_lm, REAL, test_data_dir / 'eval_tasks', 12)
 
 
-def test_without_tokenizer_model_an_import_says_where_to_put_it_and_so_does_what_needs_it(
-    folder, tasks, tmp_path, capsys
-):
+def test_without_a_tokenizer_an_import_says_where_to_put_it_and_so_does_what_needs_it(folder, tasks, tmp_path, capsys):
     source, run = shutil.copytree(folder, tmp_path / 'source'), tmp_path / 'run'
-    (source / 'tokenizer.model').unlink()  # tokenizer.json stays
+    (source / 'tokenizer.model').unlink()
+    (source / 'tokenizer.json').unlink()
     convert.import_run(None, run, input=str(source), command='main.py import')
     said = capsys.readouterr().err
     assert said.startswith(f'import: {run} has no tokenizer: copy the SentencePiece file')

@@ -25,7 +25,9 @@ PAIRS = [
 
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
-    return tokenizer.Tokenizer(tiny_export.write_tokenizer(tmp_path_factory.mktemp('lm') / 'tokenizer.model'))
+    return tokenizer.Tokenizer(
+        tiny_export.write_tokenizer(tmp_path_factory.mktemp('lm') / 'tokenizer.model'), adds_bos=True
+    )
 
 
 @pytest.fixture(scope='module')

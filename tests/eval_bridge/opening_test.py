@@ -8,9 +8,9 @@ import pytest
 
 from eval_bridge import lm, opening, protocols
 from eval_bridge.hf import convert
-from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
 from tinyllama_jax import errors
+from tinyllama_jax import tokenizer as tokenizer_lib
 
 
 @pytest.fixture(scope='module')
@@ -44,6 +44,7 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
         tiny_export.MODEL,
         folder / 'tokenizer.model',
         tmp_path / 'other',
+        add_bos=True,
     )
     other = identity(tmp_path / 'other')
     assert other['weights_sha256'] != before['weights_sha256']
@@ -51,10 +52,10 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder):
-    tokenizer = hf_tokenizer.load(folder)
+    tokenizer = tokenizer_lib.load(folder)
     config = dataclasses.replace(tiny_export.MODEL, vocab_size=tiny_export.PIECES - 8)
     with pytest.raises(errors.UsageError, match='has 400 pieces, but the model knows 392'):
-        opening._open_in_jax({}, config, tokenizer, protocols.PAPER, 'float32', False, {})
+        opening._open_in_jax({}, config, tokenizer, protocols.PAPER, 'float32', {})
 
 
 def test_weights_of_another_shape_are_refused(folder, tmp_path):
@@ -74,7 +75,7 @@ def test_rows_and_weights_are_divided_among_the_devices(folder):
         embed = opened.model._params['embed']
         assert embed.sharding.shard_shape(embed.shape) == (tiny_export.PIECES, tiny_export.MODEL.embed_dim // 8)
         results = opened.model._loglikelihood_tokens(requests)
-        alone = lm.JaxLM(*convert.import_weights(folder), hf_tokenizer.load(folder))
+        alone = lm.JaxLM(*convert.import_weights(folder), tokenizer_lib.load(folder))
         for (value, greedy), (expected, same) in zip(results, alone._loglikelihood_tokens(requests), strict=True):
             assert (value, greedy) == (pytest.approx(expected, abs=1e-5), same)
 

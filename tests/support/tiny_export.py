@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import tempfile
 
 import jax
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from eval_bridge.hf import convert
 from tests.conftest import ROOT
@@ -54,6 +56,17 @@ def _tokenizer_bytes() -> bytes:
 def write_tokenizer(path: pathlib.Path) -> pathlib.Path:
     """Writes a SentencePiece model of `PIECES` pieces, trained once."""
     path.write_bytes(_tokenizer_bytes())
+    return path
+
+
+def write_merged_tokenizer(path: pathlib.Path) -> pathlib.Path:
+    """Writes the model of `write_tokenizer` with 100 more pieces of equal scores, as people merge vocabularies."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(_tokenizer_bytes())
+    have, words = {piece.piece for piece in proto.pieces}, sorted(set(re.findall(r'[a-z]{4,}', text())))
+    new = dict.fromkeys(word[i : i + n] for word in words for n in (2, 3) for i in range(len(word) - n + 1))
+    for piece in [piece for piece in new if piece not in have][:100]:
+        proto.pieces.add(piece=piece, score=0)
+    path.write_bytes(proto.SerializeToString())
     return path
 
 

@@ -30,7 +30,7 @@ def _begin(weights, prompts, limits=(20, 20)):
 
 
 def _advance(weights, state, count, *, ended=(False, False), eos=decode.NOTHING):
-    return decode.advance(weights, state, count, np.array(ended), None, eos, **STATIC)
+    return decode.advance(weights, state, count, np.array(ended), None, np.array([eos], np.int32), **STATIC)
 
 
 def test_the_cache_equals_that_of_the_whole_sequence_read_at_once():

@@ -116,7 +116,7 @@ def test_awkward_texts_go_through(tokenizer):
 
 
 def test_missing_and_invalid_files_are_refused(tmp_path):
-    with pytest.raises(errors.UsageError, match=r'config\.data\.tokenizer=.*absent.*cannot be read'):
+    with pytest.raises(errors.UsageError, match=r'tokenizer .*absent.*cannot be read'):
         tokenizer_lib.Tokenizer(tmp_path / 'absent.model')
     for content in (b'', b'{"model": "BPE"}', corpora.tokenizer_path().read_bytes()[:1000]):
         (tmp_path / 'bad.model').write_bytes(content)

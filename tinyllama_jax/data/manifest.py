@@ -26,7 +26,7 @@ def make_manifest(
     Raises UsageError for a source with nothing to train on, too many bad records, or drop_sets
     that nothing could be compared with.
     """
-    tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
+    tokenizer = tokenizer_lib.load(tokenizer_lib.kept(path))
     results = {task: tasks.read_result(path, rank) for rank, task in enumerate(task_list.tasks)}
     sources = {}
     for name, listing in found.items():

@@ -286,7 +286,7 @@ def _check_store(config: Config, store: TokenStore) -> None:
 def _check_tokenizer(config: Config, store: TokenStore) -> None:
     wanted = store.manifest['tokenizer_sha256']
     for path in filter(None, (store.tokenizer_path, config.data.tokenizer)):
-        if (sha256 := tokenizer.Tokenizer(path).sha256) != wanted:
+        if (sha256 := tokenizer.load(path).sha256) != wanted:
             raise errors.UsageError(
                 f'wrong tokenizer: {path} has sha256 {sha256[:12]}..., but {store.path} was prepared with '
                 f'{wanted[:12]}...; give that one with --config.data.tokenizer=FILE, or prepare another store.'

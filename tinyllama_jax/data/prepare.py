@@ -23,12 +23,13 @@ import tqdm
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, DataConfig
-from tinyllama_jax.data import corpus, inputs, manifest, readers, store, tasks
+from tinyllama_jax.data import corpus, inputs, manifest, readers, roundtrip, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
 
 _SAMPLE_CHARACTERS = 4_000_000  # for training a tokenizer
-_SAMPLE_FILES = 256  # of each source, for the same
+_COMPARED_CHARACTERS = 400_000  # encoded and decoded before anything is written
+_SAMPLE_FILES = 256  # of each source, for both
 _LINE_SECONDS = 10.0  # between lines of progress
 _SNAPSHOT = re.compile('(?:^|/)snapshots/([^/]+)/')  # a revision in a cache of the Hugging Face hub
 
@@ -54,7 +55,7 @@ def prepare(
         raise errors.UsageError('config.data.sources is empty; give --config.data.sources.NAME.path=DIR.')
     if config.tokenizer is None and config.tokenizer_pieces is None:
         raise errors.UsageError(
-            'no tokenizer is set; give --config.data.tokenizer=FILE, a SentencePiece .model file '
+            'no tokenizer is set; give --config.data.tokenizer=FILE, a SentencePiece .model file or a tokenizer.json '
             '(or --config.data.tokenizer_pieces=N to train one).'
         )
     if config.python_corpus:
@@ -102,7 +103,7 @@ def _say_splits(found: Mapping[str, inputs.Found]) -> None:
 def _settings(config: DataConfig, found: Mapping[str, inputs.Found]) -> dict[str, Any]:
     """Returns what decides the store's bytes, besides the contents of the inputs."""
     if config.tokenizer:
-        tokenizer = {'sha256': tokenizer_lib.Tokenizer(config.tokenizer).sha256}
+        tokenizer = {'sha256': tokenizer_lib.load(config.tokenizer).sha256}
     else:
         tokenizer = {'pieces': config.tokenizer_pieces}
     sources = {}
@@ -152,16 +153,19 @@ def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: 
             store.write_json(path / tasks.PROGRESS / 'settings.json', settings)
         tasks.write_task_list(path, task_list)
         if config.tokenizer:
-            shutil.copyfile(config.tokenizer, path / store.TOKENIZER)
+            tokenizer_lib.keep(config.tokenizer, path)
         elif config.tokenizer_pieces and not (path / store.TOKENIZER).exists():
             _say(f'Training a tokenizer of {config.tokenizer_pieces:,} pieces.')
-            sample = _sample(config, task_list)
+            sample = _sample(config, task_list, _SAMPLE_CHARACTERS, for_training=True)
             tokenizer_lib.train_tokenizer(sample, path / store.TOKENIZER, config.tokenizer_pieces)
     except OSError as error:
         raise store.write_error(path, error) from None
-    tokenizer = tokenizer_lib.Tokenizer(path / store.TOKENIZER)
+    tokenizer = tokenizer_lib.load(tokenizer_lib.kept(path))
     # Raises UsageError now if the tokenizer lacks BOS or EOS.
     tokenizer.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)
+    sample = _sample(config, task_list, _COMPARED_CHARACTERS, for_training=False)
+    for line in roundtrip.report(tokenizer, sample, bos=config.bos):
+        _say(line)
     num_files = {(task.source, task.split): task.index + 1 for task in task_list.tasks}
     for (source, split), count in num_files.items():
         store.create_arrays(path, source, split, num_files=count, dtype=tokenizer.dtype)
@@ -196,7 +200,8 @@ def _clear(path: Path) -> None:
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     # A killed run may leave temporary files; earlier versions named them .part.
     temporary = {f'{name}{suffix}' for name in (store.TOKENIZER, store.MANIFEST) for suffix in ('.tmp', '.part')}
-    others = set(present) - {'tokens', 'documents', store.TOKENIZER, tasks.PROGRESS} - temporary
+    tokenizer = {store.TOKENIZER, tokenizer_lib.FOLDER, f'{tokenizer_lib.FOLDER}.tmp'}
+    others = set(present) - {'tokens', 'documents', tasks.PROGRESS} - tokenizer - temporary
     if others or (present and tasks.PROGRESS not in present):
         raise errors.UsageError(
             f'--config.data.store={path} holds other files ({", ".join(present[:3])}) and no manifest; '
@@ -208,21 +213,24 @@ def _clear(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _sample(config: DataConfig, task_list: tasks.TaskList) -> list[str]:
-    """Returns texts of the training splits in proportion to the sources' weights, from files spread evenly over each.
+def _sample(config: DataConfig, task_list: tasks.TaskList, characters: int, *, for_training: bool) -> list[str]:
+    """Returns texts of the training splits, some `characters` in all, in proportion to the sources' weights.
 
-    Raises UsageError for a source without any.
+    They are from files spread evenly over each source. Raises UsageError for a source without any, if they are to train
+    a tokenizer on.
     """
     total = sum(source.weight for source in config.sources.values())
     texts: list[str] = []
     for name, source in config.sources.items():
         train = [task for task in task_list.tasks if (task.source, task.split) == (name, 'train')]
         train = train[:: -(-len(train) // _SAMPLE_FILES)]
-        quota = int(_SAMPLE_CHARACTERS * source.weight / total / len(train)) + 1
+        if not for_training:  # a named pipe can be read only once
+            train = [task for task in train if all(path.is_file() for path in task.input.paths())]
+        quota = int(characters * source.weight / total / max(1, len(train))) + 1
         before, reasons = len(texts), []
         for task in train:
             texts += _head(task, quota, reasons)
-        if len(texts) == before:
+        if for_training and len(texts) == before:
             reason = f'{train[0].input.paths()[0]} {reasons[0]}' if reasons else 'its documents are empty or dropped'
             raise errors.UsageError(
                 f'source {name} has no text to train a tokenizer on ({reason}); check --config.data.sources.{name}.path'

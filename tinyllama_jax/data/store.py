@@ -1,7 +1,7 @@
 """The store: tokens on disk, written one input at a time and read one row at a time.
 
     STORE/manifest.json              written last, atomically: without it the store does not count
-    STORE/tokenizer.model            a copy of the tokenizer
+    STORE/tokenizer.model            a copy of the tokenizer; or tokenizer/, the files of a tokenizer.json
     STORE/tokens/SOURCE/SPLIT        1-D zarr3 array of token ids, sharded, checksummed chunks
     STORE/documents/SOURCE/SPLIT     [n, 2] zarr3 array: start offset in its stream, record number in its file
 
@@ -25,6 +25,7 @@ import numpy as np
 import tensorstore
 
 from tinyllama_jax import errors, files
+from tinyllama_jax import tokenizer as tokenizer_lib
 
 MANIFEST = 'manifest.json'
 TOKENIZER = 'tokenizer.model'
@@ -202,7 +203,7 @@ class TokenStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.tokenizer_path = self.path / TOKENIZER
+        self.tokenizer_path = tokenizer_lib.kept(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: {_PREPARE}')

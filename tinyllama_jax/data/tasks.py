@@ -26,6 +26,7 @@ from datatrove.pipeline.base import PipelineStep
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.data import readers, store
+from tinyllama_jax.tokenizer_base import BaseTokenizer
 
 PROGRESS = '.progress'
 _LISTED_RECORDS = 20  # bad records listed per task; all are counted
@@ -69,8 +70,8 @@ def _task_list(path: Path) -> TaskList:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> tokenizer_lib.Tokenizer:
-    return tokenizer_lib.Tokenizer(path / store.TOKENIZER)
+def _tokenizer(path: Path) -> BaseTokenizer:
+    return tokenizer_lib.load(tokenizer_lib.kept(path))
 
 
 class _Step(PipelineStep):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
-from tinyllama_jax.tokenizer import Tokenizer
+from tinyllama_jax.tokenizer_base import BaseTokenizer
 
 _MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
 
@@ -34,7 +35,7 @@ class Unigram:
 
     losses: Mapping[str, float]  # source: nats per token on its held-out rows, by the source's own frequencies
     logprobs_V: np.ndarray  # nats, of all sources together
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
 
     def bits_per_byte(self, samples: Sequence[Choice]) -> float:
         """Returns the bits per byte of the right answers under `logprobs_V`."""
@@ -60,7 +61,7 @@ def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Pa
         for name, counts_V in zip(data.sources, counts_NV, strict=True)
         if len(rows_NR := data.validation(name)[0])
     }
-    return Unigram(losses, _logprobs(counts_NV.sum(0)), Tokenizer(tokenizer_path))
+    return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer_lib.load(tokenizer_path))
 
 
 def _logprobs(counts_V: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinyllama_jax import errors, files, flops
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.report import baselines, page
 from tinyllama_jax.run import metrics, workdir
@@ -89,7 +90,7 @@ def _read(folder: pathlib.Path) -> _Run:
         )
     config, notes = workdir.read_config(folder), []
     try:
-        unigram = baselines.unigram(config, config.data.store_path(folder), folder / 'tokenizer.model')
+        unigram = baselines.unigram(config, config.data.store_path(folder), tokenizer_lib.kept(folder))
     except errors.Failure as error:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')

@@ -8,6 +8,7 @@ from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import cores
 from tinyllama_jax.run import workdir
+from tinyllama_jax.tokenizer_base import BaseTokenizer
 
 _MOST_PROMPTS = 32  # continued at once
 
@@ -40,9 +41,8 @@ def generate_run(
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    tokenizer = tokenizer_lib.Tokenizer(loaded.tokenizer_path)
-    bos = [tokenizer.bos_id] if loaded.config.data.bos else []
-    ids = [bos + tokenizer.encode(text) for text in texts]
+    tokenizer = tokenizer_lib.load(loaded.tokenizer_path, adds_bos=loaded.config.data.bos)
+    ids = [tokenizer.encode(text, special=True) for text in texts]
     if not all(ids):
         number, flags = ids.index([]) + 1, len(prompt)
         where = f'--prompt number {number}' if number <= flags else f'line {number - flags} of --prompts={prompts}'
@@ -51,11 +51,11 @@ def generate_run(
     with cores.awake_cores():
         for start in range(0, len(ids), _MOST_PROMPTS):
             together = ids[start : start + _MOST_PROMPTS]
-            _print_texts(together, generator.batch(together, eos_id=tokenizer.eos_id, **options), tokenizer)
+            _print_texts(together, generator.batch(together, eos_id=tokenizer.stop_ids, **options), tokenizer)
 
 
 def _print_texts(
-    prompts: Sequence[list[int]], blocks: Iterator[generate.Continuations], tokenizer: tokenizer_lib.Tokenizer
+    prompts: Sequence[list[int]], blocks: Iterator[generate.Continuations], tokenizer: BaseTokenizer
 ) -> None:
     """Prints each prompt with its continuation on lines of its own, in order."""
     current, shown = 0, ''

@@ -1,7 +1,7 @@
 """A run's folder: its config.json, its tokenizer, and loading its parameters.
 
 config.json        resolved configuration, command, commit, versions and devices of the last start
-tokenizer.model    the tokenizer the run trains with
+tokenizer.model    the tokenizer the run trains with; or tokenizer/, the files of a tokenizer.json
 imported/          of an imported model: its config.json and generation_config.json, for exports
 checkpoints/STEP   see checkpoint.py
 metrics.jsonl, validation.jsonl, tensorboard/, eval/, report/, store/ (by default)
@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, errors, files, model
+from tinyllama_jax import checkpoint, errors, files, model, tokenizer_json
 from tinyllama_jax import config as config_lib
+from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals, versions
 from tinyllama_jax.settings import tree
@@ -99,17 +100,17 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
         raise errors.UsageError(missing)
     checkpointer = checkpoint.Checkpointer(folder, read_only=True)
     params, meta = checkpointer.restore_params(step, abstract_params(config))
-    return Loaded(config, params, meta['step'], workdir / 'tokenizer.model')
+    return Loaded(config, params, meta['step'], tokenizer_lib.kept(workdir))
 
 
 def missing_tokenizer(workdir: pathlib.Path) -> str | None:
     """Returns what to do if the run has no tokenizer (its import had none), or None if it has one."""
-    path = workdir / 'tokenizer.model'
+    path = tokenizer_lib.kept(workdir)
     if path.exists():
         return None
     return (
-        f'{workdir} has no tokenizer: copy the SentencePiece file that belongs to its weights to {path} '
-        '(a tokenizer.json is not enough).'
+        f'{workdir} has no tokenizer: copy the SentencePiece file that belongs to its weights to {path}, or their '
+        f'tokenizer.json with the files beside it into {workdir / tokenizer_lib.FOLDER}.'
     )
 
 
@@ -118,14 +119,20 @@ def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
 
     Raises UsageError if the workdir already has another one.
     """
-    kept = workdir / 'tokenizer.model'
-    if kept.exists() and kept.read_bytes() != source.read_bytes():
-        raise errors.UsageError(
-            f'wrong tokenizer: {workdir} has its own tokenizer.model, but the data was prepared with another one, '
-            f'{source}; prepare the data with --config.data.tokenizer={kept}, or use a new --workdir.'
-        )
+    if (kept := tokenizer_lib.kept(workdir)).exists():
+        if source.is_dir():
+            same = kept.is_dir() and tokenizer_lib.load(kept).sha256 == tokenizer_lib.load(source).sha256
+        else:  # an import may have both kinds
+            kept = workdir / tokenizer_json.MODEL if (workdir / tokenizer_json.MODEL).exists() else kept
+            same = kept.is_file() and kept.read_bytes() == source.read_bytes()
+        if not same:
+            raise errors.UsageError(
+                f'wrong tokenizer: {workdir} has its own {kept.name}, but the data was prepared with another one, '
+                f'{source}; prepare the data with --config.data.tokenizer={kept}, or use a new --workdir.'
+            )
+        return
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(kept, source.read_bytes())
+    tokenizer_lib.keep(source, workdir)
 
 
 def create(

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: SentencePiece's ids from a tokenizer.json, whether BOS comes first, refusals."""
+"""Tokenizers of Hugging Face folders: SentencePiece's ids from a tokenizer.json, what export and import keep."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies
 
 from eval_bridge.hf import convert
 from eval_bridge.hf import tokenizer as hf_tokenizer
-from tests.support import tiny_export
+from tests.support import json_tokenizers, tiny_export
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 
@@ -37,15 +37,11 @@ HARD_TEXTS = [
 
 
 def _tokenizers(folder):
-    ours = hf_tokenizer.load(folder)
-    (folder / 'tokenizer.model').unlink()
-    return ours, hf_tokenizer.load(folder)
+    return tokenizer_lib.Tokenizer(folder / 'tokenizer.model'), tokenizer_lib.load(folder)
 
 
 def test_tokenizer_json_gives_sentencepiece_s_ids(copied):
     ours, theirs = _tokenizers(copied)
-    assert isinstance(ours, tokenizer_lib.Tokenizer)
-    assert not isinstance(theirs, tokenizer_lib.Tokenizer)
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_id, theirs.eos_id, theirs.vocab_size)
     for text in [*HARD_TEXTS, tiny_export.text()]:
         assert ours.encode(text) == theirs.encode(text), text
@@ -77,7 +73,7 @@ def test_llama_s_tokenizer_json_gives_sentencepiece_s_ids(tmp_path, test_data_di
 def test_auto_tokenizer_gives_our_ids(tmp_path, add_bos):
     transformers = pytest.importorskip('transformers')
     folder = tiny_export.write_export(tmp_path, add_bos=add_bos)
-    ours, theirs = hf_tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, theirs = _tokenizers(folder)[0], transformers.AutoTokenizer.from_pretrained(folder)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert len(theirs) == ours.vocab_size
     for text in HARD_TEXTS:
@@ -113,12 +109,11 @@ def _edit(folder, **fields):
 
 
 def test_special_tokens_are_read_as_transformers_writes_them(copied):
-    (copied / 'tokenizer.model').unlink()
     _edit(copied, bos_token={'content': '<s>', 'special': True}, eos_token=None)
-    tokenizer = hf_tokenizer.load(copied)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, -1)
-    _edit(copied, bos_token='<begin>')  # not in the vocabulary
-    assert hf_tokenizer.load(copied).bos_id == -1
+    tokenizer = tokenizer_lib.load(copied)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2), 'EOS by config.json'
+    _edit(copied, bos_token='<begin>')  # added, as by transformers
+    assert tokenizer_lib.load(copied).bos_id == 400
 
 
 @pytest.mark.parametrize(
@@ -132,17 +127,89 @@ def test_special_tokens_are_read_as_transformers_writes_them(copied):
         ({'tokenizer_class': 'GPT2Tokenizer'}, False),
     ],
 )
-def test_whether_bos_comes_first(tmp_path, values, adds):
+def test_whether_bos_comes_first_without_a_tokenizer_json(tmp_path, values, adds):
+    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
     if values is not None:
         (tmp_path / 'tokenizer_config.json').write_text(json.dumps(values))
-    assert hf_tokenizer.adds_bos(tmp_path) is adds
+    assert tokenizer_lib.load(tmp_path).encode('', special=True) == [1] * adds
+
+
+def test_tokenizer_json_decides_about_bos(copied):
+    for says in (True, False, None):
+        _edit(copied, add_bos_token=says, tokenizer_class='LlamaTokenizer')
+        assert tokenizer_lib.load(copied).encode('', special=True) == []
 
 
 def test_a_folder_without_a_tokenizer_that_can_be_read_is_refused(copied):
     (copied / 'tokenizer.model').unlink()
     (copied / 'tokenizer.json').write_text('{}')
     with pytest.raises(errors.UsageError, match='is not a valid tokenizer.json'):
-        hf_tokenizer.load(copied)
+        tokenizer_lib.load(copied)
     (copied / 'tokenizer.json').unlink()
+    assert hf_tokenizer.find(copied) is None
     with pytest.raises(errors.UsageError, match='neither tokenizer.model nor tokenizer.json'):
-        hf_tokenizer.load(copied)
+        tokenizer_lib.load(copied)
+
+
+TIKTOKEN = b'IQ== 0\nIg== 1\nIw== 2\n'
+
+
+def test_a_tiktoken_model_beside_tokenizer_json_is_passed_over(copied, tmp_path):
+    (copied / 'tokenizer.model').write_bytes(TIKTOKEN)
+    tokenizer = hf_tokenizer.find(copied)
+    assert tokenizer.vocab_size == 400
+    tokenizer_lib.keep(copied, tmp_path / 'run')
+    hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer)
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['tokenizer']
+    (copied / 'tokenizer.json').unlink()
+    with pytest.raises(errors.UsageError, match="tokenizer.model is in tiktoken's form .* give .* a tokenizer.json"):
+        hf_tokenizer.find(copied)
+
+
+def test_two_tokenizers_that_should_be_one_are_compared(copied, tmp_path, capsys):
+    (tmp_path / 'run').mkdir()
+    hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer_lib.load(copied))
+    assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == (copied / 'tokenizer.model').read_bytes()
+    assert not capsys.readouterr().err
+    content = json.loads((copied / 'tokenizer.json').read_text())
+    content['model']['merges'].reverse()
+    (copied / 'tokenizer.json').write_text(json.dumps(content))
+    (tmp_path / 'run' / 'tokenizer.model').unlink()
+    hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer_lib.load(copied))
+    assert 'tokenizer.model gives other ids than tokenizer.json beside it' in capsys.readouterr().err
+    assert not list((tmp_path / 'run').iterdir())
+
+
+def test_an_export_of_a_merged_vocabulary_is_refused(tmp_path):
+    path = tiny_export.write_merged_tokenizer(tmp_path / 'merged.model')
+    with pytest.raises(errors.UsageError, match='transformers would give other ids than SentencePiece'):
+        convert.export(tiny_export.params(), dataclasses.replace(MODEL, vocab_size=500), path, tmp_path / 'export')
+    assert not (tmp_path / 'export').exists()
+
+
+@pytest.mark.parametrize('kind', json_tokenizers.KINDS)
+def test_a_tokenizer_json_is_exported_whole(tmp_path, kind):
+    source = json_tokenizers.write(tmp_path / kind, kind, [tiny_export.text()], pieces=400)
+    (source / 'chat_template.jinja').write_text('{{ messages }}')
+    (tmp_path / 'export').mkdir()
+    hf_tokenizer.write(tmp_path / 'export', source, add_bos=False, max_length=48)
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'export').iterdir()} == {
+        path.name: path.read_bytes() for path in source.iterdir()
+    }
+
+
+def test_a_sentencepiece_folder_with_added_tokens_is_exported_with_them(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    source, output = tmp_path / 'source', tmp_path / 'export'
+    source.mkdir()
+    output.mkdir()
+    tiny_export.write_tokenizer(source / 'tokenizer.model')
+    json_tokenizers.edit(source / 'added_tokens.json', **{'[PAD]': 400, '<|im_end|>': 401})
+    json_tokenizers.edit(source / 'tokenizer_config.json', pad_token='[PAD]', chat_template='{{ messages }}')
+    hf_tokenizer.write(output, source, add_bos=False, max_length=48)
+    (output / 'config.json').write_text('{"model_type": "llama"}')
+    ours, theirs = tokenizer_lib.load(source), transformers.AutoTokenizer.from_pretrained(output)
+    assert (theirs.pad_token, theirs.chat_template) == ('[PAD]', '{{ messages }}')
+    for text in [*HARD_TEXTS, 'a<|im_end|>b [PAD]', tiny_export.text()]:
+        for special in (False, True):
+            assert theirs.encode(text, add_special_tokens=special) == ours.encode(text, special=special), text
