@@ -25,8 +25,9 @@ _SPLIT = re.compile(
 _PAPERS = re.compile('(_success|readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)', re.IGNORECASE)
 _TABLES = ('.csv', '.tsv')
 _OF_A_RUN = (
-    'store', 'checkpoints', 'checkpoints-damaged', 'config.json', 'tokenizer.model', 'tokenizer.json', 'metrics.jsonl',
-    'validation.jsonl', 'evaluation.jsonl', 'recompute.jsonl', 'compiled', 'tensorboard', 'eval', 'profile', 'report',
+    'store', 'checkpoints', 'checkpoints-damaged', 'config.json', 'tokenizer', 'tokenizer.model', 'tokenizer.json',
+    'metrics.jsonl', 'validation.jsonl', 'evaluation.jsonl', 'recompute.jsonl', 'compiled', 'tensorboard', 'eval',
+    'profile', 'report',
 )  # fmt: skip
 
 
