@@ -1,6 +1,7 @@
 """Opened models: how they are computed, what identifies them, what is refused."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 
 from eval_bridge import lm, opening, protocols
 from eval_bridge.hf import convert
-from tests.support import tiny_export
+from tests.support import json_tokenizers, tiny_export
 from tinyllama_jax import errors
 from tinyllama_jax import tokenizer as tokenizer_lib
 
@@ -49,6 +50,34 @@ def test_weights_and_tokenizer_identify_a_folder(folder, tmp_path):
     other = identity(tmp_path / 'other')
     assert other['weights_sha256'] != before['weights_sha256']
     assert other['tokenizer_sha256'] == before['tokenizer_sha256']
+
+
+def test_texts_begin_as_the_folder_s_tokenizer_says(tmp_path):
+    pytest.importorskip('lm_eval.models.huggingface')
+    source = json_tokenizers.write(tmp_path / 'llama3', 'llama3', [tiny_export.text()], pieces=400, add_bos_token=False)
+    convert.export(tiny_export.params(), tiny_export.MODEL, source, tmp_path / 'export')
+    for protocol in (protocols.CURRENT, protocols.PAPER):
+        with (
+            opening.Folder(tmp_path / 'export').open(protocol) as ours,
+            opening.Folder(tmp_path / 'export').open(protocol, 'hf') as theirs,
+        ):
+            for text in ('a b', '', ' a', '<|begin_of_text|>a', 'a<|end_of_text|>b'):
+                assert ours.model.tok_encode(text) == theirs.model.tok_encode(text), text
+            assert ours.identity['add_bos'] == (protocol is protocols.CURRENT)
+            assert ours.model.prefix_token_id == theirs.model.prefix_token_id
+
+
+def test_a_hole_in_the_ids_does_not_hide_the_largest(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'far')
+    content = json.loads((tmp_path / 'far' / 'tokenizer.json').read_text())
+    content['model']['vocab']['<far>'] = 410
+    (tmp_path / 'far' / 'tokenizer.json').write_text(json.dumps(content))
+    for backend in (None, *['hf'] * (importlib.util.find_spec('transformers') is not None)):
+        with (
+            pytest.raises(errors.UsageError, match='has 411 pieces, but the model knows 400'),
+            opening.Folder(tmp_path / 'far').open(protocols.PAPER, backend),
+        ):
+            pass
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder):

@@ -101,6 +101,8 @@ def test_it_ends_after_eos_and_yields_it(params, greedy):
     eos = greedy[12]
     expected = greedy[: greedy.index(eos) + 1]
     assert generate.generate(params, CONFIG, PROMPT, max_new_tokens=50, eos_id=eos) == expected
+    several = [index for index in range(CONFIG.vocab_size) if index not in expected[:-1]]
+    assert generate.generate(params, CONFIG, PROMPT, max_new_tokens=50, eos_id=several) == expected
 
 
 def test_it_ends_when_seq_len_tokens_are_read(params):
