@@ -22,11 +22,11 @@ from eval_bridge import evaluate, lm, protocols
 from eval_bridge.harness import listing
 from eval_bridge.jail import programs
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals
 from tinyllama_jax.run import metrics
+from tinyllama_jax.tokenizer import loading
 
 _FIELD = 'config.train.evaluate_tasks'
 
@@ -87,7 +87,7 @@ class Evaluation:
     def _evaluate(self, step: int, params: Any) -> None:
         """Evaluates `params` and writes the scores."""
         train = self._config.train
-        tokenizer = tokenizer_lib.load(tokenizer_lib.kept(self._folder))
+        tokenizer = loading.load(loading.kept(self._folder))
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         model = _Interruptible(params, self._config.model, tokenizer, mesh=mesh)
         model.members = self._members

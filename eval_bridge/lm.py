@@ -29,7 +29,7 @@ from eval_bridge import branches
 from tinyllama_jax import errors, generate, model, sharding
 from tinyllama_jax import ops as ops_lib
 from tinyllama_jax.config import Dtype, ModelConfig
-from tinyllama_jax.tokenizer_base import BaseTokenizer
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 MOST_NEW_TOKENS = 256
 _CPU_TOKENS = 4_096  # a larger batch is no faster on a CPU, and its last batch has more padding

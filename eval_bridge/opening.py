@@ -21,9 +21,9 @@ from eval_bridge import lm
 from eval_bridge.hf import convert
 from eval_bridge.protocols import Protocol
 from tinyllama_jax import errors, sharding
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, MeshConfig, ModelConfig
 from tinyllama_jax.run import workdir
+from tinyllama_jax.tokenizer import loading
 
 _BATCH_SIZE = 8
 _WEIGHTS = ('*.safetensors', '*.bin')
@@ -57,7 +57,7 @@ class Run:
         """Opens the model in JAX, or an export of it in transformers (`backend` hf). Raises as workdir.load does."""
         loaded = workdir.load(self.folder, self.config, self.step)
         bos = loaded.config.data.bos
-        tokenizer = tokenizer_lib.load(loaded.tokenizer_path, adds_bos=bos)
+        tokenizer = loading.load(loaded.tokenizer_path, adds_bos=bos)
         identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
         settings = json.dumps([dataclasses.asdict(loaded.config.model), bos, _hash_of_files(self.folder, _SETTINGS)])
         identity['settings_sha256'] = hashlib.sha256(settings.encode()).hexdigest()
@@ -97,7 +97,7 @@ class Folder:
             return
         convert.say_what_generation_leaves_out(self.folder)
         params, model_config = convert.import_weights(self.folder)
-        tokenizer = tokenizer_lib.load(self.folder)
+        tokenizer = loading.load(self.folder)
         stored = str(config.get('dtype') or config.get('torch_dtype') or 'float32')
         yield _open_in_jax(params, model_config, tokenizer, protocol, stored, identity)
 

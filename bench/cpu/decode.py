@@ -32,8 +32,9 @@ import transformers
 from configs import tinyllama_120m
 from eval_bridge.hf import convert
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import generate, model, tokenizer
+from tinyllama_jax import generate, model
 from tinyllama_jax.process import cores, xla
+from tinyllama_jax.tokenizer import spm
 
 SHAPES = {
     'tiny': config_lib.ModelConfig(
@@ -47,7 +48,7 @@ SHAPES = {
 def write_export(config: config_lib.ModelConfig, folder: pathlib.Path) -> pathlib.Path:
     """Writes a Hugging Face folder with random weights and a tokenizer that nothing here uses; returns its path."""
     text = pathlib.Path(__file__).read_text(encoding='utf-8') + ''.join(map(chr, range(32, 127)))
-    tokenizer.train_tokenizer([text], folder / 'tokenizer.model', 400)
+    spm.train([text], folder / 'tokenizer.model', 400)
     params = model.init_params(config, jax.random.key(0))
     convert.export(params, config, folder / 'tokenizer.model', folder / 'export')
     return folder / 'export'

@@ -38,9 +38,9 @@ from configs import tinyllama_120m
 from eval_bridge import lm
 from eval_bridge.hf import convert
 from tinyllama_jax import model
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.process import xla
+from tinyllama_jax.tokenizer import spm
 
 TOLERANCE = 1e-3  # nats, of a log-likelihood
 BATCH_SIZES = (1, 8, 32)
@@ -68,7 +68,7 @@ def synthetic(count: int, vocab_size: int) -> list:
     return requests
 
 
-def real(path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, count: int, vocab_size: int) -> list:
+def real(path: pathlib.Path, tokenizer: spm.SentencePieceTokenizer, count: int, vocab_size: int) -> list:
     """Returns the same as `synthetic` for random examples of a HellaSwag file; ids above the vocabulary wrap around."""
     with gzip.open(path, 'rt', encoding='utf-8') as file:
         examples = [json.loads(line) for line in file]
@@ -87,9 +87,9 @@ def peers(config: ModelConfig, folder: pathlib.Path) -> dict:
     """Returns {name: function from requests to (log-likelihood, greedy) pairs}, all of the same random weights."""
     params = jax.tree.map(np.asarray, jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)))
     texts = (f'{i} words of some text for a tokenizer' for i in range(1_000))
-    tokenizer_lib.train_tokenizer(texts, folder / 'tokenizer.model', 300)
+    spm.train(texts, folder / 'tokenizer.model', 300)
     convert.export(params, config, folder / 'tokenizer.model', folder / 'export')
-    ours = lm.JaxLM(params, config, tokenizer_lib.Tokenizer(folder / 'tokenizer.model'))
+    ours = lm.JaxLM(params, config, spm.SentencePieceTokenizer(folder / 'tokenizer.model'))
     theirs = huggingface.HFLM(pretrained=str(folder / 'export'), dtype='float32', device='cpu', add_bos_token=False)
 
     def hf(batch_size: int):
@@ -157,7 +157,7 @@ def main() -> None:
     xla.set_up_jax()
     config = shape(flags.shape)
     if flags.data:
-        requests = real(flags.data, tokenizer_lib.Tokenizer(flags.tokenizer), flags.examples, config.vocab_size)
+        requests = real(flags.data, spm.SentencePieceTokenizer(flags.tokenizer), flags.examples, config.vocab_size)
     else:
         requests = synthetic(flags.examples, config.vocab_size)
     tokens = sum(len(context) + len(continuation) for _, context, continuation in requests)

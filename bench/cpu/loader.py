@@ -26,9 +26,9 @@ import time
 
 import numpy as np
 
-from tinyllama_jax import tokenizer
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from tinyllama_jax.data import pipeline, store
+from tinyllama_jax.tokenizer import spm
 
 SEQ_LEN = 2_048
 TOKENS_PER_FILE = 4_000_000  # about what a SlimPajama file holds
@@ -38,8 +38,8 @@ TOKENS_PER_DOCUMENT = 1_000
 def write_store(path: pathlib.Path, megabytes: int) -> None:
     """Writes a store of random tokens, two thirds of them in the first of two sources."""
     texts = (f'{i} words of some text for a tokenizer' for i in range(1_000))
-    tokenizer.train_tokenizer(texts, path / store.TOKENIZER, 300)
-    model = tokenizer.Tokenizer(path / store.TOKENIZER)
+    spm.train(texts, path / store.TOKENIZER, 300)
+    model = spm.SentencePieceTokenizer(path / store.TOKENIZER)
     files = max(3, megabytes * 500_000 // TOKENS_PER_FILE)
     rng, sources = np.random.default_rng(0), {}
     for name, count in (('prose', files * 2 // 3), ('code', files - files * 2 // 3)):
@@ -61,7 +61,7 @@ def write_store(path: pathlib.Path, megabytes: int) -> None:
 
 
 def _write_file(
-    path: pathlib.Path, name: str, index: int, rng: np.random.Generator, model: tokenizer.Tokenizer
+    path: pathlib.Path, name: str, index: int, rng: np.random.Generator, model: spm.SentencePieceTokenizer
 ) -> dict:
     writer = store.StreamWriter(path, name, 'train', index)
     tokens = rng.integers(0, model.vocab_size, TOKENS_PER_FILE).astype(model.dtype)

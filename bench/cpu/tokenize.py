@@ -26,9 +26,9 @@ from collections.abc import Callable
 import numpy as np
 import sentencepiece
 
-from tinyllama_jax import tokenizer
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.data import corpus, inputs, readers
+from tinyllama_jax.tokenizer import spm
 
 TRAINED_PIECES = 4_096
 
@@ -65,7 +65,7 @@ def hugging_face(path: str) -> Callable[[str], list[int]]:
 def compare(name: str, texts: list[str], model: pathlib.Path, json: str | None, repeats: int) -> None:
     """Prints a line for each library."""
     plain = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
-    ours = tokenizer.Tokenizer(model)
+    ours = spm.SentencePieceTokenizer(model)
     encoders = {
         'sentencepiece': plain,
         'ours, warm': lambda text: ours.encode_document(text, bos=False, eos_per_document=0),
@@ -104,7 +104,7 @@ def main() -> None:
         if not model:
             model = pathlib.Path(folder, 'trained.model')
             sample = [text for path in default for text in documents(path, 2_000_000)]
-            tokenizer.train_tokenizer(sample, model, TRAINED_PIECES)
+            spm.train(sample, model, TRAINED_PIECES)
         for path in texts:
             found = documents(path, args.characters)
             print(f'{path}: {len(found)} documents, {sum(map(len, found)) / 1e6:.1f} M characters')

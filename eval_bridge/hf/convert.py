@@ -24,10 +24,10 @@ from eval_bridge.hf import weights
 from tinyllama_jax import config as config_lib
 from tinyllama_jax import errors, model
 from tinyllama_jax import step as step_lib
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, ModelConfig
 from tinyllama_jax.process import signals
 from tinyllama_jax.run import resume, workdir
+from tinyllama_jax.tokenizer import loading
 
 # (our path, Hugging Face's name, number of our input axes; 0: not transposed). {} is the layer.
 _NAMES = (
@@ -132,7 +132,7 @@ def export(
         )
     if format == 'pytorch':
         weights.require_torch('--format=pytorch')
-    tokenizer = tokenizer_lib.load(tokenizer_path)
+    tokenizer = loading.load(tokenizer_path)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise errors.UsageError(
             f'{tokenizer_path} has {tokenizer.vocab_size} pieces but config.model.vocab_size is '

@@ -3,12 +3,12 @@
 import pathlib
 import shutil
 import sys
-from typing import Any
 
 from eval_bridge.hf import weights
-from tinyllama_jax import errors, tokenizer_convert, tokenizer_json
-from tinyllama_jax import tokenizer as tokenizer_lib
-from tinyllama_jax.tokenizer_base import BaseTokenizer
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import convert as tokenizer_convert
+from tinyllama_jax.tokenizer import json_file, loading, spm
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 _MODELS_OWN = ('config.json', 'generation_config.json')  # these the export writes for the model
 
@@ -24,52 +24,45 @@ def write(folder: pathlib.Path, source: pathlib.Path, *, add_bos: bool, max_leng
 
     Raises UsageError for a SentencePiece model whose ids no tokenizer.json gives.
     """
-    tokenizer = tokenizer_lib.load(source, adds_bos=add_bos)
-    config: dict[str, Any] = {}
     if source.is_dir() or source.suffix == '.json':
-        tokenizer_json.copy(source, folder / 'whole')
-        for path in (folder / 'whole').iterdir():
-            if path.name not in _MODELS_OWN:
-                path.rename(folder / path.name)
-        shutil.rmtree(folder / 'whole')
-        if (folder / tokenizer_json.FILE).exists():
-            return
-        config, _ = tokenizer_json.settings(source)
-    else:
-        shutil.copyfile(source, folder / tokenizer_json.MODEL)
-    model = folder / tokenizer_json.MODEL
-    content = tokenizer_convert.build(model, add_bos=bool(tokenizer.encode('', special=True)))
+        json_file.copy(source, folder, leave_out=_MODELS_OWN)
+        path = folder / 'tokenizer_config.json'
+        config = weights.read_json(path) if path.exists() else {}
+        if not (folder / json_file.FILE).exists() and 'Llama' not in str(config.get('tokenizer_class')):
+            # Without it, transformers 5 would put no space before a text.
+            weights.write_json(path, config | {'tokenizer_class': 'LlamaTokenizer'})
+        return
+    model = pathlib.Path(shutil.copyfile(source, folder / json_file.MODEL))
+    content = tokenizer_convert.build(model, add_bos=add_bos)
     different = tokenizer_convert.first_difference(model, content, tokenizer_convert.vocabulary_texts(model))
     if different is not None:
         raise errors.UsageError(
             f'{source}: transformers would give other ids than SentencePiece, for example for {different[:40]!r} '
             '(pieces of equal scores, as in merged vocabularies); give the model another tokenizer.'
         )
-    weights.write_json(folder / tokenizer_json.FILE, content)
+    weights.write_json(folder / json_file.FILE, content)
     special = {token['id']: token['content'] for token in content['added_tokens']}
-    written = {
-        # A tokenizer with added tokens is read as transformers reads a Llama's, and must be exported as one.
-        'tokenizer_class': 'PreTrainedTokenizerFast'
-        if isinstance(tokenizer, tokenizer_lib.Tokenizer)
-        else 'LlamaTokenizer',
-        'add_bos_token': bool(tokenizer.encode('', special=True)),
-        'add_eos_token': False,
-        'bos_token': special.get(tokenizer.bos_id),
-        'eos_token': special.get(tokenizer.eos_id),
-        'unk_token': content['model']['unk_token'],
-        'clean_up_tokenization_spaces': False,
-        'model_input_names': ['input_ids', 'attention_mask'],
-        'model_max_length': max_length,
-    }
+    tokenizer = spm.SentencePieceTokenizer(source)
     weights.write_json(
-        folder / 'tokenizer_config.json', written | {**config, 'tokenizer_class': written['tokenizer_class']}
+        folder / 'tokenizer_config.json',
+        {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'add_bos_token': add_bos,
+            'add_eos_token': False,
+            'bos_token': special.get(tokenizer.bos_id),
+            'eos_token': special.get(tokenizer.eos_id),
+            'unk_token': content['model']['unk_token'],
+            'clean_up_tokenization_spaces': False,
+            'model_input_names': ['input_ids', 'attention_mask'],
+            'model_max_length': max_length,
+        },
     )
 
 
 def find(folder: pathlib.Path) -> BaseTokenizer | None:
     """Returns the tokenizer of a folder, None if it has none. Raises UsageError if it cannot be read."""
-    has = any((folder / name).exists() for name in (tokenizer_json.FILE, tokenizer_json.MODEL))
-    return tokenizer_lib.load(folder) if has else None
+    has = any((folder / name).exists() for name in (json_file.FILE, json_file.MODEL))
+    return loading.load(folder) if has else None
 
 
 def keep_model(source: pathlib.Path, workdir: pathlib.Path, tokenizer: BaseTokenizer) -> None:
@@ -77,9 +70,9 @@ def keep_model(source: pathlib.Path, workdir: pathlib.Path, tokenizer: BaseToken
 
     Only if its ids are those of `tokenizer`, the folder's; otherwise says on stderr that it is left.
     """
-    path = source / tokenizer_json.MODEL
+    path = source / json_file.MODEL
     try:
-        model = tokenizer_lib.Tokenizer(path)
+        model = spm.SentencePieceTokenizer(path)
     except errors.UsageError:
         return  # none, or Llama 3's in tiktoken's form
     for text in tokenizer_convert.vocabulary_texts(path):
@@ -91,4 +84,4 @@ def keep_model(source: pathlib.Path, workdir: pathlib.Path, tokenizer: BaseToken
                 file=sys.stderr,
             )
             return
-    tokenizer_lib.keep(path, workdir)
+    loading.keep(path, workdir)

@@ -12,8 +12,8 @@ from eval_bridge import command, evaluate, lm
 from eval_bridge.hf import convert
 from tests.support import tiny_export
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.run import prompts
+from tinyllama_jax.tokenizer import loading
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def jax_lm(folder):
     params, config = convert.import_weights(folder)
-    return lm.JaxLM(params, config, tokenizer_lib.load(folder))
+    return lm.JaxLM(params, config, loading.load(folder))
 
 
 def test_the_file_holds_lm_eval_s_result_and_the_protocol(tasks, jax_lm, tmp_path):

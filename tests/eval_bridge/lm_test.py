@@ -10,8 +10,9 @@ from lm_eval.api.instance import Instance
 from eval_bridge import lm
 from eval_bridge.hf import convert
 from tests.support import tiny_export
-from tinyllama_jax import errors, model, sharding, tokenizer
+from tinyllama_jax import errors, model, sharding
 from tinyllama_jax.config import MeshConfig
+from tinyllama_jax.tokenizer import spm
 
 CONFIG = tiny_export.MODEL
 PAIRS = [
@@ -25,7 +26,7 @@ PAIRS = [
 
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
-    return tokenizer.Tokenizer(
+    return spm.SentencePieceTokenizer(
         tiny_export.write_tokenizer(tmp_path_factory.mktemp('lm') / 'tokenizer.model'), adds_bos=True
     )
 

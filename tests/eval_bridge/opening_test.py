@@ -11,7 +11,7 @@ from eval_bridge import lm, opening, protocols
 from eval_bridge.hf import convert
 from tests.support import json_tokenizers, tiny_export
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax.tokenizer import loading
 
 
 @pytest.fixture(scope='module')
@@ -80,8 +80,21 @@ def test_a_hole_in_the_ids_does_not_hide_the_largest(folder, tmp_path):
             pass
 
 
+def test_a_tokenizer_that_names_neither_bos_nor_eos_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'bare')
+    (tmp_path / 'bare' / 'tokenizer.model').unlink()
+    (tmp_path / 'bare' / 'tokenizer_config.json').unlink()
+    path = tmp_path / 'bare' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'bos_token_id': None, 'eos_token_id': None}))
+    with (
+        pytest.raises(errors.UsageError, match='has neither BOS nor EOS'),
+        opening.Folder(tmp_path / 'bare').open(protocols.PAPER),
+    ):
+        pass
+
+
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder):
-    tokenizer = tokenizer_lib.load(folder)
+    tokenizer = loading.load(folder)
     config = dataclasses.replace(tiny_export.MODEL, vocab_size=tiny_export.PIECES - 8)
     with pytest.raises(errors.UsageError, match='has 400 pieces, but the model knows 392'):
         opening._open_in_jax({}, config, tokenizer, protocols.PAPER, 'float32', {})
@@ -104,7 +117,7 @@ def test_rows_and_weights_are_divided_among_the_devices(folder):
         embed = opened.model._params['embed']
         assert embed.sharding.shard_shape(embed.shape) == (tiny_export.PIECES, tiny_export.MODEL.embed_dim // 8)
         results = opened.model._loglikelihood_tokens(requests)
-        alone = lm.JaxLM(*convert.import_weights(folder), tokenizer_lib.load(folder))
+        alone = lm.JaxLM(*convert.import_weights(folder), loading.load(folder))
         for (value, greedy), (expected, same) in zip(results, alone._loglikelihood_tokens(requests), strict=True):
             assert (value, greedy) == (pytest.approx(expected, abs=1e-5), same)
 

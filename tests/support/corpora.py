@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from tinyllama_jax import tokenizer
 from tinyllama_jax.config import DataConfig, SourceConfig
+from tinyllama_jax.tokenizer import spm
 
 PIECES = 400
 _LETTERS = 'etaoinshrdlu'
@@ -30,7 +30,7 @@ def texts(count: int, *, seed: int = 0, words: int = 120) -> list[str]:
 def tokenizer_path() -> pathlib.Path:
     """Returns the path of a SentencePiece model of PIECES pieces trained on `texts`."""
     path = pathlib.Path(tempfile.mkdtemp(prefix='tinyllama-test-tokenizer-')) / 'tokenizer.model'
-    tokenizer.train_tokenizer(texts(200, seed=99), path, PIECES)
+    spm.train(texts(200, seed=99), path, PIECES)
     return path
 
 

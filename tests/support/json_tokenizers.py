@@ -65,6 +65,13 @@ def _wordpiece() -> models.WordPiece:
     return models.WordPiece(unk_token='[UNK]')
 
 
+def widen(folder: pathlib.Path, *, first: int, count: int) -> None:
+    """Gives the tokenizer in `folder` `count` more pieces, which no text has, with ids from `first`."""
+    content = json.loads((folder / 'tokenizer.json').read_text())
+    content['model']['vocab'] |= {f'far{index}': first + index for index in range(count)}
+    (folder / 'tokenizer.json').write_text(json.dumps(content))
+
+
 def edit(path: pathlib.Path, **fields) -> None:
     """Sets fields of the object in a JSON file; makes the file if it is not there."""
     values = json.loads(path.read_text()) if path.exists() else {}

@@ -14,7 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 from eval_bridge.hf import convert
 from tests.conftest import ROOT
 from tests.support import tiny
-from tinyllama_jax import model, tokenizer
+from tinyllama_jax import model
+from tinyllama_jax.tokenizer import spm
 
 PIECES = 400
 MODEL = dataclasses.replace(tiny.MODEL, vocab_size=PIECES, seq_len=48)
@@ -49,7 +50,7 @@ def params():
 def _tokenizer_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / 'tokenizer.model'
-        tokenizer.train_tokenizer([text()], path, PIECES)
+        spm.train([text()], path, PIECES)
         return path.read_bytes()
 
 

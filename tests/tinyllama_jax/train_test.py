@@ -1,6 +1,7 @@
 """Training through the loop and the command line: exact resume, stops, refusals, failures."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -16,15 +17,16 @@ import pytest
 
 from eval_bridge.hf import convert
 from tests.conftest import OPTIMIZATION, ROOT
-from tests.support import kernel_checks, tiny
+from tests.support import json_tokenizers, kernel_checks, tiny, tiny_export
 from tinyllama_jax import errors, sharding, train
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster import place
 from tinyllama_jax.config import KernelConfig
 from tinyllama_jax.data import pipeline, prepare
 from tinyllama_jax.data import store as token_store
-from tinyllama_jax.run import metrics
+from tinyllama_jax.run import metrics, prompts
 from tinyllama_jax.settings import experiment
+from tinyllama_jax.tokenizer import loading
 
 KILLS = int(os.environ.get('KILLS', '4'))  # SIGKILLs of the resume test
 STEPS = 40
@@ -377,6 +379,28 @@ def test_an_imported_run_trains_with_settings_of_its_own(store, tmp_path, short_
     convert.import_run(None, tmp_path / 'again', input=str(tmp_path / 'hf'), command='main.py import')
     with pytest.raises(errors.UsageError, match='config.model.norm_eps is 1e-06'):
         train.train(other, tmp_path / 'again')
+
+
+def test_a_tokenizer_json_of_70000_ids_goes_from_text_to_export(store, tmp_path, capsys):
+    folder = json_tokenizers.write(tmp_path / 'llama3', 'llama3', [tiny_export.text()])
+    json_tokenizers.widen(folder, first=1_000, count=69_000)
+    config = _config(tmp_path / 'wide', num_steps=1)
+    data = dataclasses.replace(config.data, tokenizer=str(folder), tokenizer_pieces=None, bos=True)
+    config = dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, vocab_size=70_016))
+    manifest = prepare.prepare(config.data, tmp_path / 'wide')
+    assert (manifest['vocab_size'], manifest['dtype']) == (70_000, 'uint32')
+    train.train(config, tmp_path / 'run')
+    assert _losses(tmp_path / 'run')[0] == pytest.approx(np.log(70_016), rel=0.02)
+    prompts.generate_run(None, tmp_path / 'run', prompt=('the end',), max_new_tokens=4)
+    assert 'the end' in capsys.readouterr().out
+    convert.export_run(None, tmp_path / 'run', step=None, output=str(tmp_path / 'hf'))
+    ours = loading.load(tmp_path / 'hf')
+    assert ours.sha256 == loading.load(folder).sha256
+    if importlib.util.find_spec('transformers'):
+        transformers = importlib.import_module('transformers')
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+        assert theirs.encode('the end') == ours.encode('the end', special=True)
+        assert transformers.AutoConfig.from_pretrained(tmp_path / 'hf').vocab_size == 70_016
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_names_the_field(store, tmp_path):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import inputs, store, tasks
+from tinyllama_jax.tokenizer import loading
 
 _LISTED_RECORDS = 100  # bad records listed per source; all are counted
 _LISTED_NAMES = 8  # files named in a line
@@ -26,7 +26,7 @@ def make_manifest(
     Raises UsageError for a source with nothing to train on, too many bad records, or drop_sets
     that nothing could be compared with.
     """
-    tokenizer = tokenizer_lib.load(tokenizer_lib.kept(path))
+    tokenizer = loading.load(loading.kept(path))
     results = {task: tasks.read_result(path, rank) for rank, task in enumerate(task_list.tasks)}
     sources = {}
     for name, listing in found.items():

@@ -18,10 +18,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from tinyllama_jax import errors, tokenizer
+from tinyllama_jax import errors
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import store as store_lib
 from tinyllama_jax.data.store import TokenStore
+from tinyllama_jax.tokenizer import loading
 
 _WEIGHT_UNITS = 1_000_000  # weights are rounded to this many parts
 _ROUNDS = 6
@@ -286,7 +287,7 @@ def _check_store(config: Config, store: TokenStore) -> None:
 def _check_tokenizer(config: Config, store: TokenStore) -> None:
     wanted = store.manifest['tokenizer_sha256']
     for path in filter(None, (store.tokenizer_path, config.data.tokenizer)):
-        if (sha256 := tokenizer.load(path).sha256) != wanted:
+        if (sha256 := loading.load(path).sha256) != wanted:
             raise errors.UsageError(
                 f'wrong tokenizer: {path} has sha256 {sha256[:12]}..., but {store.path} was prepared with '
                 f'{wanted[:12]}...; give that one with --config.data.tokenizer=FILE, or prepare another store.'

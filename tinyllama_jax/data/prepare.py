@@ -21,11 +21,11 @@ from typing import Any
 import tqdm
 
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config, DataConfig
 from tinyllama_jax.data import corpus, inputs, manifest, readers, roundtrip, store, tasks
 from tinyllama_jax.process import signals
 from tinyllama_jax.settings import tree
+from tinyllama_jax.tokenizer import loading, spm
 
 _SAMPLE_CHARACTERS = 4_000_000  # for training a tokenizer
 _COMPARED_CHARACTERS = 400_000  # encoded and decoded before anything is written
@@ -103,7 +103,7 @@ def _say_splits(found: Mapping[str, inputs.Found]) -> None:
 def _settings(config: DataConfig, found: Mapping[str, inputs.Found]) -> dict[str, Any]:
     """Returns what decides the store's bytes, besides the contents of the inputs."""
     if config.tokenizer:
-        tokenizer = {'sha256': tokenizer_lib.load(config.tokenizer).sha256}
+        tokenizer = {'sha256': loading.load(config.tokenizer).sha256}
     else:
         tokenizer = {'pieces': config.tokenizer_pieces}
     sources = {}
@@ -153,18 +153,18 @@ def _begin(path: Path, config: DataConfig, task_list: tasks.TaskList, settings: 
             store.write_json(path / tasks.PROGRESS / 'settings.json', settings)
         tasks.write_task_list(path, task_list)
         if config.tokenizer:
-            tokenizer_lib.keep(config.tokenizer, path)
+            loading.keep(config.tokenizer, path)
         elif config.tokenizer_pieces and not (path / store.TOKENIZER).exists():
             _say(f'Training a tokenizer of {config.tokenizer_pieces:,} pieces.')
             sample = _sample(config, task_list, _SAMPLE_CHARACTERS, for_training=True)
-            tokenizer_lib.train_tokenizer(sample, path / store.TOKENIZER, config.tokenizer_pieces)
+            spm.train(sample, path / store.TOKENIZER, config.tokenizer_pieces)
     except OSError as error:
         raise store.write_error(path, error) from None
-    tokenizer = tokenizer_lib.load(tokenizer_lib.kept(path))
+    tokenizer = loading.load(loading.kept(path))
     # Raises UsageError now if the tokenizer lacks BOS or EOS.
     tokenizer.encode_document('', bos=config.bos, eos_per_document=config.eos_per_document)
     sample = _sample(config, task_list, _COMPARED_CHARACTERS, for_training=False)
-    for line in roundtrip.report(tokenizer, sample, bos=config.bos):
+    for line in roundtrip.report(loading.kept(path), sample, bos=config.bos):
         _say(line)
     num_files = {(task.source, task.split): task.index + 1 for task in task_list.tasks}
     for (source, split), count in num_files.items():
@@ -200,7 +200,7 @@ def _clear(path: Path) -> None:
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     # A killed run may leave temporary files; earlier versions named them .part.
     temporary = {f'{name}{suffix}' for name in (store.TOKENIZER, store.MANIFEST) for suffix in ('.tmp', '.part')}
-    tokenizer = {store.TOKENIZER, tokenizer_lib.FOLDER, f'{tokenizer_lib.FOLDER}.tmp'}
+    tokenizer = {store.TOKENIZER, loading.FOLDER, f'{loading.FOLDER}.tmp'}
     others = set(present) - {'tokens', 'documents', tasks.PROGRESS} - tokenizer - temporary
     if others or (present and tasks.PROGRESS not in present):
         raise errors.UsageError(

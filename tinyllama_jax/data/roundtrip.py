@@ -2,20 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from tinyllama_jax import errors, tokenizer_convert
-from tinyllama_jax.tokenizer import Tokenizer
-from tinyllama_jax.tokenizer_base import BaseTokenizer, without_surrogates
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import convert, loading
+from tinyllama_jax.tokenizer.base import without_surrogates
 
 _NAMES = {'\n': 'newlines', '\r': 'carriage returns', '\t': 'tabs', ' ': 'spaces'}
 _LISTED = 8  # kinds of lost characters
 
 
-def report(tokenizer: BaseTokenizer, texts: Iterable[str], *, bos: bool) -> Iterator[str]:
+def report(path: Path, texts: Iterable[str], *, bos: bool) -> Iterator[str]:
     """Yields lines for the user about `texts` encoded and decoded, and about the export to come.
 
-    `bos`: whether documents get BOS.
+    `path` is the tokenizer's; `bos`: whether documents get BOS.
     """
+    tokenizer = loading.load(path)
     sample = [without_surrogates(text) for text in texts]
     lost, changed = Counter(), 0
     for text in sample:
@@ -31,8 +33,8 @@ def report(tokenizer: BaseTokenizer, texts: Iterable[str], *, bos: bool) -> Iter
         )
     else:
         yield f'the tokenizer gives back all {len(sample)} sampled documents as they were.'
-    if isinstance(tokenizer, Tokenizer):
-        refusal = _export_refusal(tokenizer, sample)
+    if path.is_file() and path.suffix != '.json':
+        refusal = _export_refusal(path, sample)
         yield f'export will refuse this tokenizer: {refusal}' if refusal else 'export will give it the same ids.'
         return
     yield 'export will copy its files.'
@@ -43,14 +45,14 @@ def report(tokenizer: BaseTokenizer, texts: Iterable[str], *, bos: bool) -> Iter
         )
 
 
-def _export_refusal(tokenizer: Tokenizer, sample: list[str]) -> str | None:
+def _export_refusal(path: Path, sample: list[str]) -> str | None:
     """Returns why no tokenizer.json can be made of a SentencePiece model, or None."""
     try:
-        content = tokenizer_convert.build(tokenizer.path, add_bos=False)
+        content = convert.build(path, add_bos=False)
     except errors.UsageError as error:
         return str(error)
-    texts = [*sample, *tokenizer_convert.vocabulary_texts(tokenizer.path)]
-    different = tokenizer_convert.first_difference(tokenizer.path, content, texts)
+    texts = [*sample, *convert.vocabulary_texts(path)]
+    different = convert.first_difference(path, content, texts)
     if different is None:
         return None
     return (

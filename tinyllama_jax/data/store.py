@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore
 
 from tinyllama_jax import errors, files
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax.tokenizer import loading
 
 MANIFEST = 'manifest.json'
 TOKENIZER = 'tokenizer.model'
@@ -203,7 +203,7 @@ class TokenStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.tokenizer_path = tokenizer_lib.kept(self.path)
+        self.tokenizer_path = loading.kept(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise errors.UsageError(f'{self.path} holds no complete store (no {MANIFEST}); make it first: {_PREPARE}')

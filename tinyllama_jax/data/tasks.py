@@ -24,9 +24,9 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.data import readers, store
-from tinyllama_jax.tokenizer_base import BaseTokenizer
+from tinyllama_jax.tokenizer import loading
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 PROGRESS = '.progress'
 _LISTED_RECORDS = 20  # bad records listed per task; all are counted
@@ -71,7 +71,7 @@ def _task_list(path: Path) -> TaskList:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> BaseTokenizer:
-    return tokenizer_lib.load(tokenizer_lib.kept(path))
+    return loading.load(loading.kept(path))
 
 
 class _Step(PipelineStep):

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.data import pipeline, store
-from tinyllama_jax.tokenizer_base import BaseTokenizer
+from tinyllama_jax.tokenizer import loading
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 _MOST_TOKENS = 1 << 22  # counted at most: enough for a few thousandths of a nat
 
@@ -61,7 +61,7 @@ def unigram(config: Config, store_path: pathlib.Path, tokenizer_path: pathlib.Pa
         for name, counts_V in zip(data.sources, counts_NV, strict=True)
         if len(rows_NR := data.validation(name)[0])
     }
-    return Unigram(losses, _logprobs(counts_NV.sum(0)), tokenizer_lib.load(tokenizer_path))
+    return Unigram(losses, _logprobs(counts_NV.sum(0)), loading.load(tokenizer_path))
 
 
 def _logprobs(counts_V: np.ndarray) -> np.ndarray:

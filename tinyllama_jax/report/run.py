@@ -25,10 +25,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinyllama_jax import errors, files, flops
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.report import baselines, page
 from tinyllama_jax.run import metrics, workdir
+from tinyllama_jax.tokenizer import loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _read(folder: pathlib.Path) -> _Run:
         )
     config, notes = workdir.read_config(folder), []
     try:
-        unigram = baselines.unigram(config, config.data.store_path(folder), tokenizer_lib.kept(folder))
+        unigram = baselines.unigram(config, config.data.store_path(folder), loading.kept(folder))
     except errors.Failure as error:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')

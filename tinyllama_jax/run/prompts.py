@@ -4,11 +4,11 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from tinyllama_jax import errors, generate
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import cores
 from tinyllama_jax.run import workdir
-from tinyllama_jax.tokenizer_base import BaseTokenizer
+from tinyllama_jax.tokenizer import loading
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 _MOST_PROMPTS = 32  # continued at once
 
@@ -41,7 +41,7 @@ def generate_run(
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    tokenizer = tokenizer_lib.load(loaded.tokenizer_path, adds_bos=loaded.config.data.bos)
+    tokenizer = loading.load(loaded.tokenizer_path, adds_bos=loaded.config.data.bos)
     ids = [tokenizer.encode(text, special=True) for text in texts]
     if not all(ids):
         number, flags = ids.index([]) + 1, len(prompt)

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax import checkpoint, errors, files, model, tokenizer_json
+from tinyllama_jax import checkpoint, errors, files, model
 from tinyllama_jax import config as config_lib
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals, versions
 from tinyllama_jax.settings import tree
+from tinyllama_jax.tokenizer import json_file, loading
 
 IMPORTED = 'imported'
 
@@ -100,17 +100,17 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
         raise errors.UsageError(missing)
     checkpointer = checkpoint.Checkpointer(folder, read_only=True)
     params, meta = checkpointer.restore_params(step, abstract_params(config))
-    return Loaded(config, params, meta['step'], tokenizer_lib.kept(workdir))
+    return Loaded(config, params, meta['step'], loading.kept(workdir))
 
 
 def missing_tokenizer(workdir: pathlib.Path) -> str | None:
     """Returns what to do if the run has no tokenizer (its import had none), or None if it has one."""
-    path = tokenizer_lib.kept(workdir)
+    path = loading.kept(workdir)
     if path.exists():
         return None
     return (
         f'{workdir} has no tokenizer: copy the SentencePiece file that belongs to its weights to {path}, or their '
-        f'tokenizer.json with the files beside it into {workdir / tokenizer_lib.FOLDER}.'
+        f'tokenizer.json with the files beside it into {workdir / loading.FOLDER}.'
     )
 
 
@@ -119,11 +119,11 @@ def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
 
     Raises UsageError if the workdir already has another one.
     """
-    if (kept := tokenizer_lib.kept(workdir)).exists():
+    if (kept := loading.kept(workdir)).exists():
         if source.is_dir():
-            same = kept.is_dir() and tokenizer_lib.load(kept).sha256 == tokenizer_lib.load(source).sha256
+            same = kept.is_dir() and loading.load(kept).sha256 == loading.load(source).sha256
         else:  # an import may have both kinds
-            kept = workdir / tokenizer_json.MODEL if (workdir / tokenizer_json.MODEL).exists() else kept
+            kept = workdir / json_file.MODEL if (workdir / json_file.MODEL).exists() else kept
             same = kept.is_file() and kept.read_bytes() == source.read_bytes()
         if not same:
             raise errors.UsageError(
@@ -132,7 +132,7 @@ def keep_tokenizer(workdir: pathlib.Path, source: pathlib.Path) -> None:
             )
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer_lib.keep(source, workdir)
+    loading.keep(source, workdir)
 
 
 def create(

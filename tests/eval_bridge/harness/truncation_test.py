@@ -8,8 +8,8 @@ import pytest
 from eval_bridge import evaluate, lm
 from eval_bridge.harness import responses, truncation
 from eval_bridge.hf import convert
-from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import tiny_export
+from tinyllama_jax.tokenizer import loading
 
 # lm-eval and datasets issue warnings of their own.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def encoder(folder):
-    return hf_tokenizer.load(folder)
+    return loading.load(folder)
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +108,7 @@ def _counts(model, task_files):
 
 def test_truncated_requests_are_counted_and_reported(folder, task_files, expected, tmp_path, capsys):
     params, config = convert.import_weights(folder)
-    model = lm.JaxLM(params, config, hf_tokenizer.load(folder))
+    model = lm.JaxLM(params, config, loading.load(folder))
     for remembered in (0, 72):  # kept answers count too
         keeping = responses.Remembering(model, tmp_path / 'kept.jsonl')
         assert _counts(keeping, task_files) == expected

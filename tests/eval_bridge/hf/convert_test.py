@@ -16,9 +16,10 @@ import safetensors.numpy
 
 from eval_bridge.hf import convert, weights
 from tests.conftest import ROOT
-from tests.support import tiny_export
-from tinyllama_jax import errors
+from tests.support import json_tokenizers, tiny_export
+from tinyllama_jax import errors, model
 from tinyllama_jax.config import ModelConfig
+from tinyllama_jax.tokenizer import loading
 
 MODEL = tiny_export.MODEL
 
@@ -263,6 +264,39 @@ def test_an_export_of_an_import_has_its_settings_and_what_is_lost_is_named(copie
     values = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert values.items() >= (special | {'attention_dropout': 0.1, 'tie_word_embeddings': False}).items()
     assert json.loads((tmp_path / 'out' / 'generation_config.json').read_text()) == generation
+
+
+@pytest.mark.parametrize('files', ['tokenizer.json', 'tokenizer.model', 'tokenizer.model and added_tokens.json'])
+def test_transformers_reads_an_import_s_export_as_it_reads_the_folder(tmp_path, files):
+    transformers = pytest.importorskip('transformers')
+    torch = tiny_export.require_torch()
+    config, source = dataclasses.replace(MODEL, vocab_size=408), tmp_path / 'source'
+    path = tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
+    convert.export(model.init_params(config, jax.random.key(1)), config, path, source, add_bos=True)
+    special = {'bos_token_id': 1, 'eos_token_id': [2, 5], 'pad_token_id': 0}
+    _edit(source, **special, rope_scaling={'type': 'linear', 'factor': 2.0})
+    (source / 'generation_config.json').write_text(json.dumps({**special, 'do_sample': True, 'temperature': 0.6}))
+    template = '{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}'
+    edit = json_tokenizers.edit
+    edit(source / 'tokenizer_config.json', pad_token='<unk>', chat_template=template)
+    if 'tokenizer.model' in files:
+        (source / 'tokenizer.json').unlink()
+        edit(source / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer', add_bos_token=True)
+    if 'added' in files:
+        edit(source / 'added_tokens.json', **{'<|im_start|>': 400, '<|im_end|>': 401})
+    convert.import_run(None, tmp_path / 'run', input=str(source), command='')
+    convert.export_run(None, tmp_path / 'run', step=None, output=str(tmp_path / 'out'))
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / 'out'))
+    ours = loading.load(tmp_path / 'run' / 'tokenizer')
+    for text in ('hello world', '  two\nlines <s>x</s>', 'naïve', '', 'a<|im_end|> b'):
+        assert after(text).input_ids == before(text).input_ids == ours.encode(text, special=True), text
+    assert before('hello').input_ids[0] == 1
+    chat = [{'role': 'user', 'content': 'hi'}]
+    assert (after.pad_token, after.apply_chat_template(chat, tokenize=False)) == ('<unk>', 'user: hi')
+    theirs, ours = (transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / 'out'))
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    tokens_BT = torch.arange(40)[None]
+    np.testing.assert_array_equal(ours(tokens_BT).logits.detach(), theirs(tokens_BT).logits.detach())
 
 
 # Where an export goes.

@@ -14,7 +14,7 @@ from eval_bridge.hf import convert
 from eval_bridge.hf import tokenizer as hf_tokenizer
 from tests.support import json_tokenizers, tiny_export
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax.tokenizer import loading, spm
 
 MODEL = tiny_export.MODEL
 SPECIAL = ('<s>', '</s>', '<unk>')
@@ -37,7 +37,7 @@ HARD_TEXTS = [
 
 
 def _tokenizers(folder):
-    return tokenizer_lib.Tokenizer(folder / 'tokenizer.model'), tokenizer_lib.load(folder)
+    return spm.SentencePieceTokenizer(folder / 'tokenizer.model'), loading.load(folder)
 
 
 def test_tokenizer_json_gives_sentencepiece_s_ids(copied):
@@ -110,45 +110,27 @@ def _edit(folder, **fields):
 
 def test_special_tokens_are_read_as_transformers_writes_them(copied):
     _edit(copied, bos_token={'content': '<s>', 'special': True}, eos_token=None)
-    tokenizer = tokenizer_lib.load(copied)
+    tokenizer = loading.load(copied)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2), 'EOS by config.json'
     _edit(copied, bos_token='<begin>')  # added, as by transformers
-    assert tokenizer_lib.load(copied).bos_id == 400
-
-
-@pytest.mark.parametrize(
-    ('values', 'adds'),
-    [
-        (None, False),
-        ({}, False),
-        ({'add_bos_token': True}, True),
-        ({'tokenizer_class': 'LlamaTokenizer'}, True),
-        ({'tokenizer_class': 'LlamaTokenizerFast', 'add_bos_token': False}, False),
-        ({'tokenizer_class': 'GPT2Tokenizer'}, False),
-    ],
-)
-def test_whether_bos_comes_first_without_a_tokenizer_json(tmp_path, values, adds):
-    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
-    if values is not None:
-        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(values))
-    assert tokenizer_lib.load(tmp_path).encode('', special=True) == [1] * adds
+    assert loading.load(copied).bos_id == 400
 
 
 def test_tokenizer_json_decides_about_bos(copied):
     for says in (True, False, None):
         _edit(copied, add_bos_token=says, tokenizer_class='LlamaTokenizer')
-        assert tokenizer_lib.load(copied).encode('', special=True) == []
+        assert loading.load(copied).encode('', special=True) == []
 
 
 def test_a_folder_without_a_tokenizer_that_can_be_read_is_refused(copied):
     (copied / 'tokenizer.model').unlink()
     (copied / 'tokenizer.json').write_text('{}')
     with pytest.raises(errors.UsageError, match='is not a valid tokenizer.json'):
-        tokenizer_lib.load(copied)
+        loading.load(copied)
     (copied / 'tokenizer.json').unlink()
     assert hf_tokenizer.find(copied) is None
     with pytest.raises(errors.UsageError, match='neither tokenizer.model nor tokenizer.json'):
-        tokenizer_lib.load(copied)
+        loading.load(copied)
 
 
 TIKTOKEN = b'IQ== 0\nIg== 1\nIw== 2\n'
@@ -158,7 +140,7 @@ def test_a_tiktoken_model_beside_tokenizer_json_is_passed_over(copied, tmp_path)
     (copied / 'tokenizer.model').write_bytes(TIKTOKEN)
     tokenizer = hf_tokenizer.find(copied)
     assert tokenizer.vocab_size == 400
-    tokenizer_lib.keep(copied, tmp_path / 'run')
+    loading.keep(copied, tmp_path / 'run')
     hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer)
     assert [path.name for path in (tmp_path / 'run').iterdir()] == ['tokenizer']
     (copied / 'tokenizer.json').unlink()
@@ -168,14 +150,14 @@ def test_a_tiktoken_model_beside_tokenizer_json_is_passed_over(copied, tmp_path)
 
 def test_two_tokenizers_that_should_be_one_are_compared(copied, tmp_path, capsys):
     (tmp_path / 'run').mkdir()
-    hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer_lib.load(copied))
+    hf_tokenizer.keep_model(copied, tmp_path / 'run', loading.load(copied))
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == (copied / 'tokenizer.model').read_bytes()
     assert not capsys.readouterr().err
     content = json.loads((copied / 'tokenizer.json').read_text())
     content['model']['merges'].reverse()
     (copied / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'run' / 'tokenizer.model').unlink()
-    hf_tokenizer.keep_model(copied, tmp_path / 'run', tokenizer_lib.load(copied))
+    hf_tokenizer.keep_model(copied, tmp_path / 'run', loading.load(copied))
     assert 'tokenizer.model gives other ids than tokenizer.json beside it' in capsys.readouterr().err
     assert not list((tmp_path / 'run').iterdir())
 
@@ -208,7 +190,7 @@ def test_a_sentencepiece_folder_with_added_tokens_is_exported_with_them(tmp_path
     json_tokenizers.edit(source / 'tokenizer_config.json', pad_token='[PAD]', chat_template='{{ messages }}')
     hf_tokenizer.write(output, source, add_bos=False, max_length=48)
     (output / 'config.json').write_text('{"model_type": "llama"}')
-    ours, theirs = tokenizer_lib.load(source), transformers.AutoTokenizer.from_pretrained(output)
+    ours, theirs = loading.load(source), transformers.AutoTokenizer.from_pretrained(output)
     assert (theirs.pad_token, theirs.chat_template) == ('[PAD]', '{{ messages }}')
     for text in [*HARD_TEXTS, 'a<|im_end|>b [PAD]', tiny_export.text()]:
         for special in (False, True):

@@ -9,8 +9,8 @@ import zstandard
 
 from configs import demo
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.data import corpus, inputs
+from tinyllama_jax.tokenizer import spm
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_docstrings_of_a_module():
 def test_the_demos_tokenizer_can_be_trained_on_the_topics(tmp_path):
     texts = [text for _, text in sorted(corpus._topics())]
     pieces = demo.get_config().data.tokenizer_pieces
-    tokenizer_lib.train_tokenizer(texts, tmp_path / 'demo.model', pieces)
-    tokenizer = tokenizer_lib.Tokenizer(tmp_path / 'demo.model')
+    spm.train(texts, tmp_path / 'demo.model', pieces)
+    tokenizer = spm.SentencePieceTokenizer(tmp_path / 'demo.model')
     assert tokenizer.vocab_size == pieces == demo.get_config().model.vocab_size
     assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]

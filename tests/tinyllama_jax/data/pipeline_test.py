@@ -12,11 +12,12 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.support import corpora, tiny, tiny_export
-from tinyllama_jax import errors, model, tokenizer
+from tinyllama_jax import errors, model
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import Config, ModelConfig, SourceConfig, TrainConfig
 from tinyllama_jax.data import pipeline, prepare, store
 from tinyllama_jax.settings import experiment
+from tinyllama_jax.tokenizer import spm
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3).map(pipeline.integer_weights)
 
@@ -276,7 +277,7 @@ def test_other_tokens_have_another_fingerprint(tokens, tmp_path):
 
 def ids_by_eos(rows) -> np.ndarray:
     """Returns segment ids of rows [..., R] from the tokens alone, if each document ends with one EOS."""
-    eos = tokenizer.Tokenizer(corpora.tokenizer_path()).eos_id
+    eos = spm.SentencePieceTokenizer(corpora.tokenizer_path()).eos_id
     begins = np.zeros(rows.shape, int)
     begins[..., 1:] = rows[..., :-1] == eos
     return begins.cumsum(axis=-1)
@@ -377,7 +378,7 @@ def test_the_share_of_tokens_that_no_row_holds(tokens):
 
 def test_a_wrong_tokenizer_is_refused(tokens, tmp_path):
     other = tmp_path / 'other.model'
-    tokenizer.train_tokenizer(corpora.texts(50), other, 300)
+    spm.train(corpora.texts(50), other, 300)
     with pytest.raises(errors.UsageError, match=r'wrong tokenizer: .*other\.model'):
         pipeline.make_dataset(config(data__tokenizer=other), tokens)
     pipeline.make_dataset(config(data__tokenizer=corpora.tokenizer_path()), tokens)

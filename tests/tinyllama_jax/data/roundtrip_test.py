@@ -3,13 +3,13 @@
 import pytest
 
 from tests.support import corpora, json_tokenizers, tiny_export
-from tests.tinyllama_jax import tokenizer_test
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tests.tinyllama_jax.tokenizer import spm_test
 from tinyllama_jax.data import prepare, roundtrip
+from tinyllama_jax.tokenizer import loading
 
 
 def _report(path, texts, *, bos=False):
-    return list(roundtrip.report(tokenizer_lib.load(path), texts, bos=bos))
+    return list(roundtrip.report(path, texts, bos=bos))
 
 
 def test_a_tokenizer_that_loses_nothing_and_can_be_exported():
@@ -21,7 +21,7 @@ def test_a_tokenizer_that_loses_nothing_and_can_be_exported():
 
 def test_what_is_lost_is_named_and_that_export_will_refuse(tmp_path):
     options = {'remove_extra_whitespaces': True, 'normalization_rule_name': 'nmt_nfkc'}
-    path = tokenizer_test.train_variant(tmp_path / 'lossy.model', **options)
+    path = spm_test.train_variant(tmp_path / 'lossy.model', **options)
     lost, refusal = _report(path, ['a\n\n\tb  \ufb01', 'plain'])
     assert 'changes 1 of 2 sampled documents' in lost
     assert 'newlines (2)' in lost and 'tabs (1)' in lost and "'\ufb01' (1)" in lost
@@ -47,7 +47,7 @@ def test_prepare_says_it_and_keeps_a_tokenizer_json_whole(tmp_path, capsys):
     manifest = prepare.prepare(config, tmp_path / 'store')
     said = capsys.readouterr().out
     assert 'prepare: the tokenizer changes' in said and 'newlines' in said
-    kept = tokenizer_lib.load(tmp_path / 'store' / 'tokenizer')
+    kept = loading.load(tmp_path / 'store' / 'tokenizer')
     assert (manifest['tokenizer_sha256'], manifest['vocab_size']) == (kept.sha256, kept.vocab_size)
     assert (kept.folder / 'tokenizer_config.json').read_bytes() == (folder / 'tokenizer_config.json').read_bytes()
     prepare.prepare(config, tmp_path / 'store')

@@ -12,7 +12,7 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import Config, ModelConfig, TrainConfig
 from tinyllama_jax.data import pipeline, prepare, store
 from tinyllama_jax.report import baselines
-from tinyllama_jax.tokenizer import Tokenizer
+from tinyllama_jax.tokenizer.spm import SentencePieceTokenizer
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +76,7 @@ def test_standard_error_agrees_with_a_bootstrap():
 
 
 def test_unigram_bits_per_byte_by_hand():
-    tokenizer = Tokenizer(corpora.tokenizer_path())
+    tokenizer = SentencePieceTokenizer(corpora.tokenizer_path())
     uniform = baselines.Unigram({}, np.full(corpora.PIECES, -math.log(corpora.PIECES)), tokenizer)
     ids = tokenizer.encode('if 1984')
     expected = len(ids) * math.log2(corpora.PIECES) / len(b' if 1984')

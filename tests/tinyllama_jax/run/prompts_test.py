@@ -2,13 +2,13 @@
 
 from tests.support import tiny, tiny_export
 from tinyllama_jax import generate
-from tinyllama_jax import tokenizer as tokenizer_lib
 from tinyllama_jax.run import prompts as prompts_lib
 from tinyllama_jax.run import workdir
+from tinyllama_jax.tokenizer import spm
 
 
 def test_prompts_are_printed_in_order_as_their_tokens_come(tmp_path, capsys):
-    tokenizer = tokenizer_lib.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    tokenizer = spm.SentencePieceTokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
     texts = ['def one', 'class Two']
     prompts = [tokenizer.encode(text) for text in texts]
     tokens = [tokenizer.encode(' return x'), tokenizer.encode(' is here')]
@@ -28,7 +28,7 @@ def test_prompts_are_printed_in_order_as_their_tokens_come(tmp_path, capsys):
 
 
 def test_a_text_that_ends_within_a_character_is_printed(tmp_path, capsys):
-    tokenizer = tokenizer_lib.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    tokenizer = spm.SentencePieceTokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
     prompt, new = tokenizer.encode('def one'), [*tokenizer.encode(' is'), tokenizer.encode('é\U0001f600')[-4]]
     assert tokenizer.decode(prompt + new).endswith('\ufffd')
     prompts_lib._print_texts([prompt], iter([generate.Continuations([new], [True])]), tokenizer)
@@ -36,7 +36,7 @@ def test_a_text_that_ends_within_a_character_is_printed(tmp_path, capsys):
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, monkeypatch):
-    tokenizer = tokenizer_lib.Tokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
+    tokenizer = spm.SentencePieceTokenizer(tiny_export.write_tokenizer(tmp_path / 'tokenizer.model'))
     (tmp_path / 'prompts').write_text('def one\r\nclass\r\n', encoding='utf-8-sig', newline='')
     asked = []
 

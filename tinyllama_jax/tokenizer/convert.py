@@ -15,7 +15,8 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from tinyllama_jax import errors, tokenizer_base
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import base
 
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
 _KINDS = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -29,7 +30,10 @@ def build(model_path: pathlib.Path, *, add_bos: bool) -> dict[str, Any]:
     model that is not of Llama's kind (BPE, byte fallback, no normalisation).
     """
     model = sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes())
-    _check_kind(model, model_path)
+    if problem := _problem(model):
+        raise errors.UsageError(
+            f"{model_path}: the tokenizer {problem}; only models of Llama 2's kind can be written as tokenizer.json."
+        )
     prefixed = model.normalizer_spec.add_dummy_prefix
     special = [index for index, piece in enumerate(model.pieces) if piece.type in (_KINDS.UNKNOWN, _KINDS.CONTROL)]
     return {
@@ -66,7 +70,12 @@ _DECODERS = [
 _STRIP = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
 
 
-def _check_kind(model, path: pathlib.Path) -> None:
+def obstacle(model_path: pathlib.Path) -> str | None:
+    """Returns why `build` refuses the SentencePiece model at `model_path`, or None."""
+    return _problem(sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes()))
+
+
+def _problem(model) -> str | None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     problems = {
         'is not BPE': trainer.model_type != trainer.BPE,
@@ -77,11 +86,7 @@ def _check_kind(model, path: pathlib.Path) -> None:
         'puts spaces after words': trainer.treat_whitespace_as_suffix,
         'has user-defined pieces': any(piece.type == _KINDS.USER_DEFINED for piece in model.pieces),
     }
-    for problem, present in problems.items():
-        if present:
-            raise errors.UsageError(
-                f"{path}: the tokenizer {problem}; only models of Llama 2's kind can be written as tokenizer.json."
-            )
+    return next((problem for problem, present in problems.items() if present), None)
 
 
 def _merges(model) -> list[str]:
@@ -124,7 +129,7 @@ def first_difference(model_path: pathlib.Path, content: dict[str, Any], texts: I
     processor = sentencepiece.SentencePieceProcessor(model_proto=model_path.read_bytes())
     other = tokenizers.Tokenizer.from_str(json.dumps(content))
     names = [token['content'] for token in content['added_tokens']]
-    for text in map(tokenizer_base.without_surrogates, texts):
+    for text in map(base.without_surrogates, texts):
         if any(name in text for name in names):
             continue
         if processor.encode(text) != other.encode(text, add_special_tokens=False).ids:

@@ -1,6 +1,6 @@
-"""Opens a tokenizer of either kind; SentencePiece: encodes and decodes text, trains a small model.
+"""SentencePiece models: encodes and decodes text, trains a small model.
 
-`Tokenizer.encode` gives exactly sentencepiece's ids, several times faster if the
+`SentencePieceTokenizer.encode` gives exactly sentencepiece's ids, several times faster if the
 model allows it: no BPE merge crosses a point that no piece spans, so a text is cut
 at such points and the ids of each cut are cached (`_can_be_cut` checks the condition).
 """
@@ -15,9 +15,9 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tinyllama_jax import errors, files, tokenizer_base, tokenizer_json
+from tinyllama_jax import errors, files
+from tinyllama_jax.tokenizer import base
 
-FOLDER = 'tokenizer'  # in a run's folder or a store: the files of a tokenizer.json
 _SPACE = '\u2581'  # sentencepiece writes a space as this character
 # Before each run of spaces, and around newlines and tabs.
 _CUT = re.compile(f'\\n|\\t|[ {_SPACE}]*[^ {_SPACE}\\n\\t]+|[ {_SPACE}]+')
@@ -27,7 +27,7 @@ _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 _TIKTOKEN = re.compile(rb'[A-Za-z0-9+/]+=* \d+\r?\n')
 
 
-class Tokenizer(tokenizer_base.BaseTokenizer):
+class SentencePieceTokenizer(base.BaseTokenizer):
     """A SentencePiece model from the file `path`.
 
     `adds_bos`: whether `encode` puts BOS first if asked for special tokens. Raises UsageError when the file is missing
@@ -73,54 +73,12 @@ class Tokenizer(tokenizer_base.BaseTokenizer):
         """Returns False: to SentencePiece a special token's name is plain text."""
         return False
 
-    def has(self, piece: str) -> bool:
-        """Returns whether the model has this piece."""
-        return self._processor.id_to_piece(self._processor.piece_to_id(piece)) == piece
-
     def _encode(self, text: str) -> np.ndarray:
         if not text.isascii():
-            text = tokenizer_base.without_surrogates(text)
+            text = base.without_surrogates(text)
         if self._memo is None:
             return np.asarray(self._processor.encode(text), self.dtype)
         return self._memo.encode(text)
-
-
-def load(path: str | Path, *, adds_bos: bool = False) -> tokenizer_base.BaseTokenizer:
-    """Returns the tokenizer at `path`: a SentencePiece .model file, a tokenizer.json, or a folder with one of them.
-
-    Of a folder's tokenizer.json and tokenizer.model the first counts, as in transformers. `adds_bos` is for a .model
-    file; of a folder, its own settings decide. Raises UsageError for what cannot be read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return tokenizer_json.JsonTokenizer(path) if path.suffix == '.json' else Tokenizer(path, adds_bos=adds_bos)
-    model = path / tokenizer_json.MODEL
-    if (path / tokenizer_json.FILE).exists():
-        return tokenizer_json.JsonTokenizer(path)
-    if not model.exists():
-        raise errors.UsageError(f'{path} holds neither tokenizer.model nor tokenizer.json.')
-    config, _ = tokenizer_json.settings(path)
-    # Among transformers' tokenizer classes, those of Llama add BOS unless told otherwise.
-    llama = str(config.get('tokenizer_class') or '').startswith('Llama')
-    tokenizer = Tokenizer(model, adds_bos=bool(config.get('add_bos_token', llama)))
-    tokenizer.stop_ids = tokenizer_json.stop_ids(path, tokenizer.eos_id)
-    if all(map(tokenizer.has, tokenizer_json.names(path))):
-        return tokenizer
-    return tokenizer_json.JsonTokenizer(path)  # with added tokens, which SentencePiece does not know
-
-
-def kept(folder: Path) -> Path:
-    """Returns the path of the tokenizer that a run's folder or a store keeps, whether it exists or not."""
-    return folder / FOLDER if (folder / FOLDER).exists() else folder / tokenizer_json.MODEL
-
-
-def keep(source: str | Path, folder: Path) -> None:
-    """Copies the tokenizer at `source` to where `kept` finds it in `folder`. Raises OSError."""
-    source = Path(source)
-    if source.is_dir() or source.suffix == '.json':
-        tokenizer_json.copy(source, folder / FOLDER)
-    else:
-        files.write_atomically(folder / tokenizer_json.MODEL, source.read_bytes())
 
 
 class _Memo(dict):
@@ -166,19 +124,14 @@ def _can_be_cut(proto: sentencepiece_model_pb2.ModelProto) -> bool:
     return not any(len(text) > 1 and re.search(f'[^{_SPACE}]{_SPACE}|[ \n\t]', text) for text in texts)
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, pieces: int) -> None:
+def train(texts: Iterable[str], path: str | Path, pieces: int) -> None:
     """Trains a model of `pieces` pieces on `texts` and writes it to the file `path`, atomically.
 
     The settings are Llama's: BPE with byte fallback, digits split, no normalisation,
     a dummy prefix, unk 0, bos 1, eos 2, no pad. The same texts give the same file.
     Raises UsageError when `pieces` is too many or too few for the texts.
     """
-    lines = (
-        tokenizer_base.without_surrogates(line).replace('\0', ' ')
-        for text in texts
-        for line in text.split('\n')
-        if line
-    )
+    lines = (base.without_surrogates(line).replace('\0', ' ') for text in texts for line in text.split('\n') if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

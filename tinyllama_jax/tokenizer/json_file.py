@@ -4,6 +4,7 @@ Several files describe one tokenizer, and transformers takes a part of each:
 
 tokenizer.json          the vocabulary, and what is put around a text (post_processor, whatever add_bos_token says);
                         of a class in `_REBUILT` nothing else; never its truncation and padding
+tokenizer.model         the vocabulary, if there is no tokenizer.json; then add_bos_token and add_eos_token count
 tokenizer_config.json   class, special tokens, added_tokens_decoder
 special_tokens_map.json, added_tokens.json
                         special and added tokens, if there is no added_tokens_decoder
@@ -15,20 +16,21 @@ generation_config.json, else config.json
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from tinyllama_jax import errors, tokenizer_base, tokenizer_convert
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import base, convert
 
 FILE, MODEL = 'tokenizer.json', 'tokenizer.model'
 _CONFIG = 'tokenizer_config.json'
 _COPIED = (
-    MODEL, _CONFIG, 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja',
-    'config.json', 'generation_config.json',
+    FILE, MODEL, _CONFIG, 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
+    'chat_template.jinja', 'config.json', 'generation_config.json',
 )  # fmt: skip
 _TEMPLATES = 'additional_chat_templates'
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
@@ -37,10 +39,10 @@ _CLEANED = ((' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"), ("
             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 
 
-class JsonTokenizer(tokenizer_base.BaseTokenizer):
+class JsonTokenizer(base.BaseTokenizer):
     """The tokenizer of a tokenizer.json or of a folder with one.
 
-    A folder may have a tokenizer.model with added tokens beside it instead. Raises UsageError naming the file, and the
+    A folder may have a tokenizer.model of Llama 2's kind instead. Raises UsageError naming the file, and the
     field if it is one, that cannot be used.
     """
 
@@ -51,7 +53,7 @@ class JsonTokenizer(tokenizer_base.BaseTokenizer):
         file = self.path / FILE if self.path.is_dir() else self.path
         if not file.exists() and (self.folder / MODEL).exists() and self.path.is_dir():
             file, config['tokenizer_class'] = self.folder / MODEL, 'LlamaTokenizer'
-            text = json.dumps(tokenizer_convert.build(file, add_bos=config.get('add_bos_token', True)))
+            text = json.dumps(convert.build(file, add_bos=False))
         else:
             text = _read(file)
         try:
@@ -61,6 +63,8 @@ class JsonTokenizer(tokenizer_base.BaseTokenizer):
             name = str(config.get('tokenizer_class') or '').removesuffix('Fast')
             self._tokenizer, named = _backend(text, content, name, config, self.folder)
             named |= _add_tokens(self._tokenizer, named, config, added, every=name == 'Qwen2Tokenizer')
+            if file.name == MODEL:
+                self._tokenizer.post_processor = _around(self._tokenizer, named, config)
             self._tokenizer.encode_special_tokens = bool(config.get('split_special_tokens'))
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         except errors.UsageError:
@@ -84,7 +88,7 @@ class JsonTokenizer(tokenizer_base.BaseTokenizer):
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of `text`, with those that the tokenizer adds to a text if `special`."""
-        return self._tokenizer.encode(tokenizer_base.without_surrogates(text), add_special_tokens=special).ids
+        return self._tokenizer.encode(base.without_surrogates(text), add_special_tokens=special).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids` without special tokens; ids that it does not know give nothing."""
@@ -122,37 +126,25 @@ def settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
         raise errors.UsageError(f'{folder}: the special or added tokens cannot be read ({error!r}).') from None
 
 
-def names(folder: Path) -> set[str]:
-    """Returns the special and added tokens that the files beside a tokenizer.model name."""
-    config, added = settings(folder)
-    named = [config[key] for key in _NAMED if config.get(key)]
-    return {_text(token) for token in [*named, *_extra(config), *added.values()]}
-
-
 def stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
     """Returns the ids that end a text: those of generation_config.json, else of config.json, and `eos_id`."""
     found = (_ids(_object(folder / name).get('eos_token_id')) for name in ('generation_config.json', 'config.json'))
     return tuple(dict.fromkeys([*next(filter(None, found), []), *[eos_id] * (eos_id >= 0)]))
 
 
-def copy(source: Path, folder: Path) -> None:
-    """Copies the files of the tokenizer at `source`, a tokenizer.json or a folder, to the new folder `folder`, whole.
+def copy(source: Path, folder: Path, *, leave_out: Container[str] = ()) -> None:
+    """Copies the files of the tokenizer at `source`, a tokenizer.json or a folder, into `folder`.
 
-    What decides where a text ends is among them. The folder appears only when it is complete.
+    config.json and generation_config.json, which say where a text ends, are among them. Raises OSError.
     """
     parent = source if source.is_dir() else source.parent
-    temporary = folder.with_name(f'{folder.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in (*_COPIED, *[FILE] * source.is_dir()):
-        if (parent / name).is_file():
-            shutil.copyfile(parent / name, temporary / name)
+    templates = [str(path.relative_to(parent)) for path in parent.glob(f'{_TEMPLATES}/*')]
+    (folder / _TEMPLATES if templates else folder).mkdir(parents=True, exist_ok=True)
+    for name in [*_COPIED, *templates]:
+        if name not in leave_out and (parent / name).is_file():
+            shutil.copyfile(parent / name, folder / name)
     if not source.is_dir():
-        shutil.copyfile(source, temporary / FILE)
-    if (parent / _TEMPLATES).is_dir():
-        shutil.copytree(parent / _TEMPLATES, temporary / _TEMPLATES)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        shutil.copyfile(source, folder / FILE)
 
 
 def _backend(
@@ -211,6 +203,16 @@ def _add_tokens(
     if every:
         tokenizer.add_tokens([tokenizers.AddedToken(_text(token), special=True) for token in special])
     return {key: _text(token) if token else None for key, token in named.items()}
+
+
+def _around(
+    tokenizer: tokenizers.Tokenizer, named: dict[str, str | None], config: dict[str, Any]
+) -> tokenizers.processors.TemplateProcessing:
+    """Returns what puts BOS and EOS around a text, as add_bos_token and add_eos_token say."""
+    bos, eos = ((named.get(f'{kind}_token') if config.get(f'add_{kind}_token') else None) for kind in ('bos', 'eos'))
+    template = ' '.join(filter(None, (bos, '$A', eos)))
+    special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(filter(None, (bos, eos)))]
+    return tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
 
 
 def _token(token: str | dict[str, Any], *, special: bool) -> tokenizers.AddedToken:

@@ -3,16 +3,16 @@
 import pytest
 
 from tests.support import corpora, json_tokenizers, tiny_export
-from tinyllama_jax import errors, tokenizer_base
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import base, loading
 
 
 @pytest.fixture(scope='module', params=['sentencepiece', 'llama3'])
 def tokenizer(request, tmp_path_factory):
     if request.param == 'sentencepiece':
-        return tokenizer_lib.load(corpora.tokenizer_path())
+        return loading.load(corpora.tokenizer_path())
     folder = tmp_path_factory.mktemp('base') / 'llama3'
-    return tokenizer_lib.load(json_tokenizers.write(folder, 'llama3', [tiny_export.text()]))
+    return loading.load(json_tokenizers.write(folder, 'llama3', [tiny_export.text()]))
 
 
 def test_a_document_is_its_ids_between_bos_and_eos(tokenizer):
@@ -25,7 +25,7 @@ def test_a_document_is_its_ids_between_bos_and_eos(tokenizer):
 
 
 def test_surrogates_are_joined_or_replaced(tokenizer):
-    assert tokenizer_base.without_surrogates('a\ud83d\ude00b\ud800') == 'a\U0001f600b\ufffd'
+    assert base.without_surrogates('a\ud83d\ude00b\ud800') == 'a\U0001f600b\ufffd'
     assert tokenizer.encode('\ud83d\ude00') == tokenizer.encode('\U0001f600')
     assert tokenizer.encode('a\ud800b') == tokenizer.encode('a\ufffdb')
 
@@ -33,7 +33,7 @@ def test_surrogates_are_joined_or_replaced(tokenizer):
 def test_without_eos_a_document_that_wants_one_is_refused(tmp_path):
     folder = json_tokenizers.write(tmp_path / 'bare', 'llama3', [tiny_export.text()], pieces=300)
     (folder / 'tokenizer_config.json').unlink()
-    bare = tokenizer_lib.load(folder / 'tokenizer.json')
+    bare = loading.load(folder / 'tokenizer.json')
     assert len(bare.encode_document('a', bos=False, eos_per_document=0))
     with pytest.raises(errors.UsageError, match='no EOS piece; set config.data.bos=false and'):
         bare.encode_document('a', bos=False, eos_per_document=1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support import corpora
 from tinyllama_jax import errors
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax.tokenizer import spm
 
 # What cuts, what looks like a space, special pieces, digits, byte fallback, NUL.
 AWKWARD = st.lists(
@@ -22,7 +22,7 @@ TEXTS = st.one_of(AWKWARD.map(''.join), st.text(st.characters(exclude_categories
 
 @pytest.fixture(scope='module')
 def tokenizer():
-    return tokenizer_lib.Tokenizer(corpora.tokenizer_path())
+    return spm.SentencePieceTokenizer(corpora.tokenizer_path())
 
 
 def plain(path) -> sentencepiece.SentencePieceProcessor:
@@ -53,8 +53,8 @@ def test_ids_of_texts_and_back(tokenizer):
 
 
 def test_a_full_memo_changes_nothing(monkeypatch):
-    monkeypatch.setattr(tokenizer_lib, '_MEMO_ENTRIES', 3)
-    tokenizer = tokenizer_lib.Tokenizer(corpora.tokenizer_path())
+    monkeypatch.setattr(spm, '_MEMO_ENTRIES', 3)
+    tokenizer = spm.SentencePieceTokenizer(corpora.tokenizer_path())
     for text in corpora.texts(3, seed=2):
         assert tokenizer.encode(text) == plain(tokenizer.path).encode(text)
     assert len(tokenizer._memo) <= 3
@@ -75,7 +75,7 @@ def test_a_full_memo_changes_nothing(monkeypatch):
 )
 def test_other_models_are_not_cut(tmp_path, options):
     path = train_variant(tmp_path / 'variant.model', **options)
-    tokenizer = tokenizer_lib.Tokenizer(path)
+    tokenizer = spm.SentencePieceTokenizer(path)
     assert tokenizer._memo is None
     for text in corpora.texts(5, seed=3):
         assert tokenizer.encode(text) == plain(path).encode(text)
@@ -83,7 +83,7 @@ def test_other_models_are_not_cut(tmp_path, options):
 
 def test_a_model_without_dummy_prefix_is_cut_right(tmp_path):
     path = train_variant(tmp_path / 'variant.model', add_dummy_prefix=False)
-    tokenizer = tokenizer_lib.Tokenizer(path)
+    tokenizer = spm.SentencePieceTokenizer(path)
     assert tokenizer._memo is not None
     for text in [*corpora.texts(5, seed=3), 'e', ' e', '\n']:
         assert tokenizer.encode(text) == plain(path).encode(text)
@@ -99,7 +99,7 @@ def test_special_tokens_of_a_document(tokenizer, bos, eos):
 
 
 def test_a_model_without_eos_is_refused_only_if_one_is_wanted(tmp_path):
-    tokenizer = tokenizer_lib.Tokenizer(train_variant(tmp_path / 'variant.model', eos_id=-1))
+    tokenizer = spm.SentencePieceTokenizer(train_variant(tmp_path / 'variant.model', eos_id=-1))
     assert len(tokenizer.encode_document('e', bos=True, eos_per_document=0))
     with pytest.raises(errors.UsageError, match='no EOS'):
         tokenizer.encode_document('e', bos=False, eos_per_document=1)
@@ -117,16 +117,16 @@ def test_awkward_texts_go_through(tokenizer):
 
 def test_missing_and_invalid_files_are_refused(tmp_path):
     with pytest.raises(errors.UsageError, match=r'tokenizer .*absent.*cannot be read'):
-        tokenizer_lib.Tokenizer(tmp_path / 'absent.model')
+        spm.SentencePieceTokenizer(tmp_path / 'absent.model')
     for content in (b'', b'{"model": "BPE"}', corpora.tokenizer_path().read_bytes()[:1000]):
         (tmp_path / 'bad.model').write_bytes(content)
         with pytest.raises(errors.UsageError, match=r'bad\.model.*not a SentencePiece model'):
-            tokenizer_lib.Tokenizer(tmp_path / 'bad.model')
+            spm.SentencePieceTokenizer(tmp_path / 'bad.model')
 
 
 def test_training_is_llamas_and_deterministic(tmp_path, tokenizer):
-    tokenizer_lib.train_tokenizer(corpora.texts(200, seed=99), tmp_path / 'again.model', corpora.PIECES)
-    again = tokenizer_lib.Tokenizer(tmp_path / 'again.model')
+    spm.train(corpora.texts(200, seed=99), tmp_path / 'again.model', corpora.PIECES)
+    again = spm.SentencePieceTokenizer(tmp_path / 'again.model')
     assert again.sha256 == tokenizer.sha256
     processor = plain(tokenizer.path)
     assert (tokenizer.vocab_size, processor.unk_id(), tokenizer.bos_id, tokenizer.eos_id) == (corpora.PIECES, 0, 1, 2)
@@ -140,12 +140,12 @@ def test_training_is_llamas_and_deterministic(tmp_path, tokenizer):
 
 def test_too_many_pieces_for_the_texts_are_refused(tmp_path):
     with pytest.raises(errors.UsageError, match='tokenizer_pieces=5000'):
-        tokenizer_lib.train_tokenizer(['a few words'], tmp_path / 'x.model', 5000)
+        spm.train(['a few words'], tmp_path / 'x.model', 5000)
     assert not list(tmp_path.iterdir())
 
 
 def test_llama_on_real_text(test_data_dir):
-    tokenizer = tokenizer_lib.Tokenizer(test_data_dir / 'tokenizer' / 'tokenizer.model')
+    tokenizer = spm.SentencePieceTokenizer(test_data_dir / 'tokenizer' / 'tokenizer.model')
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 1, 2)
     assert tokenizer._memo is not None
     published = json.loads((test_data_dir / 'tokenizer' / 'llama_encoded.json').read_text())

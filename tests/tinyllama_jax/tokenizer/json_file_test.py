@@ -10,8 +10,8 @@ import zstandard
 
 from tests.support import corpora, json_tokenizers, tiny_export
 from tests.support.json_tokenizers import edit
-from tinyllama_jax import errors, tokenizer_json
-from tinyllama_jax import tokenizer as tokenizer_lib
+from tinyllama_jax import errors
+from tinyllama_jax.tokenizer import json_file, loading
 
 TEXTS = [
     '', ' ', 'Hello  world 1984\n\n\tx', ' a', 'a ', '你好 🙂 é e\u0301 ﬁ', '\x00\r\n', 'def f(x):\n    return x , y',
@@ -44,7 +44,7 @@ def reference(folder):
 
 def assert_same(folder, texts=TEXTS):
     """Fails unless ids, decoded texts, BOS, EOS and the largest id are AutoTokenizer's."""
-    theirs, ours = reference(folder), tokenizer_lib.load(folder)
+    theirs, ours = reference(folder), loading.load(folder)
     assert [ours.bos_id, ours.eos_id] == [
         -1 if index is None else index for index in (theirs.bos_token_id, theirs.eos_token_id)
     ]
@@ -89,21 +89,21 @@ def test_what_the_files_say_is_taken_as_transformers_takes_it(copied, kind, chan
     folder = copied(kind)
     edit(folder / 'tokenizer_config.json', **changes)
     name = (changes.get('tokenizer_class') or '').removesuffix('Fast')
-    if name in tokenizer_json._REBUILT and kind in ('unigram', 'wordpiece'):
+    if name in json_file._REBUILT and kind in ('unigram', 'wordpiece'):
         with pytest.raises(errors.UsageError, match='holds no BPE model'):
-            tokenizer_lib.load(folder)
+            loading.load(folder)
     elif name != 'GemmaTokenizer' or kind == 'llama2':  # transformers cannot use the others as Gemma's
         assert_same(folder)
 
 
 def test_truncation_padding_and_what_a_class_replaces_are_not_obeyed(copied):
     folder = copied('llama3')
-    plain = tokenizer_lib.load(folder).encode(TEXTS[2])
+    plain = loading.load(folder).encode(TEXTS[2])
     truncation = {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}
     padding = {'strategy': {'Fixed': 64}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0,
                'pad_type_id': 0, 'pad_token': '<|end_of_text|>'}  # fmt: skip
     edit(folder / 'tokenizer.json', truncation=truncation, padding=padding)
-    assert tokenizer_lib.load(folder).encode(TEXTS[2]) == plain
+    assert loading.load(folder).encode(TEXTS[2]) == plain
     assert_same(folder)
     folder = copied('llama2')
     edit(folder / 'tokenizer.json', truncation=truncation, normalizer={'type': 'Lowercase'})
@@ -119,7 +119,7 @@ def test_older_folders_keep_tokens_elsewhere(copied, kind):
         name for name in ('</s>', '<|end_of_text|>', '<|endoftext|>') if name in (folder / 'tokenizer.json').read_text()
     )
     edit(folder / 'special_tokens_map.json', bos_token=tokens('<extra>')[0], eos_token=eos, pad_token='[PAD]')
-    size = tokenizer_lib.load(folder).vocab_size
+    size = loading.load(folder).vocab_size
     edit(folder / 'added_tokens.json', **{'[PAD]': size - 1, 'naïve': size})
     assert_same(folder)
     edit(folder / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer')
@@ -129,30 +129,43 @@ def test_older_folders_keep_tokens_elsewhere(copied, kind):
 def test_bos_and_eos_may_be_config_json_s_alone(copied):
     folder = copied('llama3')
     edit(folder / 'tokenizer_config.json', bos_token=None, eos_token=None)
-    assert (tokenizer_lib.load(folder).bos_id, tokenizer_lib.load(folder).stop_ids) == (-1, ())
+    assert (loading.load(folder).bos_id, loading.load(folder).stop_ids) == (-1, ())
     edit(folder / 'config.json', bos_token_id=0, eos_token_id=[1, 2])
-    tokenizer = tokenizer_lib.load(folder)
+    tokenizer = loading.load(folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 1, (1, 2))
 
 
 def test_each_id_that_ends_a_text_is_known(copied):
     folder = copied('llama3')
-    assert tokenizer_lib.load(folder).stop_ids == (1,)
+    assert loading.load(folder).stop_ids == (1,)
     edit(folder / 'config.json', eos_token_id=2)
-    assert tokenizer_lib.load(folder).stop_ids == (2, 1)
+    assert loading.load(folder).stop_ids == (2, 1)
     edit(folder / 'generation_config.json', eos_token_id=[1, 9])
-    assert tokenizer_lib.load(folder).stop_ids == (1, 9)
+    assert loading.load(folder).stop_ids == (1, 9)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        {'add_bos_token': True, 'pad_token': '<pad>', 'legacy': True},
+        {'add_bos_token': True, 'add_eos_token': True, 'bos_token': '<extra>', 'legacy': False},
+        {'add_prefix_space': False, 'added_tokens_decoder': {'400': tokens('<|im_end|>')[0]}},
+    ],
+)
+def test_a_sentencepiece_model_alone_is_read_as_transformers_reads_a_llama_s(tmp_path, settings):
+    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
+    edit(tmp_path / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer', **settings)
+    assert_same(tmp_path, [*TEXTS, tiny_export.text()])
 
 
 def test_added_tokens_beside_a_sentencepiece_model_are_honoured(tmp_path):
-    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
-    plain = tokenizer_lib.load(tmp_path)
-    assert isinstance(plain, tokenizer_lib.Tokenizer)
+    model = tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
     edit(tmp_path / 'added_tokens.json', **{'[PAD]': 400, '<|im_start|>': 401, '<|im_end|>': 402})
     edit(tmp_path / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer', add_bos_token=True, pad_token='[PAD]')
-    tokenizer = tokenizer_lib.load(tmp_path)
+    tokenizer, plain = loading.load(tmp_path), loading.load(model)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (403, 1, 2)
-    assert_same(tmp_path, ['<|im_start|>def f(x)<|im_end|> return [PAD]', 'Hello world'])
+    assert_same(tmp_path, [*TEXTS, '<|im_start|>def f(x)<|im_end|> return [PAD]'])
     for text in ('def f(x)', 'Hello  world\n\tx', tiny_export.text()):
         assert tokenizer.encode(text) == plain.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == plain.decode(plain.encode(text))
@@ -164,17 +177,15 @@ def test_ids_have_holes_and_the_largest_counts(copied):
     content['model']['vocab']['<far>'] = 5_000
     content['added_tokens'] += [{'id': 5_000, **tokens('<far>')[0]}]
     (folder / 'tokenizer.json').write_text(json.dumps(content))
-    assert tokenizer_lib.load(folder).vocab_size == 5_001
-    assert tokenizer_lib.load(folder).encode('<far>') == [5_000]
+    assert loading.load(folder).vocab_size == 5_001
+    assert loading.load(folder).encode('<far>') == [5_000]
     assert_same(folder)
 
 
 def test_more_than_65536_ids_take_more_than_16_bits(copied):
     folder = copied('llama3')
-    content = json.loads((folder / 'tokenizer.json').read_text())
-    content['model']['vocab'] |= {f'far{index}': 1_000 + index for index in range(66_000)}
-    (folder / 'tokenizer.json').write_text(json.dumps(content))
-    tokenizer = tokenizer_lib.load(folder)
+    json_tokenizers.widen(folder, first=1_000, count=66_000)
+    tokenizer = loading.load(folder)
     assert (tokenizer.vocab_size, tokenizer.dtype) == (67_000, np.uint32)
     document = tokenizer.encode_document('a', bos=True, eos_per_document=2)
     assert document.tolist() == [0, *tokenizer.encode('a'), 1, 1]
@@ -185,41 +196,41 @@ def test_what_decides_the_ids_identifies_it_and_all_files_are_copied(copied, tmp
     (folder / 'chat_template.jinja').write_text('{{ messages }}')
     (folder / 'additional_chat_templates').mkdir()
     (folder / 'additional_chat_templates' / 'tools.jinja').write_text('x')
-    before = tokenizer_lib.load(folder)
+    before = loading.load(folder)
     for source, target in ((folder, 'a'), (folder / 'tokenizer.json', 'b')):
-        tokenizer_lib.keep(source, tmp_path / target)
-        copy = tokenizer_lib.kept(tmp_path / target)
-        assert tokenizer_lib.load(copy).sha256 == before.sha256
+        loading.keep(source, tmp_path / target)
+        copy = loading.kept(tmp_path / target)
+        assert loading.load(copy).sha256 == before.sha256
         assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
     edit(folder / 'tokenizer_config.json', chat_template='another')
-    assert tokenizer_lib.load(folder).sha256 == before.sha256
+    assert loading.load(folder).sha256 == before.sha256
     edit(folder / 'tokenizer_config.json', eos_token='<|im_end|>')
-    assert tokenizer_lib.load(folder).sha256 != before.sha256
+    assert loading.load(folder).sha256 != before.sha256
 
 
 def test_what_cannot_be_read_is_refused_by_name(copied, tmp_path):
     folder = copied('llama3')
     with pytest.raises(errors.UsageError, match=r'absent\.json cannot be read'):
-        tokenizer_lib.load(tmp_path / 'absent.json')
+        loading.load(tmp_path / 'absent.json')
     edit(folder / 'tokenizer_config.json', tokenizer_class='T5TokenizerFast')
     with pytest.raises(errors.UsageError, match='tokenizer_class is T5Tokenizer, of which'):
-        tokenizer_lib.load(folder)
+        loading.load(folder)
     edit(folder / 'tokenizer_config.json', tokenizer_class=None, added_tokens_decoder={'a': 1})
     with pytest.raises(errors.UsageError, match='tokens cannot be read'):
-        tokenizer_lib.load(folder)
+        loading.load(folder)
     (folder / 'tokenizer_config.json').write_text('[]')
     with pytest.raises(errors.UsageError, match='tokenizer_config.json holds no JSON object'):
-        tokenizer_lib.load(folder)
+        loading.load(folder)
     (folder / 'tokenizer_config.json').unlink()
     content = json.loads((folder / 'tokenizer.json').read_text())
     content['model']['dropout'] = 0.1
     (folder / 'tokenizer.json').write_text(json.dumps(content))
     with pytest.raises(errors.UsageError, match='dropout is 0.1'):
-        tokenizer_lib.load(folder)
+        loading.load(folder)
     for broken in ('{}', '', '[', '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}'):
         (folder / 'tokenizer.json').write_text(broken)
         with pytest.raises(errors.UsageError, match='is not a valid tokenizer.json'):
-            tokenizer_lib.load(folder)
+            loading.load(folder)
 
 
 def _real_texts(folder):
@@ -235,4 +246,4 @@ def test_ids_of_real_corpora_are_transformers(tmp_path, test_data_dir, kind):
     texts = list(_real_texts(test_data_dir))
     folder = json_tokenizers.write(tmp_path / kind, kind, texts[::60], pieces=3_000)
     assert_same(folder, [text[:8_000] for text in texts[::20]])
-    assert tokenizer_json.JsonTokenizer(folder / 'tokenizer.json').sha256 == tokenizer_lib.load(folder).sha256
+    assert json_file.JsonTokenizer(folder / 'tokenizer.json').sha256 == loading.load(folder).sha256
