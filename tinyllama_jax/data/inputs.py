@@ -17,10 +17,11 @@ from tinyllama_jax.data.readers import FORMATS, Input
 _GROUP_BYTES = 16 << 20  # a group of files has about this size
 _SMALL_BYTES = 1 << 20  # of a file that shares a stream with others, if there are more than _FEW_FILES of them
 _FEW_FILES = 16
-# The words in a name that tell the split, as whole words: those of Hugging Face's `datasets`, and holdout.
+# The words in a name that tell the split, as whole words: those of Hugging Face's `datasets`, holdout, devtest, tests,
+# and each with set, data or split.
 _SPLIT = re.compile(
     '(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev|h(?:o|e)ld[-_ ]?out)'
-    '|(?P<test>test(?:ing)?|eval(?:uation)?))(?![a-z])'
+    '|(?P<test>(?:dev)?test(?:s|ing)?|eval(?:uation)?))(?:set|data|split)?(?![a-z])'
 )
 _PAPERS = re.compile('(_success|readme|licen[cs]e|copying|notice|changelog|citation|dataset_?card)', re.IGNORECASE)
 _TABLES = ('.csv', '.tsv')
@@ -63,20 +64,27 @@ def find_inputs(name: str, source: SourceConfig, *, own: Collection[Path] = (), 
     else:
         raise errors.UsageError(f'{flag}.path={source.path} is neither a folder nor a file.')
     formats = _formats(root, files, source, flag)
-    folders = {file.split('/')[0] for file in files if '/' in file}
+    hold_train, hub_caches = _holders('train', files), _holders('snapshots', files) & _holders('blobs', files)
+    told = {file: 'train' if single else _split(file, formats[file], hold_train) for file in files}
     splits: dict[str, list[str]] = {'train': [], 'validation': []}
-    known: dict[object, str] = {}  # which file -> its name
-    # Of the names of one file, the one without links is read.
-    for file in sorted(files, key=lambda file: (_has_link(root, file), file)):
-        split = 'train' if single else _split(file, formats[file], folders)
+    tests: dict[object, str] = {}  # which file -> its name
+    known: dict[object, str] = {}
+    # Of the names of one file, one that tells a split comes first, then one without links.
+    for file in sorted(files, key=lambda file: (told[file] is None, _has_link(root, file), file)):
+        split, identity = told[file], _identity(root / file)
         if formats[file] not in FORMATS:
             ignored[file] = formats[file]
+        elif formats[file] == 'text' and any(file.startswith((f'{at}blobs/', f'{at}refs/')) for at in hub_caches):
+            ignored[file] = "a hub cache's own"
         elif split == 'test':
+            tests.setdefault(identity, file)
             ignored[file] = 'test split'
-        elif split is None:
+        elif split is None and '' in hold_train:
             ignored[file] = 'outside train/'
-        elif known.setdefault(_identity(root / file), file) == file:
-            splits[split].append(file)
+        elif split is None and identity in tests:
+            ignored[file] = f'the same file as {tests[identity]}'
+        elif known.setdefault(identity, file) == file:
+            splits[split or 'train'].append(file)
         else:
             ignored[file] = 'a second name'
     for file in ignored:
@@ -149,23 +157,34 @@ def _identity(path: Path) -> object:
     return stat.st_dev, stat.st_ino
 
 
-def _split(file: str, file_format: str, top_folders: Collection[str]) -> str | None:
-    """Returns the split of a file, None if it lies outside train/.
+def _holders(name: str, files: Collection[str]) -> set[str]:
+    """Returns the folders, as '' or 'a/b/', in which a folder called `name` holds files."""
+    paths = [folder for file in set(map(os.path.dirname, files)) for folder in (Path(file), *Path(file).parents)]
+    return {f'{path.parent}/'.removeprefix('./') for path in paths if path.name == name}
 
-    Of plain text only the first folder and the names of corpora tell: a source tree's tests train.
+
+def _split(file: str, file_format: str, hold_train: Collection[str]) -> str | None:
+    """Returns the split that a file's name tells, or None; `hold_train` are the folders that hold train/.
+
+    Of plain text only the first folder, folders beside train/ and the names of corpora tell: a source tree's tests
+    train.
     """
     *folders, name = file.split('/')
-    if file_format != 'text':
-        parts = [*folders, name]
-    else:
-        told = [part for part in folders[:1] if part in ('train', 'validation', 'test') or 'train' in top_folders]
-        parts = told + [name] * name.lower().endswith(readers.CORPUS_TEXTS)
+    parts = [*folders, name]
+    if file_format == 'text':
+        parts = [
+            part
+            for i, part in enumerate(folders)
+            if ''.join(f'{folder}/' for folder in folders[:i]) in hold_train
+            or (not i and part in ('train', 'validation', 'test'))
+        ]
+        parts += [name] * name.lower().endswith(readers.CORPUS_TEXTS)
     for part in parts:
         words = {match.lastgroup for match in _SPLIT.finditer(part.lower())}
         for split in ('train', 'test', 'validation'):
             if split in words:
                 return split
-    return None if 'train' in top_folders else 'train'
+    return None
 
 
 def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) -> dict[str, str]:

@@ -88,6 +88,9 @@ def test_the_splits_of_a_folder(tmp_path):
         *((['train/a.jsonl', f'{folder}/a.jsonl'], 1, 1) for folder in ('val', 'valid', 'dev', 'Validation')),
         (['a.jsonl', 'en/test/b.jsonl', 'en/dev/c.jsonl'], 1, 1),
         (['a.jsonl', 'eval.jsonl', 'testing.jsonl'], 1, 0),
+        (['flores.train.jsonl', 'flores.dev.jsonl', 'flores.devtest.jsonl'], 1, 1),
+        (['trainset.jsonl', 'valset.jsonl', 'testset.jsonl', 'TestData.jsonl', 'tests/a.jsonl'], 1, 1),
+        (['aclImdb/train/pos/1.txt', 'aclImdb/test/pos/1.txt', 'aclImdb/dev/2.txt', 'b/x.txt', 'b/test/y.txt'], 3, 1),
         (['latest.jsonl', 'contest-1.jsonl', 'devices.jsonl', 'evaluate.jsonl', 'valley/a.jsonl'], 5, 0),
         # Of a source tree, tests and tools are code like the rest.
         (['src/test/a.py', 'dev/b.py', 'test_c.py', 'test.py', 'train.py', 'val.py'], 6, 0),
@@ -172,6 +175,27 @@ def test_a_file_of_two_names_is_read_once(tmp_path):
     assert ignored == {
         'blobs/0a1b': same, 'refs/main': 'plain text beside data', 'snapshots/222/train.jsonl': same,
     }  # fmt: skip
+
+
+def test_a_test_file_is_not_trained_on_by_another_name(tmp_path):
+    hub = tmp_path / 'hub'
+    write(hub, 'blobs/0a', 'blobs/0b', 'blobs/0c', 'refs/main', content='some words')
+    (hub / 'snapshots' / '111').mkdir(parents=True)
+    for name, blob in (('train', '0a'), ('valid', '0b'), ('test', '0c')):
+        (hub / 'snapshots' / '111' / f'wiki.{name}.tokens').symlink_to(hub / 'blobs' / blob)
+    splits, ignored = listed(hub)
+    assert splits == {
+        'train': ['snapshots/111/wiki.train.tokens'],
+        'validation': ['snapshots/111/wiki.valid.tokens'],
+    }
+    assert ignored['refs/main'] == ignored['blobs/0c'] == "a hub cache's own"
+    write(tmp_path / 'pool', 'all/a.jsonl', 'all/b.jsonl')
+    (tmp_path / 'pool' / 'test').mkdir()
+    (tmp_path / 'pool' / 'test' / 'b.jsonl').symlink_to(tmp_path / 'pool' / 'all' / 'b.jsonl')
+    assert listed(tmp_path / 'pool') == (
+        {'train': ['all/a.jsonl']},
+        {'all/b.jsonl': 'the same file as test/b.jsonl', 'test/b.jsonl': 'test split'},
+    )
 
 
 def test_copies_are_named(tmp_path, capsys):
