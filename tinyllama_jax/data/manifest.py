@@ -28,11 +28,11 @@ def make_manifest(
     """
     tokenizer = loading.load(loading.kept(path))
     results = {task: tasks.read_result(path, rank) for rank, task in enumerate(task_list.tasks)}
-    sources = {}
+    sources: dict[str, dict[str, Any]] = {}
     for name, listing in found.items():
         own = {task: result for task, result in results.items() if task.source == name}
-        _check_drop_sets(name, config.sources[name], list(own.values()))
-        sources[name] = _source_entry(name, own, listing, config.max_bad_share)
+        compared = _compared(name, config.sources[name], list(own.values()))
+        sources[name] = {**_source_entry(name, own, listing, config.max_bad_share), **compared}
         if seq_len:
             for entry in sources[name]['splits'].values():
                 entry['in_no_row'] = {'seq_len': seq_len, 'tokens': unused_tokens(entry['files'], seq_len)}
@@ -48,8 +48,11 @@ def make_manifest(
     }
 
 
-def _check_drop_sets(name: str, source: SourceConfig, results: list[dict[str, Any]]) -> None:
-    """Raises UsageError if `drop_sets` was set for a source whose records name no set."""
+def _compared(name: str, source: SourceConfig, results: list[dict[str, Any]]) -> dict[str, int]:
+    """Returns how many records are in a set of `drop_sets`, and how many name no set; nothing if that is as usual.
+
+    Raises UsageError if `drop_sets` was set for a source whose records name no set.
+    """
     is_set = source.drop_sets and source.drop_sets != SourceConfig().drop_sets
     if is_set and not any(result.get('labelled', True) for result in results):
         raise errors.UsageError(
@@ -57,6 +60,12 @@ def _check_drop_sets(name: str, source: SourceConfig, results: list[dict[str, An
             'record has a field with a string besides its text, and no file or folder has such a name; name the set '
             'in a field, or set drop_sets to an empty value.'
         )
+    read = [result for result in results if 'labelled' in result]  # not in bad files
+    in_sets = sum(result['unwanted'] for result in read)
+    if not is_set and not in_sets:
+        return {}
+    nameless = sum(result['documents'] + result['dropped'] - result['labelled'] for result in read)
+    return {'in_drop_sets': in_sets, 'without_set': max(nameless, 0)}
 
 
 def _source_entry(
@@ -147,7 +156,7 @@ def table(manifest: dict[str, Any], seq_len: int | None) -> list[str]:
 
 
 def _notes(name: str, source: dict[str, Any]) -> list[str]:
-    """Returns a line for each reason why files are not read, and for streams that are equal."""
+    """Returns lines about files that are not read, drop_sets that miss, and streams that are equal."""
     reasons: dict[str, list[str]] = {}
     for ignored in source.get('ignored', []):
         reasons.setdefault(ignored['reason'], []).append(ignored['file'])
@@ -157,6 +166,13 @@ def _notes(name: str, source: dict[str, Any]) -> list[str]:
         for file in entry['files']:
             if file['documents']:
                 equal.setdefault(file['sha256'], []).append(file['name'])
+    if source.get('in_drop_sets') == 0:
+        notes.append(f'{name}: no record is in a set of drop_sets; check how they are spelled')
+    if source.get('without_set'):
+        notes.append(
+            f'{name}: {source["without_set"]:,} records have no field that could name a set; of them only files and '
+            'folders were compared with drop_sets'
+        )
     return notes + [f'{name}: the same documents in {shown(names)}' for names in equal.values() if len(names) > 1]
 
 

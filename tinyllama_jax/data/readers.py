@@ -8,6 +8,7 @@ in `SourceConfig.format`.
 """
 
 import bz2
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -237,14 +238,22 @@ def _text_record(number: int, text: object, field: str, labels: tuple[str, ...])
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yields the strings among the values of nested dictionaries and lists."""
+    """Yields the strings among the values of nested dictionaries and lists, and of JSON in a string."""
     if isinstance(value, str):
         yield value
+        if value.lstrip()[:1] in ('{', '[', '"'):
+            with contextlib.suppress(ValueError, RecursionError):
+                yield from _strings(json.loads(value))
+    elif isinstance(value, bytes):
+        yield from _strings(value.decode(errors='replace'))
     elif isinstance(value, dict):
-        for key, entry in value.items():
-            # A number that stands for a set's name cannot be compared with it.
-            yield from [UNKNOWN_SET] if key == _SET_FIELD and isinstance(entry, int) else _strings(entry)
-    elif isinstance(value, list) and value and isinstance(value[0], str | dict | list):
+        for pair in value.items():
+            yield from _strings(pair)
+    elif isinstance(value, tuple):  # a pair of a dictionary, or of Arrow's map
+        key, entry = value
+        # A number that stands for a set's name cannot be compared with it.
+        yield from [UNKNOWN_SET] if key == _SET_FIELD and isinstance(entry, int | float) else _strings(entry)
+    elif isinstance(value, list) and not {*map(type, value)} <= {int, float}:
         for entry in value:
             yield from _strings(entry)
 
@@ -325,7 +334,7 @@ def _read_arrow(path: Path, fields: tuple[str, ...]) -> Iterator[Record]:
 
 
 def _columns(schema: pyarrow.Schema, fields: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Returns the column with the text, and the names of all columns to read: it and those that hold strings."""
+    """Returns the column with the text, and the names of all columns to read: it and those that may hold strings."""
     there = [field for field in fields if field in schema.names]
     if not there:
         wanted = ' or '.join(map(repr, fields))
@@ -333,7 +342,7 @@ def _columns(schema: pyarrow.Schema, fields: tuple[str, ...]) -> tuple[str, list
     if len(there) > 1:
         raise BadFile(f'has the columns {" and ".join(map(repr, there))}; set text_field to the one with the text')
     others = [column for column in schema if column.name != there[0]]
-    named = [column.name for column in others if 'string' in str(column.type) or _SET_FIELD in str(column)]
+    named = [column.name for column in others if any(part in str(column) for part in ('string', 'binary', _SET_FIELD))]
     return there[0], [there[0], *named]
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -113,8 +114,9 @@ class MarkDropped(_Step):
 def is_unwanted(record: readers.Record, task: Task) -> bool:
     """Returns whether a record is in one of the task's drop_sets.
 
-    It is if one of its fields besides the text is the set's name, or JSON in which the name is
-    quoted, or if its file or a folder of the file has this name. Raises BadFile if its set is a number.
+    It is if one of its fields besides the text is the set's name, or a dictionary in which the name is
+    quoted, or if its file (up to a shard's number) or a folder of the file has this name. Raises BadFile if its
+    set is a number.
     """
     if not task.drop_sets:
         return False
@@ -122,8 +124,8 @@ def is_unwanted(record: readers.Record, task: Task) -> bool:
         raise readers.BadFile(
             'names the sets of its records by numbers; write names, or set drop_sets to an empty value'
         )
-    file = task.input.names[record.file].split('/')
-    places = {*file[:-1], file[-1].split('.')[0]}
+    *folders, file = task.input.names[record.file].split('/')
+    places = {*folders, re.split(r'[-_](?=\d|train|valid)|\.', file)[0], file.split('.')[0]}
     return any(
         name in places or any(name == label or _quotes(label, name) for label in record.labels)
         for name in task.drop_sets
@@ -131,7 +133,7 @@ def is_unwanted(record: readers.Record, task: Task) -> bool:
 
 
 def _quotes(label: str, name: str) -> bool:
-    return label[:1] in ('{', '[') and any(f'{mark}{name}{mark}' in label for mark in '\'"')
+    return label.lstrip()[:1] in ('{', '[') and any(f'{mark}{name}{mark}' in label for mark in '\'"')
 
 
 class WriteStream(_Step):

@@ -17,6 +17,9 @@ FORMS = {
     'flat': lambda name: {'redpajama_set_name': name},
     'JSON in a string': lambda name: {'meta': json.dumps({'redpajama_set_name': name})},
     "Python's dict in a string": lambda name: {'meta': str({'redpajama_set_name': name})},
+    'JSON in JSON in a string': lambda name: {'meta': ' ' + json.dumps(json.dumps({'redpajama_set_name': name}))},
+    'bytes': lambda name: {'meta': {'redpajama_set_name': name.encode()}},
+    'a list that begins with null': lambda name: {'meta': [None, name]},
     'another field': lambda name: {'id': 7, 'source': name},
     'a list': lambda name: {'meta': {'sets': [name]}},
 }
@@ -30,6 +33,8 @@ def config(root, **source) -> DataConfig:
 @pytest.mark.parametrize('suffix', ['jsonl', 'parquet'])
 @pytest.mark.parametrize('form', FORMS)
 def test_a_set_is_dropped_however_its_name_is_written(tmp_path, form, suffix):
+    if (form, suffix) == ('bytes', 'jsonl'):
+        pytest.skip('JSON has no bytes')
     records = [{'text': f'document {i}', **FORMS[form](name)} for i, name in enumerate(SETS)]
     (tmp_path / 'words').mkdir()
     if suffix == 'parquet':
@@ -40,6 +45,35 @@ def test_a_set_is_dropped_however_its_name_is_written(tmp_path, form, suffix):
     assert (source['documents'], source['dropped']) == (2, 2)
 
 
+def test_a_set_is_dropped_in_a_map_of_arrow(tmp_path):
+    (tmp_path / 'words').mkdir()
+    maps = pyarrow.array([[('set', name)] for name in SETS], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    table = pyarrow.table({'text': ['some words'] * len(SETS), 'meta': maps})
+    pyarrow.parquet.write_table(table, tmp_path / 'words' / 'a.parquet')
+    source = prepare.prepare(config(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
+    assert (source['documents'], source['dropped']) == (2, 2)
+
+
+@pytest.mark.parametrize('name', ['{}.jsonl.zst', '{}-00000-of-00002.jsonl.zst', '{}_train_7.jsonl.zst'])
+def test_a_set_is_dropped_by_its_file(tmp_path, name):
+    for each in ('RedPajamaC4', 'RedPajamaGithub', 'RedPajamaGithubIssues'):
+        corpora.write_zst(tmp_path / 'words' / name.format(each), [{'text': 'some words'}])
+    source = prepare.prepare(config(tmp_path / 'words'), tmp_path / 'store')['sources']['words']
+    assert (source['documents'], source['dropped']) == (2, 1)
+
+
+def test_drop_sets_that_miss_are_said(tmp_path, capsys):
+    (tmp_path / 'words').mkdir()
+    (tmp_path / 'words' / 'a.jsonl').write_bytes(corpora.jsonl([corpora.record('some words', 'code')]))
+    (tmp_path / 'words' / 'b.jsonl').write_bytes(corpora.jsonl([{'text': 'more words'}, corpora.record('last words')]))
+    prepare.prepare(config(tmp_path / 'words', drop_sets=('Code',)), tmp_path / 'store')
+    assert 'words: no record is in a set of drop_sets; check' in capsys.readouterr().out
+    prepare.prepare(config(tmp_path / 'words', drop_sets=('code',)), tmp_path / 'other')
+    said = capsys.readouterr().out
+    assert 'no record is in a set' not in said
+    assert 'words: 1 records have no field that could name a set; of them only files and folders' in said
+
+
 def test_a_set_is_dropped_by_its_folder_but_not_by_its_text(tmp_path):
     for folder in ('RedPajamaC4', 'RedPajamaGithub'):
         corpora.write_zst(tmp_path / 'words' / folder / '0.jsonl.zst', [{'text': 'RedPajamaGithub'}])
@@ -48,9 +82,10 @@ def test_a_set_is_dropped_by_its_folder_but_not_by_its_text(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['jsonl', 'parquet'])
-def test_a_set_that_is_a_number_is_refused(tmp_path, suffix):
+@pytest.mark.parametrize('value', [3, 3.0])
+def test_a_set_that_is_a_number_is_refused(tmp_path, suffix, value):
     (tmp_path / 'words').mkdir()
-    records = [{'text': 'some words', 'meta': {'redpajama_set_name': 3}}]
+    records = [{'text': 'some words', 'meta': {'redpajama_set_name': value}}]
     if suffix == 'parquet':
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / 'words' / 'a.parquet')
     else:
