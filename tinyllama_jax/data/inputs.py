@@ -203,7 +203,7 @@ def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) 
     if source.format == 'auto':
         auto = _what_is_data(files, formats, has_field, f'{flag}.path={source.path}', flag)
         if auto == 'text':
-            _check_texts(root, files, fields, flag)
+            _check_texts(root, [file for file in files if file not in has_field], (*fields, 'content'), flag)
             return dict.fromkeys(files, 'text')
         wanted, other = set(FORMATS) - {'text'}, 'plain text beside data'
     else:
@@ -213,13 +213,12 @@ def _formats(root: Path, files: Sequence[str], source: SourceConfig, flag: str) 
 
 
 def _check_texts(root: Path, files: Sequence[str], fields: tuple[str, ...], flag: str) -> None:
-    """Raises UsageError if a file that is called a text begins with a record: it would become a document as it is."""
+    """Raises UsageError if a file begins with a record: as plain text it would become a document as it is."""
     for file in files:
-        called = [name for name in readers.CORPUS_TEXTS if name in Path(file.lower()).suffixes[-2:]]
-        if (called or '.' not in Path(file).name) and readers.begins_with_record(root / file, fields):
+        if readers.begins_with_record(root / file, fields):
             raise errors.UsageError(
-                f'{root / file} holds JSON lines, not plain text; rename it to .jsonl, or set {flag}.format=text to '
-                'read it so.'
+                f'{root / file} holds JSON lines or an array of records, not plain text; rename it to .json, or set '
+                f'{flag}.format=text to read it so.'
             )
 
 

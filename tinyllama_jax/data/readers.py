@@ -8,6 +8,7 @@ in `SourceConfig.format`.
 """
 
 import bz2
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -33,16 +34,21 @@ _MOST_JSON_BYTES = 1 << 30  # of one JSON array or object: it is held in memory
 # What is to be unpacked first, by the end of the name or by bytes at a place of the file.
 ARCHIVES = ('.tar', '.tgz', '.tbz2', '.txz', '.zip', '.7z', '.rar', '.lz4', '.br', '.z', '.sz', '.snappy', '.lzo')
 ARCHIVES += ('.tar.gz', '.tar.bz2', '.tar.xz', '.tar.zst')
+_MOST_REPLACED = 0.3  # share of the characters of a text that may be U+FFFD, for bytes that are not UTF-8
 CORPUS_TEXTS = ('.txt', '.text', '.tokens', '.raw')  # what corpora of plain text are called
 _CONTAINERS = {
     (0, b'PAR1'): 'parquet', (0, b'ARROW1'): 'arrow', (0, b'\xff' * 4): 'arrow', (0, b'\x1f\x8b'): 'gzip',
     (0, b'(\xb5/\xfd'): 'zstd', (0, b'\xfd7zXZ\0'): 'xz', (4, b'1AY&SY'): 'bzip2', (257, b'ustar'): 'tar',
+    (0, b'WARC/'): 'WARC',
 }  # fmt: skip
 _UTF_32_AND_16 = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
 
 
 class BadFile(Exception):
     """An input file that contributes nothing; the message is the reason."""
+
+
+_UNREADABLE = (BadFile, OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 class NotData(Exception):
@@ -153,6 +159,8 @@ def _read_jsonl(path: Path, fields: tuple[str, ...]) -> Iterator[Record]:
                 return
         lines = _lines(_content(path))
     for number, line in enumerate(lines):
+        if not number and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadFile('holds lines in UTF-16; convert it to UTF-8')
         if line.strip():
             yield _json_record(number, line, fields)
 
@@ -172,7 +180,7 @@ def has_json_records(path: Path, fields: tuple[str, ...]) -> bool | None:
             if whole is None:  # not JSON as a whole: lines, some of them bad, unless they do not begin like objects
                 return False if first.lstrip()[:1] == b'{' and first.strip() != b'{' else None
             values, single = (whole[:1], False) if isinstance(whole, list) else ([whole], True)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, BadFile):
+    except _UNREADABLE:
         return False  # reading it will say why
     if not values or not isinstance(values[0], dict):
         return None
@@ -181,12 +189,16 @@ def has_json_records(path: Path, fields: tuple[str, ...]) -> bool | None:
 
 
 def begins_with_record(path: Path, fields: tuple[str, ...]) -> bool:
-    """Returns whether the first of several lines of a file is a JSON object with one of `fields`."""
+    """Returns whether a file that is not called JSON begins with a record that has one of `fields`.
+
+    A single line counts only in a file that is called a text, or has no suffix: in a source tree it may be code.
+    """
+    called = not path.suffix or bool({*CORPUS_TEXTS} & {suffix.lower() for suffix in path.suffixes[-2:]})
     try:
-        line, newline, _ = next(_content(path), b'').partition(b'\n')
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, BadFile):
+        head = next(_content(path), b'').removeprefix(codecs.BOM_UTF8).strip() if path.is_file() else b''
+    except _UNREADABLE:
         return False  # reading it will say why
-    return bool(newline) and _is_object(line) and any(field in json.loads(line) for field in fields)
+    return head[:1] in (b'{', b'[') and (called or b'\n' in head) and has_json_records(path, fields) is True
 
 
 def _is_object(line: bytes) -> bool:
@@ -226,7 +238,7 @@ def _object_record(number: int, record: object, fields: tuple[str, ...]) -> Reco
     field = next((field for field in fields if field in record), None)
     if field is None:
         there = ', '.join(record) or 'none'
-        return Record(number, fault=f'has no {fields[0]!r}; its fields are {there[:100]}')
+        return Record(number, fault=f'has no {fields[0]!r}; its fields are {there[:100]}: set text_field to one')
     text = record.pop(field)
     return _text_record(number, text, field, tuple(_strings(record)))
 
@@ -264,7 +276,7 @@ def _strings(value: object) -> Iterator[str]:
 def _content(path: Path) -> Iterator[bytes]:
     """Yields the bytes of a file in chunks, decompressed if the end of its name says how."""
     suffix = path.suffix.lower()
-    with gzip.open(path) if suffix == '.gz' else open(path, 'rb') as file:
+    with gzip.open(path) if suffix in _GZIP else open(path, 'rb') as file:
         chunks = iter(lambda: file.read(_READ_BYTES), b'')
         if suffix in _DECOMPRESSORS:
             chunks = _decompress(chunks, _DECOMPRESSORS[suffix], padding=b'\0' if suffix == '.xz' else b'')
@@ -274,10 +286,11 @@ def _content(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
+_GZIP = ('.gz', '.gzip')
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    '.zst': lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
-    '.xz': lzma.LZMADecompressor,
-    '.bz2': bz2.BZ2Decompressor,
+    **dict.fromkeys(('.zst', '.zstd'), lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),
+    **dict.fromkeys(('.xz', '.lzma'), lzma.LZMADecompressor),
+    **dict.fromkeys(('.bz2', '.bz'), bz2.BZ2Decompressor),
 }
 
 
@@ -377,12 +390,17 @@ def _read_text(path: Path, _: tuple[str, ...]) -> Iterator[Record]:
             return
     if len(data) > 16 and data.count(0) > 0.4 * len(data):
         _refuse_binary(path, 'looks like UTF-16 without its mark, or is binary; convert it to UTF-8')
+    if data.startswith((b'%PDF-', b'SQLite format 3\0')):
+        _refuse_binary(path, 'is binary, not text')
     try:
         yield Record(0, data.decode())
     except UnicodeDecodeError:
         if b'\0' in data:
             _refuse_binary(path, 'is binary, not text')
-        yield Record(0, data.decode(errors='replace'))
+        text = data.decode(errors='replace')
+        if text.count('\ufffd') > _MOST_REPLACED * len(text):
+            _refuse_binary(path, 'is not UTF-8; convert it')
+        yield Record(0, text)
 
 
 def _refuse_binary(path: Path, reason: str) -> NoReturn:
@@ -397,7 +415,7 @@ def _refuse_binary(path: Path, reason: str) -> NoReturn:
 # With format=auto the last row with a file's suffix wins; every name has the suffix of `text`.
 FORMATS = {
     'text': Format(('',), (), _read_text),
-    'jsonl': Format(('.jsonl', '.ndjson', '.jsonlines', '.json', '.zst', '.gz', '.xz', '.bz2'), ('text',), _read_jsonl),
-    'parquet': Format(('.parquet',), ('content', 'text'), _read_parquet),
+    'jsonl': Format(('.jsonl', '.ndjson', '.jsonlines', '.json', *_GZIP, *_DECOMPRESSORS), ('text',), _read_jsonl),
+    'parquet': Format(('.parquet', '.parq', '.pq'), ('content', 'text'), _read_parquet),
     'arrow': Format(('.arrow', '.feather'), ('text', 'content'), _read_arrow),
 }

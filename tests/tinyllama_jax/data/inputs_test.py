@@ -147,13 +147,21 @@ def test_what_would_be_taken_for_text_is_refused_or_asked_about(tmp_path):
     assert listed(tmp_path, format='jsonl')[0] == {'train': ['b.json']}
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a', 'a.txt.gz'])
-def test_json_lines_by_another_name_are_refused(tmp_path, name):
-    content = b'{"text": "some words"}\n' * 2
+@pytest.mark.parametrize('content', [b'{"text": "some words"}\n' * 2, b'[{"content": "some words"},\n{"content": ""}]'])
+@pytest.mark.parametrize('name', ['a.txt', 'a', 'a.txt.gz', 'a.log', 'a.jsonl.1'])
+def test_json_lines_by_another_name_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('gz') else content)
     with pytest.raises(errors.UsageError, match=rf'/{name} holds JSON lines'):
         listed(tmp_path)
     assert listed(tmp_path, format='text')[0] == {'train': [name]}
+
+
+def test_a_single_record_is_refused_in_a_text_only(tmp_path):
+    write(tmp_path, 'a.txt', content='{"text": "some words"}')
+    with pytest.raises(errors.UsageError, match=r'/a\.txt holds JSON lines or an array'):
+        listed(tmp_path)
+    (tmp_path / 'a.txt').rename(tmp_path / 'a.py')
+    assert listed(tmp_path)[0] == {'train': ['a.py']}
 
 
 def test_compressed_plain_text_is_plain_text(tmp_path):

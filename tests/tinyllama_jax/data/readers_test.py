@@ -89,7 +89,11 @@ BAD_FILES = {
     'every record bad': (lambda path: path.with_suffix('.jsonl').write_bytes(b'oops\n{}\n'), 'every record is bad'),
     'another field': (
         lambda path: path.with_suffix('.jsonl').write_bytes(b'{"content": "x"}\n' * 2),
-        "has no 'text'; its fields are content",
+        "has no 'text'; its fields are content: set text_field to one",
+    ),
+    'lines in UTF-16': (
+        lambda path: path.with_suffix('.jsonl').write_bytes(GOOD_LINES.decode().encode('utf-16')),
+        'holds lines in UTF-16',
     ),
     'truncated xz': (
         lambda path: path.with_suffix('.jsonl.xz').write_bytes(lzma.compress(GOOD_LINES)[:-20]),
@@ -244,7 +248,9 @@ def read(path, file_format='jsonl', fields=('text',)):
 
 
 COMPRESS = {'xz': lzma.compress, 'bz2': bz2.compress, 'gz': gzip.compress}
-COMPRESS['zst'] = zstandard.ZstdCompressor().compress
+COMPRESS['zst'] = COMPRESS['zstd'] = zstandard.ZstdCompressor().compress
+COMPRESS['lzma'] = lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE)
+COMPRESS |= {'gzip': gzip.compress, 'bz': bz2.compress}
 
 
 @pytest.mark.parametrize('suffix', COMPRESS)
@@ -309,7 +315,8 @@ def test_encodings_of_plain_text(tmp_path):
     for content, reason in [
         ('plain words of text'.encode('utf-16-le'), 'UTF-16 without its mark'), (b'\x89\0\xff', 'is binary'),
         (parquet, 'not text but parquet'), (bz2.compress(b'x'), 'not text but bzip2'),
-        (b'\xff\xfea', 'begins like UTF-16'),
+        (b'\xff\xfea', 'begins like UTF-16'), ('東京の言葉'.encode('shift-jis'), 'is not UTF-8'),
+        (b'%PDF-1.7\n', 'is binary'), (b'SQLite format 3\0', 'is binary'), (b'WARC/1.0\r\n', 'not text but WARC'),
     ]:  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(readers.BadFile, match=reason):
