@@ -1,5 +1,6 @@
 """Makes a store's manifest from the results of prepare's tasks, and the table that prepare prints."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from tinyllama_jax.data import inputs, store, tasks
 from tinyllama_jax.tokenizer import loading
 
 _LISTED_RECORDS = 100  # bad records listed per source; all are counted
-_LISTED_NAMES = 8  # files named in a line
+_LISTED_NAMES = 8  # files named in a line, and lines about copies
+_NO_TOKENS = hashlib.sha256().hexdigest()
 
 
 def make_manifest(
@@ -109,7 +111,7 @@ def _source_entry(
 
 def _file_entry(names: tuple[str, ...], result: dict[str, Any]) -> dict[str, Any]:
     """Returns the manifest entry of a stream, which is called a file there."""
-    counts = ('documents', 'dropped', 'tokens', 'bad_records', 'sha256', 'first_records', 'bad')
+    counts = ('documents', 'dropped', 'tokens', 'bad_records', 'sha256', 'digests', 'first_records', 'bad')
     entry: dict[str, Any] = {'name': names[0], 'bytes': total_size(result['stamp'])}
     entry |= {key: result[key] for key in counts if key in result}
     if len(names) > 1:
@@ -161,11 +163,6 @@ def _notes(name: str, source: dict[str, Any]) -> list[str]:
     for ignored in source.get('ignored', []):
         reasons.setdefault(ignored['reason'], []).append(ignored['file'])
     notes = [f'{name}: not read ({reason}): {shown(names)}' for reason, names in reasons.items()]
-    equal: dict[str, list[str]] = {}
-    for entry in source['splits'].values():
-        for file in entry['files']:
-            if file['documents']:
-                equal.setdefault(file['sha256'], []).append(file['name'])
     if source.get('in_drop_sets') == 0:
         notes.append(f'{name}: no record is in a set of drop_sets; check how they are spelled')
     if source.get('without_set'):
@@ -173,7 +170,18 @@ def _notes(name: str, source: dict[str, Any]) -> list[str]:
             f'{name}: {source["without_set"]:,} records have no field that could name a set; of them only files and '
             'folders were compared with drop_sets'
         )
-    return notes + [f'{name}: the same documents in {shown(names)}' for names in equal.values() if len(names) > 1]
+    equal: dict[str, list[str]] = {}
+    for entry in source['splits'].values():
+        for file in entry['files']:
+            digests = zip(file.get('names', [file['name']]), file.get('digests', [file.get('sha256')]), strict=False)
+            for each, digest in digests:
+                if digest and not _NO_TOKENS.startswith(digest):
+                    equal.setdefault(digest[: tasks.DIGEST], []).append(each)
+    copies = [names for names in equal.values() if len(names) > 1]
+    notes += [f'{name}: the same documents in {shown(names)}' for names in copies[:_LISTED_NAMES]]
+    if len(copies) > _LISTED_NAMES:
+        notes.append(f'{name}: and {len(copies) - _LISTED_NAMES:,} more sets of files with the same documents')
+    return notes
 
 
 def shown(names: list[str]) -> str:

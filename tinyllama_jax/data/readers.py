@@ -416,6 +416,6 @@ def _refuse_binary(path: Path, reason: str) -> NoReturn:
 FORMATS = {
     'text': Format(('',), (), _read_text),
     'jsonl': Format(('.jsonl', '.ndjson', '.jsonlines', '.json', *_GZIP, *_DECOMPRESSORS), ('text',), _read_jsonl),
-    'parquet': Format(('.parquet', '.parq', '.pq'), ('content', 'text'), _read_parquet),
+    'parquet': Format(('.parquet',), ('content', 'text'), _read_parquet),
     'arrow': Format(('.arrow', '.feather'), ('text', 'content'), _read_arrow),
 }

@@ -9,6 +9,7 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from tinyllama_jax.tokenizer import loading
 from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 PROGRESS = '.progress'
+DIGEST = 16  # characters of the digest of a group's file
 _LISTED_RECORDS = 20  # bad records listed per task; all are counted
 
 
@@ -160,6 +162,7 @@ class WriteStream(_Step):
         counts = {'dropped': 0, 'bad_records': 0, 'unwanted': 0, 'labelled': 0}
         kept, faults, skipped = 0, [], []
         firsts: list[int | None] = [None] * len(source.names)  # place of each file's first record
+        hashes = [hashlib.sha256() for _ in source.names]  # of each file's ids
         for document in data:
             record = document.metadata['record']
             if isinstance(record, readers.Skipped):
@@ -175,14 +178,19 @@ class WriteStream(_Step):
             elif unwanted or not document.text:
                 counts['dropped'] += 1
             else:
-                writer.append(tokenizer.encode_document(document.text, **special), record.place)
+                tokens = tokenizer.encode_document(document.text, **special)
+                writer.append(tokens, record.place)
+                hashes[record.file].update(tokens.tobytes())
                 kept += 1
         if faults and not kept + counts['dropped']:
             raise readers.BadFile(readers.every_record_is_bad(*faults[0][1:]))
         counts['bad_records'] = len(faults)
         result = {**writer.close(), **counts, 'faults': faults[:_LISTED_RECORDS], 'skipped': skipped}
-        shared = len(source.names) > 1 and source.format != 'text'
-        return {**result, 'first_records': firsts} if shared else result
+        if len(source.names) > 1:
+            result['digests'] = [each.hexdigest()[:DIGEST] for each in hashes]
+            if source.format != 'text':
+                result['first_records'] = firsts
+        return result
 
 
 def input_stamp(source: readers.Input) -> list[list[int]]:

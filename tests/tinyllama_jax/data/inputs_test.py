@@ -216,6 +216,19 @@ def test_copies_are_named(tmp_path, capsys):
     assert 'words: the same documents in snapshots/a/x.jsonl.zst, snapshots/b/x.jsonl.zst' in said
 
 
+@pytest.mark.parametrize('suffix', ['jsonl', 'txt'])
+def test_copies_within_a_stream_are_named(tmp_path, capsys, suffix):
+    for folder, i in itertools.product('ab', range(10)):
+        text = f'some words {i}' if i else ''
+        content = text if suffix == 'txt' else json.dumps({'text': text})
+        write(tmp_path / 'words' / folder, f'{i}.{suffix}', content=content)
+    prepare.prepare(corpora.one_source(tmp_path / 'words'), tmp_path / 'store')
+    said = capsys.readouterr().out
+    assert f'words: the same documents in a/1.{suffix}, b/1.{suffix}\n' in said
+    assert f'a/0.{suffix}, b/0' not in said
+    assert 'words: and 1 more sets of files with the same documents' in said
+
+
 @pytest.mark.parametrize('workdir', ['.', 'runs/a'])
 def test_a_workdir_inside_a_source_is_left_out(tmp_path, workdir):
     write(tmp_path, 'a.txt', 'b.txt', content='some words of text')
