@@ -11,11 +11,12 @@ from tinyllama_jax import errors
 
 _PORTS = 61_440, 4_096  # the first, and how many: above Linux's ephemeral ports; jobs take turns
 _KUBERNETES = 'COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'JOB_COMPLETION_INDEX'  # as launch/jobset.yaml sets them
-# Where launchers say how many processes they started. Of the later ones no other variable is read.
+# Where launchers say how many processes they started, or an id, which above 0 says that there are several. Of the later
+# ones no other variable is read.
 _POD_SIZES = 'WORLD_SIZE', 'NUM_PROCESSES', 'JAX_NUM_PROCESSES'  # set in a pod too, for whatever is run in it
 _SIZES = (
     'OMPI_COMM_WORLD_SIZE', 'SLURM_STEP_NUM_TASKS', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE', 'JSM_NAMESPACE_SIZE',
-    'FLUX_JOB_SIZE',
+    'FLUX_JOB_SIZE', 'HOROVOD_SIZE', 'PMIX_RANK', 'PMI_RANK', 'PALS_RANKID',
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def find(
 
 def refuse_several(command: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raises UsageError if a launcher started several processes to run `command`, which is for one."""
-    torchrun = ('WORLD_SIZE',) if 'TORCHELASTIC_RUN_ID' in environment else ()
+    torchrun = ('WORLD_SIZE',) if 'LOCAL_RANK' in environment else ()  # otherwise it may be a pod's
     for name in _several((*torchrun, *_SIZES), environment):
         raise errors.UsageError(
             f'{name}={environment[name]}: {command} runs in one process, and would run in each of these; start it once.'
@@ -86,7 +87,8 @@ def refuse_several(command: str, environment: Mapping[str, str] = os.environ) ->
 
 def _several(names: Iterable[str], environment: Mapping[str, str]) -> list[str]:
     """Returns the variables, of `names`, that say that there are several processes."""
-    return [name for name in names if environment.get(name, '') not in ('', '0', '1')]
+    alone = {name: ('', '0') if 'RANK' in name else ('', '0', '1') for name in names}
+    return [name for name, values in alone.items() if environment.get(name, '') not in values]
 
 
 def _torchrun(host: str, environment: Mapping[str, str]) -> Place | None:
@@ -97,7 +99,8 @@ def _torchrun(host: str, environment: Mapping[str, str]) -> Place | None:
         return None
     if environment.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and port.isdigit():  # torchrun itself has that port
         port = str(_port(int(port) + 1))
-    device = _own_device(environment, environment.get('LOCAL_WORLD_SIZE', '1') != '1', 'LOCAL_RANK')
+    local_size = environment.get('LOCAL_WORLD_SIZE') or environment.get('LOCAL_SIZE', '1')  # the latter: DeepSpeed
+    device = _own_device(environment, local_size != '1', 'LOCAL_RANK')
     return _validated(Place(host, _joined(address, port), *numbers, device), 'MASTER_ADDR:MASTER_PORT', 'RANK')
 
 
@@ -170,7 +173,7 @@ def _port(number: int) -> int:
 
 
 def _joined(host: str, port: str) -> str:
-    return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+    return f'[{host.strip("[]")}]:{port}' if ':' in host else f'{host}:{port}'
 
 
 def _validated(place: Place, address_name: str, id_name: str) -> Place:

@@ -26,6 +26,8 @@ TORCHRUN = {
     'LOCAL_RANK': '3',
     'NODE_NAME': 'node8',
 }
+DEEPSPEED = {name: value for name, value in TORCHRUN.items() if not name.startswith(('TORCH', 'LOCAL_W'))}
+DEEPSPEED |= {'LOCAL_SIZE': '8'}
 OPEN_MPI = {
     'OMPI_COMM_WORLD_SIZE': '16',
     'OMPI_COMM_WORLD_RANK': '11',
@@ -98,7 +100,10 @@ def test_other_launchers_of_pytorch_programs_give_the_place():
     elastic = ('TORCHELASTIC_RUN_ID', 'TORCHELASTIC_USE_AGENT_STORE', 'LOCAL_WORLD_SIZE', 'LOCAL_RANK')
     pod = {name: value for name, value in TORCHRUN.items() if name not in elastic}
     assert place.find(environment=pod) == Place('node8', 'node7:29500', 16, 11)
-    assert place.find(environment={**pod, 'MASTER_ADDR': 'fe80::1'}).address == ('fe80::1', 29_500)
+    for address in ('fe80::1', '[fe80::1]'):
+        here = place.find(environment={**pod, 'MASTER_ADDR': address})
+        assert (here.coordinator, here.address) == ('[fe80::1]:29500', ('fe80::1', 29_500))
+    assert place.find(environment=DEEPSPEED) == Place('node8', 'node7:29500', 16, 11, local_devices=(3,))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,8 @@ def test_a_launcher_within_a_job_of_slurm_counts():
     [
         OPEN_MPI,  # nothing says where process 0 is
         {'PMI_SIZE': '2', 'PMI_RANK': '0'},  # MPICH, Intel MPI
+        {'HOROVOD_SIZE': '2', 'HOROVOD_RANK': '0'},
+        {'PMIX_RANK': '1', 'PMIX_NAMESPACE': 'prterun-a-1@1'},  # PRRTE's prun tells no size
         {'WORLD_SIZE': '2', 'RANK': '1'},
         {'WORLD_SIZE': '2', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'},
         {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1', 'SLURM_JOB_ID': '4'},
@@ -137,18 +144,20 @@ def test_a_launcher_within_a_job_of_slurm_counts():
     ],
 )
 def test_a_launcher_of_several_processes_that_gives_no_place_is_refused(environment):
-    size = next(name for name in environment if 'SIZE' in name or name.startswith(('NUM_', 'SLURM_STEP_NUM')))
+    size = next(
+        name for name in environment if any(part in name for part in ('SIZE', 'NUM_PROCESSES', 'NUM_TASKS', 'RANK'))
+    )
     with pytest.raises(errors.UsageError, match=f'{size}={environment[size]}: a launcher started several .*--coord'):
         place.find(environment=environment)
 
 
 def test_a_command_for_one_process_is_refused_by_several():
-    for environment in (OPEN_MPI, TORCHRUN, SLURM, {'PMI_SIZE': '2'}):
+    for environment in (OPEN_MPI, TORCHRUN, DEEPSPEED, SLURM, {'PMI_SIZE': '2'}):
         with pytest.raises(errors.UsageError, match='=(16|2): export runs in one process'):
             place.refuse_several('export', environment)
     for alone in (
         {},
-        {'OMPI_COMM_WORLD_SIZE': '1'},
+        {'OMPI_COMM_WORLD_SIZE': '1', 'PMIX_RANK': '0'},
         KUBERNETES,
         {'WORLD_SIZE': '2', 'RANK': '1'},
     ):  # one may enter a pod
