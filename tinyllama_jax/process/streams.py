@@ -20,6 +20,7 @@ class _Outlasting(io.FileIO):
             if self.fileno() == 1 and not _outlive:
                 if isinstance(error, BrokenPipeError):
                     raise SystemExit(_READER_GONE) from None
+                error.filename = 'standard output'
                 raise
             return memoryview(data).nbytes
 
@@ -38,7 +39,9 @@ def set_up() -> None:
         wrapper = io.TextIOWrapper(
             io.BufferedWriter(_Outlasting(number, 'w', closefd=False)),
             encoding=stream.encoding,
-            errors='replace' if stream.errors == 'strict' else stream.errors,
+            errors='replace'
+            if stream.errors in ('strict', 'surrogateescape')
+            else stream.errors,  # the latter: locale C
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )

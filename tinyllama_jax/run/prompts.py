@@ -37,7 +37,7 @@ def generate_run(
         try:
             texts += pathlib.Path(prompts).read_text(encoding='utf-8-sig').removesuffix('\n').split('\n')
         except (OSError, UnicodeDecodeError) as error:
-            raise errors.UsageError(f'--prompts={prompts} cannot be read: {error}.') from None
+            raise errors.UsageError(f'--prompts={prompts} cannot be read ({error}); give a text in UTF-8.') from None
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)

@@ -43,8 +43,9 @@ def test_a_full_disk_is_no_quiet_end():
     assert done.returncode == 1 and 'No space left on device' in done.stderr
 
 
-def test_what_the_encoding_lacks_is_replaced():
-    done = _run("print('na\\u00efve \\ud800')", env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+@pytest.mark.parametrize('encoding', ['ascii', 'ascii:surrogateescape'])  # the latter: of the locale C
+def test_what_the_encoding_lacks_is_replaced(encoding):
+    done = _run("print('na\\u00efve \\ud800')", env=os.environ | {'PYTHONIOENCODING': encoding})
     assert (done.returncode, done.stdout) == (0, 'na?ve ?\n')
 
 
