@@ -33,6 +33,7 @@ def commit() -> str:
         return subprocess.run(('git', *trusting, '-C', _ROOT, *arguments), capture_output=True, check=True).stdout
 
     try:
+        git('ls-files', '--error-unmatch', 'main.py')  # fails in a copy that lies in a checkout of something else
         head, changes = git('rev-parse', 'HEAD').decode().strip(), git('diff', 'HEAD')
         return head + (f'+changes-{hashlib.sha256(changes).hexdigest()[:8]}' if changes else '')
     except (OSError, subprocess.CalledProcessError) as error:

@@ -50,6 +50,17 @@ def test_other_uncommitted_changes_are_another_code(code):
         assert _commit().startswith(clean)
 
 
+def test_a_copy_within_another_checkout_is_named_by_its_code(code, monkeypatch):
+    for arguments in ('init -q', 'add .', '-c user.name=x -c user.email=x commit -q -m x'):
+        subprocess.run(['git', *arguments.split()], cwd=code, check=True)
+    (code / 'copy').mkdir()
+    (code / 'copy' / 'main.py').write_text('1')
+    monkeypatch.setattr(versions, '_ROOT', code / 'copy')
+    first = _commit()
+    (code / 'copy' / 'main.py').write_text('2')
+    assert first.startswith('files-') and _commit() != first
+
+
 def test_outside_a_checkout_the_code_itself_names_it(code, monkeypatch, capsys):
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(code.parent))
     first = _commit()
