@@ -79,8 +79,8 @@ def keep_model(source: pathlib.Path, workdir: pathlib.Path, tokenizer: BaseToken
         text = text.lstrip(' ')  # transformers' class for Llama reads spaces at the beginning in its own way
         if model.encode(text) != tokenizer.encode(text):
             print(
-                f'import: {path} gives other ids than tokenizer.json beside it, for example for {text[:40]!r}; only '
-                'tokenizer.json is kept, which transformers reads.',
+                f'import: transformers gives other ids for the folder than SentencePiece for {path}, for example for '
+                f'{text[:40]!r}; {workdir / loading.FOLDER} gives those of transformers.',
                 file=sys.stderr,
             )
             return

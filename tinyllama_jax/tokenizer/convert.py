@@ -70,9 +70,24 @@ _DECODERS = [
 _STRIP = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
 
 
-def obstacle(model_path: pathlib.Path) -> str | None:
-    """Returns why `build` refuses the SentencePiece model at `model_path`, or None."""
-    return _problem(sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes()))
+def of_transformers(model_path: pathlib.Path) -> dict[str, Any]:
+    """Returns what transformers 5 takes of the SentencePiece model at `model_path`: pieces, merges and added tokens.
+
+    It ranks merges by the id of the merged piece, whatever the scores, so its ids differ from SentencePiece's where
+    the two orders do (Llama's runs of spaces), and it normalises nothing.
+    """
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model_path.read_bytes()).pieces
+    vocab = {piece.piece: index for index, piece in enumerate(pieces)}
+    cuts = ((text[:cut], text[cut:], index) for text, index in vocab.items() for cut in range(1, len(text)))
+    merges = [(index, len(left), [left, right]) for left, right, index in cuts if left in vocab and right in vocab]
+    return {
+        'added_tokens': [
+            {'id': vocab[piece.piece], 'content': piece.piece, **_SPECIAL, 'special': piece.type == _KINDS.CONTROL}
+            for piece in pieces
+            if piece.type in (_KINDS.CONTROL, _KINDS.USER_DEFINED)
+        ],
+        'model': {'type': 'BPE', 'vocab': vocab, 'merges': [merge for _, _, merge in sorted(merges)]},
+    }
 
 
 def _problem(model) -> str | None:

@@ -42,7 +42,7 @@ _CLEANED = ((' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"), ("
 class JsonTokenizer(base.BaseTokenizer):
     """The tokenizer of a tokenizer.json or of a folder with one.
 
-    A folder may have a tokenizer.model of Llama 2's kind instead. Raises UsageError naming the file, and the
+    A folder may have a tokenizer.model instead. Raises UsageError naming the file, and the
     field if it is one, that cannot be used.
     """
 
@@ -52,14 +52,19 @@ class JsonTokenizer(base.BaseTokenizer):
         config, added = settings(self.folder)
         file = self.path / FILE if self.path.is_dir() else self.path
         if not file.exists() and (self.folder / MODEL).exists() and self.path.is_dir():
-            file, config['tokenizer_class'] = self.folder / MODEL, 'LlamaTokenizer'
-            text = json.dumps(convert.build(file, add_bos=False))
+            file = self.folder / MODEL
+            if 'CodeLlama' not in str(config['tokenizer_class']):
+                config['tokenizer_class'] = 'LlamaTokenizer'
+            text = json.dumps(convert.of_transformers(file))
         else:
             text = _read(file)
         try:
             content = json.loads(text)
-            if 'added_tokens_decoder' not in config or file.name == MODEL:
-                added |= {token['id']: token for token in content.get('added_tokens', [])}
+            inside = {token['id']: token for token in content.get('added_tokens', [])}
+            if file.name != MODEL:
+                added |= {} if 'added_tokens_decoder' in config else inside
+            elif not config.keys() & {'additional_special_tokens', 'extra_special_tokens'}:
+                added = inside | added
             name = str(config.get('tokenizer_class') or '').removesuffix('Fast')
             self._tokenizer, named = _backend(text, content, name, config, self.folder)
             named |= _add_tokens(self._tokenizer, named, config, added, every=name == 'Qwen2Tokenizer')
@@ -164,7 +169,7 @@ def _backend(
     elif name not in _AS_WRITTEN and name != 'LlamaTokenizer':
         raise errors.UsageError(
             f'{folder / _CONFIG}: tokenizer_class is {name}, of which transformers makes a tokenizer of its own; with '
-            'PreTrainedTokenizerFast there, tokenizer.json is taken as it is.'
+            'PreTrainedTokenizerFast there, tokenizer.json is taken as it is, with LlamaTokenizer tokenizer.model.'
         )
     if model.get('dropout'):
         raise errors.UsageError(f'{folder / FILE}: dropout is {model["dropout"]}, so ids are random; set it to null.')

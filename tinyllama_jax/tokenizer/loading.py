@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from tinyllama_jax import errors, files
-from tinyllama_jax.tokenizer import base, convert, json_file, spm
+from tinyllama_jax.tokenizer import base, json_file, spm
 
 FOLDER = 'tokenizer'  # in a run's folder or a store: the files of a tokenizer.json
 
@@ -13,8 +13,8 @@ def load(path: str | Path, *, adds_bos: bool = False) -> base.BaseTokenizer:
     """Returns the tokenizer at `path`: a SentencePiece .model file, a tokenizer.json, or a folder with one of them.
 
     A folder is read as transformers reads a Llama's, with the files that name its special and added tokens. Its
-    tokenizer.json counts before its tokenizer.model. A tokenizer.model that is not of Llama 2's kind, which
-    transformers does not read as such, gives SentencePiece's ids. `adds_bos` is for a .model file.
+    tokenizer.json counts before its tokenizer.model. A folder's tokenizer.model that is not BPE, of which transformers
+    makes nothing sensible, gives SentencePiece's ids. `adds_bos` is for a .model file.
 
     Raises UsageError for what cannot be read.
     """
@@ -26,9 +26,12 @@ def load(path: str | Path, *, adds_bos: bool = False) -> base.BaseTokenizer:
     model = path / json_file.MODEL
     if not model.exists():
         raise errors.UsageError(f'{path} holds neither tokenizer.model nor tokenizer.json.')
-    tokenizer = spm.SentencePieceTokenizer(model)
-    if convert.obstacle(model) is None:
+    config, added = json_file.settings(path)
+    tokenizer = spm.SentencePieceTokenizer(model, adds_bos=bool(config.get('add_bos_token')))
+    if tokenizer.is_bpe:
         return json_file.JsonTokenizer(path)
+    if above := [token['content'] for index, token in added.items() if index >= tokenizer.vocab_size]:
+        raise errors.UsageError(f'{model} is not BPE, so {above[0]!r} cannot be added to it; give a tokenizer.json.')
     tokenizer.stop_ids = json_file.stop_ids(path, tokenizer.eos_id)
     return tokenizer
 

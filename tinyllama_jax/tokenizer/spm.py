@@ -28,7 +28,7 @@ _TIKTOKEN = re.compile(rb'[A-Za-z0-9+/]+=* \d+\r?\n')
 
 
 class SentencePieceTokenizer(base.BaseTokenizer):
-    """A SentencePiece model from the file `path`.
+    """A SentencePiece model from the file `path`; `is_bpe` tells its kind.
 
     `adds_bos`: whether `encode` puts BOS first if asked for special tokens. Raises UsageError when the file is missing
     or not a SentencePiece model.
@@ -59,6 +59,7 @@ class SentencePieceTokenizer(base.BaseTokenizer):
         self.stop_ids = tuple({self.eos_id} - {-1})
         self._adds_bos = adds_bos and self.bos_id >= 0
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        self.is_bpe = proto.trainer_spec.model_type == _BPE
         self._memo = _Memo(proto, self.dtype) if _can_be_cut(proto) else None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:

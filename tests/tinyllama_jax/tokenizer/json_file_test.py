@@ -10,6 +10,7 @@ import zstandard
 
 from tests.support import corpora, json_tokenizers, tiny_export
 from tests.support.json_tokenizers import edit
+from tests.tinyllama_jax.tokenizer import spm_test
 from tinyllama_jax import errors
 from tinyllama_jax.tokenizer import json_file, loading
 
@@ -159,6 +160,31 @@ def test_a_sentencepiece_model_alone_is_read_as_transformers_reads_a_llama_s(tmp
     assert_same(tmp_path, [*TEXTS, tiny_export.text()])
 
 
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'user_defined_symbols': ['<|im_start|>', '<|im_end|>'], 'control_symbols': ['<extra>']},
+        {'normalization_rule_name': 'nmt_nfkc', 'remove_extra_whitespaces': True},  # OpenLLaMA's
+        {'byte_fallback': False, 'add_dummy_prefix': False, 'pad_id': 3, 'bos_id': 0, 'eos_id': 1, 'unk_id': 2},
+    ],
+)
+def test_other_sentencepiece_models_alone_are_read_as_transformers_reads_them(tmp_path, options):
+    spm_test.train_variant(tmp_path / 'tokenizer.model', **options)
+    edit(tmp_path / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer', add_bos_token=True)
+    assert_same(tmp_path, [*TEXTS, tiny_export.text()])
+    edit(tmp_path / 'added_tokens.json', **{'[PAD]': loading.load(tmp_path).vocab_size})
+    edit(tmp_path / 'tokenizer_config.json', extra_special_tokens=['naïve'])
+    assert_same(tmp_path)
+
+
+def test_merges_of_a_sentencepiece_model_alone_are_ranked_as_by_transformers(tmp_path, test_data_dir):
+    edit(tmp_path / 'tokenizer_config.json', tokenizer_class='LlamaTokenizer')
+    tiny_export.write_merged_tokenizer(tmp_path / 'tokenizer.model')
+    assert_same(tmp_path, [*TEXTS, tiny_export.text()])
+    shutil.copyfile(test_data_dir / 'tokenizer' / 'tokenizer.model', tmp_path / 'tokenizer.model')
+    assert_same(tmp_path, [*TEXTS, *(' ' * count + 'x' for count in range(40)), tiny_export.text()])
+
+
 def test_added_tokens_beside_a_sentencepiece_model_are_honoured(tmp_path):
     model = tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
     edit(tmp_path / 'added_tokens.json', **{'[PAD]': 400, '<|im_start|>': 401, '<|im_end|>': 402})
@@ -215,6 +241,10 @@ def test_what_cannot_be_read_is_refused_by_name(copied, tmp_path):
     edit(folder / 'tokenizer_config.json', tokenizer_class='T5TokenizerFast')
     with pytest.raises(errors.UsageError, match='tokenizer_class is T5Tokenizer, of which'):
         loading.load(folder)
+    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
+    edit(tmp_path / 'tokenizer_config.json', tokenizer_class='CodeLlamaTokenizer')
+    with pytest.raises(errors.UsageError, match='CodeLlamaTokenizer, of which .* LlamaTokenizer tokenizer.model'):
+        loading.load(tmp_path)
     edit(folder / 'tokenizer_config.json', tokenizer_class=None, added_tokens_decoder={'a': 1})
     with pytest.raises(errors.UsageError, match='tokens cannot be read'):
         loading.load(folder)

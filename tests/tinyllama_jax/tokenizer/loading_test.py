@@ -21,12 +21,18 @@ def test_a_tokenizer_json_counts_before_a_model_beside_it(tmp_path):
     assert loading.load(folder).encode('the end') == loading.load(model).encode('the end')
 
 
-def test_a_model_that_is_not_of_llamas_kind_gives_sentencepiece_s_ids(tmp_path):
+def test_a_model_that_is_not_bpe_gives_sentencepiece_s_ids(tmp_path):
     spm_test.train_variant(tmp_path / 'tokenizer.model', model_type='unigram')
     (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [2, 7]}')
     tokenizer = loading.load(tmp_path)
     assert isinstance(tokenizer, spm.SentencePieceTokenizer)
     assert tokenizer.stop_ids == (2, 7)
+    plain = tokenizer.encode('a', special=True)
+    json_tokenizers.edit(tmp_path / 'tokenizer_config.json', add_bos_token=True)
+    assert loading.load(tmp_path).encode('a', special=True) == [1, *plain]
+    json_tokenizers.edit(tmp_path / 'added_tokens.json', **{'<s>': 1, '[PAD]': tokenizer.vocab_size})
+    with pytest.raises(errors.UsageError, match=r"tokenizer.model is not BPE, so '\[PAD\]' cannot be added"):
+        loading.load(tmp_path)
 
 
 @pytest.mark.parametrize(
