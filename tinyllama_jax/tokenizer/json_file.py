@@ -63,7 +63,7 @@ class JsonTokenizer(base.BaseTokenizer):
             inside = {token['id']: token for token in content.get('added_tokens', [])}
             if file.name != MODEL:
                 added |= {} if 'added_tokens_decoder' in config else inside
-            elif not config.keys() & {'additional_special_tokens', 'extra_special_tokens'}:
+            elif isinstance(config.get('extra_special_tokens', {}), dict):  # a list replaces the model's own
                 added = inside | added
             name = str(config.get('tokenizer_class') or '').removesuffix('Fast')
             self._tokenizer, named = _backend(text, content, name, config, self.folder)
@@ -85,8 +85,7 @@ class JsonTokenizer(base.BaseTokenizer):
         texts = (named.get(key) for key in ('bos_token', 'eos_token'))
         self.bos_id, self.eos_id = (vocabulary[text] if text else -1 for text in texts)
         if self.eos_id < 0:
-            model = _object(self.folder / 'config.json')
-            bos, eos = (_ids(model.get(key)) for key in ('bos_token_id', 'eos_token_id'))
+            bos, eos = (_ids(self.folder / 'config.json', key) for key in ('bos_token_id', 'eos_token_id'))
             self.bos_id = self.bos_id if self.bos_id >= 0 or not bos else bos[0]
             self.eos_id = eos[0] if eos else -1
         self.stop_ids = stop_ids(self.folder, self.eos_id)
@@ -117,6 +116,8 @@ def settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """
     config = _object(folder / _CONFIG)
     config['tokenizer_class'] = config.get('tokenizer_class') or _object(folder / 'config.json').get('tokenizer_class')
+    if 'additional_special_tokens' in config and not config.get('extra_special_tokens'):  # its older name
+        config['extra_special_tokens'] = config.pop('additional_special_tokens')
     try:
         if 'added_tokens_decoder' in config:
             return config, {int(index): token for index, token in config['added_tokens_decoder'].items()}
@@ -133,7 +134,7 @@ def settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
 
 def stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
     """Returns the ids that end a text: those of generation_config.json, else of config.json, and `eos_id`."""
-    found = (_ids(_object(folder / name).get('eos_token_id')) for name in ('generation_config.json', 'config.json'))
+    found = (_ids(folder / name, 'eos_token_id') for name in ('generation_config.json', 'config.json'))
     return tuple(dict.fromkeys([*next(filter(None, found), []), *[eos_id] * (eos_id >= 0)]))
 
 
@@ -188,11 +189,14 @@ def _add_tokens(
     every: bool,
 ) -> dict[str, str | None]:
     """Adds `added` and the special tokens that are missing, and returns the named ones' texts. `every`: all special."""
-    named = {**defaults, **{key: config[key] for key in _NAMED if key in config}}
+    found = defaults | config
+    named = {key: found[key] for key in _NAMED if key in found}
     named |= {
         key: value
         for key, value in config.items()
-        if key.endswith('_token') and key not in _NAMED and isinstance(value, str)
+        if key.endswith('_token')
+        and key not in _NAMED
+        and (isinstance(value, str) or (isinstance(value, dict) and '__type' in value))
     }
     extra = config.get('extra_special_tokens')
     named |= extra if isinstance(extra, dict) else {}
@@ -202,7 +206,7 @@ def _add_tokens(
     known = {token.content for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
     for token in special:
         if _text(token) not in known:
-            tokens.append(_token(token, special=True))
+            tokens.append(_token(token, special=isinstance(token, str) or _text(token) in specials))
             known.add(_text(token))
     tokenizer.add_tokens(tokens)
     if every:
@@ -232,12 +236,20 @@ def _text(token: str | dict[str, Any]) -> str:
 
 
 def _extra(config: dict[str, Any]) -> list[Any]:
-    extra = config.get('extra_special_tokens') or config.get('additional_special_tokens') or []
-    return list(extra.values()) if isinstance(extra, dict) else extra
+    """Returns the special tokens without a name; `additional_special_tokens` is then special_tokens_map.json's."""
+    extra = config.get('extra_special_tokens', {})
+    if isinstance(extra, dict):
+        return [*extra.values(), *(config.get('additional_special_tokens') or [])]
+    return extra or []
 
 
-def _ids(value: Any) -> list[int]:
-    return [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int) and index >= 0]
+def _ids(path: Path, name: str) -> list[int]:
+    """Returns the ids, none if negative, in a field of the JSON file `path`, which may be missing."""
+    value = _object(path).get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int and index < 1 << 31 for index in ids):
+        raise errors.UsageError(f'{path}: {name} is {value!r}, neither an id nor a list of ids; mend the file.')
+    return [index for index in ids if index >= 0]
 
 
 def _read(path: Path) -> str:

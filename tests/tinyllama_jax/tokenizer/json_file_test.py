@@ -127,6 +127,31 @@ def test_older_folders_keep_tokens_elsewhere(copied, kind):
     assert_same(folder)
 
 
+@pytest.mark.parametrize(
+    ('settings', 'of_the_map'),
+    [
+        ({'additional_special_tokens': ['<a>'], 'extra_special_tokens': {'image_token': '<b>'}}, ['<c>']),
+        ({'additional_special_tokens': ['<a>']}, ['<b>', '<c>']),
+        ({'additional_special_tokens': []}, ['<b>']),
+        ({'extra_special_tokens': {}}, ['<b>']),
+        ({'fill_token': {'__type': 'AddedToken', 'content': '<b>'}}, ['<a>']),
+        ({'extra_special_tokens': [{'__type': 'AddedToken', 'content': '<a>', 'special': False}]}, None),
+    ],
+)
+def test_special_tokens_without_a_role_are_taken_as_transformers_takes_them(copied, settings, of_the_map):
+    folder = copied('llama3')
+    edit(folder / 'tokenizer_config.json', **settings)
+    if of_the_map is not None:
+        edit(folder / 'special_tokens_map.json', additional_special_tokens=of_the_map)
+    assert_same(folder, ['x<a> <b>y<c>', '<|eot_id|><b>'])
+
+
+def test_new_special_tokens_have_ids_in_the_order_of_their_roles(copied):
+    folder = copied('qwen2')
+    edit(folder / 'tokenizer_config.json', bos_token='<s>', eos_token='</s>', pad_token='[PAD]')
+    assert_same(folder)
+
+
 def test_bos_and_eos_may_be_config_json_s_alone(copied):
     folder = copied('llama3')
     edit(folder / 'tokenizer_config.json', bos_token=None, eos_token=None)
@@ -141,8 +166,12 @@ def test_each_id_that_ends_a_text_is_known(copied):
     assert loading.load(folder).stop_ids == (1,)
     edit(folder / 'config.json', eos_token_id=2)
     assert loading.load(folder).stop_ids == (2, 1)
-    edit(folder / 'generation_config.json', eos_token_id=[1, 9])
+    edit(folder / 'generation_config.json', eos_token_id=[1, 9, -1])
     assert loading.load(folder).stop_ids == (1, 9)
+    for wrong in ('1', [[1]], 1.0, True, {'x': 1}, 1 << 31):
+        edit(folder / 'generation_config.json', eos_token_id=wrong)
+        with pytest.raises(errors.UsageError, match=r'generation_config.json: eos_token_id is .*, neither an id nor'):
+            loading.load(folder)
 
 
 @pytest.mark.parametrize(
