@@ -151,7 +151,7 @@ def export(
         )
         config_json = hf_model_config.write(model_config, dtype, imported=kept, **special)
         weights.write_json(folder / 'config.json', config_json)
-        special = {name: config_json[name] for name in special}
+        special = {name: config_json[name] for name in (*special, 'pad_token_id') if name in config_json}
         weights.write_json(folder / 'generation_config.json', generation or {**special, 'do_sample': False})
         tensors = _hf_tensors(params, model_config, dtype)
         weights.write(folder, tensors, dtype=dtype, format=format, max_shard_bytes=max_shard_bytes)

@@ -24,7 +24,10 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     'tie_word_embeddings': (False, True),
 }
 # What an export keeps of the config.json that a model was imported with, and what it may drop without a word.
-_KEPT = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'attention_dropout', 'initializer_range', 'use_cache')
+_KEPT = (
+    'bos_token_id', 'eos_token_id', 'pad_token_id', 'tokenizer_class', 'attention_dropout', 'initializer_range',
+    'use_cache',
+)  # fmt: skip
 _DROPPED = (
     '_name_or_path', 'dtype', 'original_max_position_embeddings', 'partial_rotary_factor', 'pretraining_tp',
     'quantization_config', 'rope_parameters', 'transformers_version',

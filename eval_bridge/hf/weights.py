@@ -182,7 +182,8 @@ def _read_pytorch(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
                 f'{path}: {name} is of type {type(tensor).__name__}; give a file of nothing but named tensors, as '
                 'torch.save(model.state_dict(), ...) writes it.'
             )
-        dtype = str(tensor.dtype).removeprefix('torch.')
-        if dtype not in _READ.values() or tensor.layout is not torch.strided or tensor.is_meta:
+        plain = tensor.layout is torch.strided and not tensor.is_meta
+        dtype = str(tensor.dtype if plain else f'{tensor.device.type}, {tensor.layout}').removeprefix('torch.')
+        if dtype not in _READ.values():
             raise _wrong_dtype(path, name, dtype)
         yield name, tensor.detach().float().numpy()

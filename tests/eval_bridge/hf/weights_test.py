@@ -129,7 +129,8 @@ def test_a_bin_that_holds_more_than_weights_is_not_executed(folder):
         (lambda torch: [torch.ones(2)], 'its content is of type list'),
         (lambda torch: {'a': torch.ones(2, dtype=torch.int8)}, 'a is of int8; only F64'),
         (lambda torch: {'a': torch.ones(2).to(torch.float8_e4m3fn)}, 'a is of float8_e4m3fn'),
-        (lambda torch: {'a': torch.ones(2, device='meta')}, 'a is of float32'),
+        (lambda torch: {'a': torch.ones(2, device='meta')}, 'a is of meta, torch.strided'),
+        (lambda torch: {'a': torch.ones(2).to_sparse()}, 'a is of cpu, torch.sparse_coo'),
     ],
 )
 def test_a_bin_of_something_else_is_refused_by_name(folder, content, named):
