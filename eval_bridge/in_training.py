@@ -25,8 +25,7 @@ from tinyllama_jax import errors
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals
-from tinyllama_jax.run import metrics
-from tinyllama_jax.tokenizer import loading
+from tinyllama_jax.run import metrics, workdir
 
 _FIELD = 'config.train.evaluate_tasks'
 
@@ -87,7 +86,7 @@ class Evaluation:
     def _evaluate(self, step: int, params: Any) -> None:
         """Evaluates `params` and writes the scores."""
         train = self._config.train
-        tokenizer = loading.load(loading.kept(self._folder))
+        tokenizer = workdir.load_tokenizer(self._folder, self._config)
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         model = _Interruptible(params, self._config.model, tokenizer, mesh=mesh)
         model.members = self._members

@@ -7,7 +7,6 @@ from tinyllama_jax import errors, generate
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import cores
 from tinyllama_jax.run import workdir
-from tinyllama_jax.tokenizer import loading
 from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 _MOST_PROMPTS = 32  # continued at once
@@ -41,7 +40,7 @@ def generate_run(
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    tokenizer = loading.load(loaded.tokenizer_path, adds_bos=loaded.config.data.bos)
+    tokenizer = workdir.load_tokenizer(folder, loaded.config)
     ids = [tokenizer.encode(text, special=True) for text in texts]
     if not all(ids):
         number, flags = ids.index([]) + 1, len(prompt)

@@ -22,6 +22,7 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals, versions
 from tinyllama_jax.settings import tree
 from tinyllama_jax.tokenizer import json_file, loading
+from tinyllama_jax.tokenizer.base import BaseTokenizer
 
 IMPORTED = 'imported'
 
@@ -101,6 +102,14 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
     checkpointer = checkpoint.Checkpointer(folder, read_only=True)
     params, meta = checkpointer.restore_params(step, abstract_params(config))
     return Loaded(config, params, meta['step'], loading.kept(workdir))
+
+
+def load_tokenizer(workdir: pathlib.Path, config: Config) -> BaseTokenizer:
+    """Returns the run's tokenizer. Of an imported model, the ids that end a text are those of the folder's settings."""
+    tokenizer = loading.load(loading.kept(workdir), adds_bos=config.data.bos)
+    if (workdir / IMPORTED).is_dir():
+        tokenizer.stop_ids = json_file.stop_ids(workdir / IMPORTED, tokenizer.eos_id)
+    return tokenizer
 
 
 def missing_tokenizer(workdir: pathlib.Path) -> str | None:

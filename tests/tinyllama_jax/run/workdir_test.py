@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import tiny
+from tests.support import json_tokenizers, tiny, tiny_export
 from tinyllama_jax import errors, model
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.run import workdir
@@ -64,6 +64,18 @@ def test_without_a_tokenizer_it_is_said_where_to_put_it(run, tmp_path):
     (copy / 'tokenizer.model').unlink()
     with pytest.raises(errors.UsageError, match=f'run has no tokenizer: copy .* to {copy}/tokenizer.model'):
         workdir.load(copy)
+
+
+def test_texts_of_an_import_end_where_its_folder_says_whatever_tokenizer_it_gets(tmp_path):
+    tiny_export.write_tokenizer(tmp_path / 'tokenizer.model')
+    assert workdir.load_tokenizer(tmp_path, tiny.CONFIG).stop_ids == (2,)
+    (tmp_path / 'imported').mkdir()
+    json_tokenizers.edit(tmp_path / 'imported' / 'config.json', eos_token_id=[2, 7])
+    assert workdir.load_tokenizer(tmp_path, tiny.CONFIG).stop_ids == (2, 7)
+    (tmp_path / 'tokenizer').mkdir()
+    (tmp_path / 'tokenizer.model').rename(tmp_path / 'tokenizer' / 'tokenizer.model')
+    json_tokenizers.edit(tmp_path / 'imported' / 'generation_config.json', eos_token_id=[9, 2])
+    assert workdir.load_tokenizer(tmp_path, tiny.CONFIG).stop_ids == (9, 2)
 
 
 def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
