@@ -34,7 +34,9 @@ _COPIED = (
 )  # fmt: skip
 _TEMPLATES = 'additional_chat_templates'
 _NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
-_DECIDE = ('tokenizer_class', 'add_prefix_space', 'legacy', 'clean_up_tokenization_spaces')  # and *_token, *_tokens
+_CLEANS = 'clean_up_tokenization_spaces'
+_CLEANS_BPE = f'{_CLEANS}_for_bpe_even_though_it_will_corrupt_output'
+_DECIDE = ('tokenizer_class', 'add_prefix_space', 'legacy', _CLEANS, _CLEANS_BPE)  # and *_token, *_tokens
 _CLEANED = ((' .', '.'), (' ?', '?'), (' !', '!'), (' ,', ','), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
 
@@ -77,7 +79,7 @@ class JsonTokenizer(base.BaseTokenizer):
         except Exception as error:  # the library raises bare Exception
             raise errors.UsageError(f'{file} is not a valid tokenizer.json ({errors.first_line(error)}).') from None
         bpe = isinstance(self._tokenizer.model, tokenizers.models.BPE)
-        self._cleans = bool(config.get('clean_up_tokenization_spaces')) and not bpe
+        self._cleans = bool(config.get(_CLEANS)) and (not bpe or bool(config.get(_CLEANS_BPE)))
         decides = {key: value for key, value in config.items() if key in _DECIDE or key.endswith(('_token', '_tokens'))}
         identity = json.dumps([text, decides, sorted(added.items())], sort_keys=True)
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()

@@ -146,6 +146,15 @@ def test_special_tokens_without_a_role_are_taken_as_transformers_takes_them(copi
     assert_same(folder, ['x<a> <b>y<c>', '<|eot_id|><b>'])
 
 
+def test_spaces_of_a_bpe_tokenizer_s_texts_are_cleaned_only_if_both_settings_say_so(copied):
+    folder = copied('llama3')
+    edit(folder / 'tokenizer_config.json', clean_up_tokenization_spaces=True)
+    assert loading.load(folder).decode(loading.load(folder).encode('x , y')) == 'x , y'
+    edit(folder / 'tokenizer_config.json', clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True)
+    assert loading.load(folder).decode(loading.load(folder).encode('x , y')) == 'x, y'
+    assert_same(folder)
+
+
 def test_new_special_tokens_have_ids_in_the_order_of_their_roles(copied):
     folder = copied('qwen2')
     edit(folder / 'tokenizer_config.json', bos_token='<s>', eos_token='</s>', pad_token='[PAD]')
