@@ -165,7 +165,8 @@ def check_tasks(
     Raises UsageError for a task whose functions cannot be imported, for data that `task_data` lacks, and for a task
     that runs programs if the user did not confirm it, if no jail can be made, or if it might run them without one.
     """
-    declared = listing.declared(tasks, manager, resolve=True)
+    with gate.owning_threads():
+        declared = listing.declared(tasks, manager, resolve=True)
     for task in declared:
         if fault := programs.fault(task.config):
             raise errors.UsageError(

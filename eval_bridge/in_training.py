@@ -20,7 +20,7 @@ from lm_eval.models import utils as lm_eval_models_utils
 
 from eval_bridge import evaluate, lm, protocols
 from eval_bridge.harness import listing
-from eval_bridge.jail import programs
+from eval_bridge.jail import gate, programs
 from tinyllama_jax import errors
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.config import Config
@@ -61,7 +61,9 @@ class Evaluation:
         self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         try:
             manager = self._options['manager'] = listing.task_manager(train.evaluate_tasks, train.evaluate_include_path)
-            if tasks := programs.running(listing.declared(train.evaluate_tasks, manager, resolve=True)):
+            with gate.owning_threads():
+                tasks = programs.running(listing.declared(train.evaluate_tasks, manager, resolve=True))
+            if tasks:
                 raise errors.UsageError(
                     f'{", ".join(tasks)}: programs that the model wrote do not run while it trains; leave these tasks '
                     'out, and evaluate the checkpoints with main.py evaluate --confirm_run_unsafe_code'

@@ -10,11 +10,13 @@ import _posixsubprocess
 import collections
 import contextlib
 import dataclasses
-import os
+import pathlib
+import stat
 import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from tinyllama_jax import errors
 _FORKING = 'eval_bridge.fork_exec'
 _PROCESSES = {'os.exec', 'os.fork', 'os.forkpty', 'os.posix_spawn', 'os.spawn', 'os.system', 'pty.spawn'}
 _PROCESSES |= {'subprocess.Popen', _FORKING}
+_CODE = {'exec', 'function.__new__', 'object.__setattr__'}  # the last for __code__
 _TEMPLATE = '<template>'  # the file that Jinja names for the code that it makes of a template
 _CLASSES = {collections.__file__, dataclasses.__file__}  # make code for a class, of its fields' names
 
@@ -33,19 +36,21 @@ class _Watch:
     Attributes:
       outermost: the frame that watches.
       closed: whether the model has answered and is not at work.
-      bystanders: threads that were there before and do the run's other work.
+      bystanders: threads that were there before and do the run's other work; those of tasks do not.
     """
 
     def __init__(self, tasks: str, outermost: types.FrameType):
         self.tasks, self.outermost, self.closed = tasks, outermost, False
         self.begun = time.time() - 0.02  # the clock of files is coarser
-        self.bystanders = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        others = {*threading.enumerate()} - {threading.current_thread(), *_of_tasks}
+        self.bystanders = {thread.ident for thread in others}
         self.refused: errors.UsageError | None = None
 
 
 _watch: _Watch | None = None
 _installed = False
 _jailing = threading.local()
+_of_tasks: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
@@ -59,11 +64,22 @@ def watching(model: Any, tasks: str) -> Iterator[Any]:
     _install()
     _watch = watch = _Watch(tasks, sys._getframe(2))  # the caller of contextlib's __enter__
     try:
-        yield _Asked(model, watch)
+        with owning_threads():
+            yield _Asked(model, watch)
     finally:
         _watch = None
         if watch.refused:
             raise watch.refused
+
+
+@contextlib.contextmanager
+def owning_threads() -> Iterator[None]:
+    """A context in which tasks are imported or scored: a thread that begins in it and outlasts it is watched later."""
+    before = {*threading.enumerate()}
+    try:
+        yield
+    finally:
+        _of_tasks.update({*threading.enumerate()} - before)
 
 
 @contextlib.contextmanager
@@ -115,19 +131,20 @@ def _install() -> None:
 
 def _hook(event: str, arguments: tuple) -> None:
     watch = _watch
-    if watch is None or not watch.closed or not (event == 'exec' or event in _PROCESSES):
+    if watch is None or not watch.closed or not (event in _CODE or event in _PROCESSES):
         return
     if threading.get_ident() in watch.bystanders or getattr(_jailing, 'now', False):
         return
+    code = next((each for each in arguments if isinstance(each, types.CodeType)), None) if event in _CODE else None
+    if event in _CODE and code is None:
+        return
     frames = list(_frames(watch.outermost))
-    importing = any(frame.f_code.co_filename.startswith('<frozen importlib') for frame in frames)
-    if event == 'exec':
-        caller = frames[0].f_code.co_filename if frames else ''
-        if caller in _CLASSES or _is_old(arguments[0].co_filename, watch.begun, importing):
+    if any(frame.f_code.co_name == '<module>' for frame in frames):  # a module is imported; that it is old was seen
+        return
+    if code:
+        if (frames and frames[0].f_code.co_filename in _CLASSES) or _is_old(code.co_filename, watch.begun):
             return
         action = 'would run code that it made'
-    elif importing:
-        return
     else:
         action = f'would start a process ({event})'
     task = next((name for frame in frames if (name := _task(frame))), watch.tasks)
@@ -138,14 +155,17 @@ def _hook(event: str, arguments: tuple) -> None:
     raise watch.refused
 
 
-def _is_old(file: str, begun: float, importing: bool) -> bool:
+def _is_old(file: str, begun: float) -> bool:
     """Returns whether code is older than the model's answers: Python's own, a template's, or a file's."""
     if file.startswith('<'):
-        return importing or file == _TEMPLATE or file.startswith('<frozen ')
-    try:
-        return os.stat(file).st_mtime < begun
-    except OSError:  # in an archive, or nowhere
-        return importing
+        return file == _TEMPLATE or file.startswith('<frozen ')
+    path = pathlib.Path(file)
+    for there in (path, *path.parents):  # of a module in an archive, the archive is there
+        with contextlib.suppress(OSError):
+            status = there.stat()
+            # Archives and copies keep the time of a file's content, but not that of its entry.
+            return stat.S_ISREG(status.st_mode) and max(status.st_mtime, status.st_ctime) < begun
+    return False
 
 
 def _frames(outermost: types.FrameType) -> Iterator[types.FrameType]:

@@ -4,11 +4,18 @@ import collections
 import concurrent.futures
 import contextlib
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import multiprocessing
 import os
+import py_compile
 import runpy
 import subprocess
+import sys
+import time
+import types
+import zipfile
 
 import jinja2
 import pytest
@@ -41,6 +48,58 @@ def _write_and_import(folder):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def _write_and_import_an_archive(folder):
+    with zipfile.ZipFile(folder / 'solution.zip', 'w') as file:
+        file.writestr('zipped_solution.py', 'x = 1')
+    sys.path.insert(0, str(folder / 'solution.zip'))
+    try:
+        importlib.import_module('zipped_solution')
+    finally:
+        del sys.path[0]
+
+
+def _write_and_import_bytecode(folder):
+    (folder / 'solution.py').write_text('x = 1')
+    py_compile.compile(str(folder / 'solution.py'), cfile=str(folder / 'solution.pyc'))
+    (folder / 'solution.py').unlink()
+    loader = importlib.machinery.SourcelessFileLoader('solution', str(folder / 'solution.pyc'))
+    loader.exec_module(importlib.util.module_from_spec(importlib.util.spec_from_loader('solution', loader)))
+
+
+def _write_with_an_old_time(folder):
+    (folder / 'solution.py').write_text('x = 1')
+    os.utime(folder / 'solution.py', (0, 0))  # as a program that was unpacked
+    runpy.run_path(str(folder / 'solution.py'))
+
+
+class _FromText(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == 'solution_in_a_text' else None
+
+    def get_source(self, fullname):
+        return 'x = 1'
+
+
+class _ByItself(_FromText):
+    def exec_module(self, module):
+        exec('x = 1', vars(module))
+
+
+def _import_from_a_text(finder):
+    sys.meta_path.insert(0, finder)
+    try:
+        importlib.import_module('solution_in_a_text')
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def _change_a_function(code):
+    def function():
+        pass
+
+    function.__code__ = code
+
+
 def _write_and_run(folder):
     (folder / 'solution.py').write_text('x = 1')
     runpy.run_path(str(folder / 'solution.py'))
@@ -62,6 +121,13 @@ ACTS = {
     'exec of compiled code': lambda folder: exec(compile('x = 1', 'solution.py', 'exec')),
     'an import of a new file': _write_and_import,
     'a run of a new file': _write_and_run,
+    'an import of a new archive': _write_and_import_an_archive,
+    'an import of new bytecode': _write_and_import_bytecode,
+    'a run of a new file with an old time': _write_with_an_old_time,
+    'an import of a text': lambda folder: _import_from_a_text(_FromText()),
+    'an import of a text by a loader of its own': lambda folder: _import_from_a_text(_ByItself()),
+    'a function of compiled code': lambda folder: types.FunctionType(compile('x = 1', 'solution.py', 'exec'), {})(),
+    'other code for a function': lambda folder: _change_a_function(compile('x = 1', 'solution.py', 'exec')),
     'a process': lambda folder: subprocess.run(['true']),
     'a shell': lambda folder: os.system('true'),
     'a pipe': lambda folder: os.popen('true').read(),
@@ -98,7 +164,7 @@ def test_ordinary_scoring_is_not_refused(tmp_path, monkeypatch):
         'import collections, dataclasses\nPair = collections.namedtuple("Pair", "a b")\n'
         '@dataclasses.dataclass\nclass Point:\n    x: int = eval("1")\n'
     )
-    os.utime(tmp_path / 'lazy_helper.py', (0, 0))
+    time.sleep(0.1)
     monkeypatch.syspath_prepend(tmp_path)
 
     def score():
@@ -123,3 +189,12 @@ def test_threads_that_were_there_before_go_on():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
         _score(lambda: pool.submit(exec, 'x = 1').result())
+
+
+@pytest.mark.parametrize('begun', [gate.owning_threads, lambda: gate.watching(Model(), 'earlier')])
+def test_threads_of_tasks_are_watched_later_too(begun):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with begun():
+            pool.submit(int).result()
+        with pytest.raises(errors.UsageError, match='the task first, second would run code that it made'):
+            _score(lambda: pool.submit(exec, 'x = 1').exception())
