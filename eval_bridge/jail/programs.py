@@ -114,8 +114,10 @@ def _runner(source: bytes) -> str | None:
                 found = {alias.name.partition('.')[0] for alias in names} & _MODULES
             case ast.ImportFrom(module=str(module), names=names):
                 found = {module.partition('.')[0]} & _MODULES or {alias.name for alias in names} & _MEMBERS
-            case ast.Attribute(value=ast.Name(id='os'), attr=name):
-                found = {name} & _MEMBERS
+            case ast.Attribute(value=ast.Name(id='builtins'), attr=name) if name in _BUILTINS:
+                return name
+            case ast.Attribute(value=owner, attr=name):  # of os under any name; `platform.system` runs nothing
+                found = {name} & (_MEMBERS if ast.unparse(owner) == 'os' else _MEMBERS - {'system'})
             case ast.Constant(value=str(text)) if text == _METRIC:
                 found = {text}
             case _:

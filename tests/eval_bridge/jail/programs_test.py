@@ -64,6 +64,7 @@ FORMS = {
     "the package evaluate's metric": {'mine': {'task': 'mine', **PLAIN, 'metric_list': [{'metric': 'code_eval'}]}},
     'a function of Python': {'mine': {'task': 'mine', **PLAIN, 'process_results': '!run builtins.exec'}},
     'a module of Python': {'mine': {'task': 'mine', **PLAIN, 'process_results': '!run subprocess.getoutput'}},
+    'processes that begin early': {'mine': {'task': 'mine', **PLAIN, 'process_results': '!run pool.score'}},
     'a helper': {'mine': {'task': 'mine', **PLAIN, 'process_results': '!run indirect.score'}},
 }  # fmt: skip
 UTILS = """
@@ -91,6 +92,16 @@ class Late(ConfigurableTask):
         super().__init__(config={name: value for name, value in config.items() if name != 'class'})
         self.UNSAFE_CODE = True
 """
+POOL = """
+import builtins
+import concurrent.futures
+
+pool = concurrent.futures.ProcessPoolExecutor()
+
+def score(doc, results):
+    pool.submit(getattr(builtins, 'ex' + 'ec'), f'open({str(HOST)!r}, "w").write("x")').result()
+    return {'exact_match': 1.0}
+"""
 HELPER = 'helper_of_programs_test'  # imported by its name
 # Only the gate sees what this does.
 HIDDEN = """
@@ -114,7 +125,7 @@ def _write(root, files) -> tuple[pathlib.Path, pathlib.Path]:
         text = json.dumps(content).replace('"!run ', '!function "')
         (tasks / (name if name == 'base' else f'{name}.yaml')).write_text(text)
     indirect = f'import {HELPER}\n\ndef score(doc, results):\n    return {HELPER}.score()\n'
-    for name, code in {'utils': UTILS, HELPER: UTILS, 'hidden': HIDDEN, 'indirect': indirect}.items():
+    for name, code in {'utils': UTILS, HELPER: UTILS, 'hidden': HIDDEN, 'pool': POOL, 'indirect': indirect}.items():
         (tasks / f'{name}.py').write_text(f'HOST = {str(host)!r}\n{code}')
     return tasks, host
 
