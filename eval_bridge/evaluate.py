@@ -124,11 +124,6 @@ def _run_tasks(model, tasks: Sequence[str], protocol: protocols.Protocol, **opti
             raise errors.UsageError(
                 f"an example in the data of {', '.join(names)} does not fit its task's template: {error}."
             ) from error
-        except ArithmeticError as error:
-            raise errors.UsageError(
-                f'a metric of {", ".join(names)} cannot be computed from these answers ({type(error).__name__}: '
-                f'{error}); leave the task out.'
-            ) from error
         except UnicodeDecodeError as error:  # in the middle of a file, which is decoded only as it is read
             raise errors.UsageError(f'the data of {", ".join(names)} is not valid UTF-8: {error}.') from error
         for key, value in part.items():
@@ -162,8 +157,9 @@ def check_tasks(
 ) -> list[listing.Declared]:
     """Checks, before a model is opened, that `tasks` can run and are allowed to; returns what lm-eval makes of them.
 
-    Raises UsageError for a task whose functions cannot be imported, for data that `task_data` lacks, and for a task
-    that runs programs if the user did not confirm it, if no jail can be made, or if it might run them without one.
+    Raises UsageError for a task whose functions cannot be imported or whose metrics nobody has, for data that
+    `task_data` lacks, and for a task that runs programs if the user did not confirm it, if no jail can be made, or if
+    it might run them without one.
     """
     with gate.owning_threads():
         declared = listing.declared(tasks, manager, resolve=True)
@@ -178,6 +174,12 @@ def check_tasks(
             f'{", ".join(unsafe)}: these tasks run programs that the model wrote; give --confirm_run_unsafe_code to '
             'have them run in a jail, or leave these tasks out.'
         )
+    for task in declared:
+        if part := listing.unknown(task.config):
+            raise errors.UsageError(
+                f'the task {task.name}: lm-eval has no {part}, nor has what is installed here; correct its file, or '
+                'leave the task out.'
+            )
     if unsafe:
         sandbox.require()
     if task_data:

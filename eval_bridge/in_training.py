@@ -82,7 +82,7 @@ class Evaluation:
                 self._evaluate(step, params)
         except _Stopped:
             self._say(f'step {step}: told to stop; the next start evaluates this step')
-        except Exception as error:  # whatever it is, the run goes on
+        except (Exception, SystemExit) as error:  # whatever it is, the run goes on
             self._say(f'step {step}: not evaluated ({type(error).__name__}: {errors.first_line(error)})')
 
     def _evaluate(self, step: int, params: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lm_eval.tasks
+from lm_eval.api import registry
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import _factory
 from lm_eval.tasks._index import Entry, Kind
@@ -81,13 +82,18 @@ class _Lister(_factory.TaskFactory):
             config.pop(key, None)
         return self.note(config, entry.yaml_path)
 
+    def _build_group(self, group_name, raw_cfg, overrides, registry):
+        if not self._lenient and not (isinstance(raw_cfg.get('task'), list) and raw_cfg['task']):
+            raise ValueError(f'the group {group_name} has no list of tasks, but {raw_cfg.get("task")!r}')
+        return super()._build_group(group_name, raw_cfg, overrides, registry)
+
     def _load_full_config(self, entry, overrides=None):
         unresolved = super()._load_full_config(dataclasses.replace(entry, yaml_path=None), overrides)
         if not self._resolve:
             return unresolved
         try:
             return super()._load_full_config(entry, overrides)
-        except Exception as error:  # whatever a module raises while it is imported
+        except (Exception, SystemExit) as error:  # whatever a module raises while it is imported
             if unresolved.get('unsafe_code', False) is not False:
                 return unresolved  # is refused by programs.py, which says more
             raise _unusable(entry, error) from None
@@ -135,6 +141,27 @@ def declared(names: Sequence[str], manager: lm_eval.tasks.TaskManager, *, resolv
     return tasks
 
 
+def unknown(config: Mapping[str, Any]) -> str | None:
+    """Returns the metric, aggregation or filter of a task that lm-eval would miss only when it scores, if there is one.
+
+    The functions in `config` must be resolved.
+    """
+    own = config.get('process_results') or config.get('class')  # computes metrics of any name
+    computed = config.get('output_type') == 'generate_until' and not own
+    try:
+        for entry in config.get('metric_list') or ():
+            name, aggregation = entry['metric'], entry.get('aggregation')
+            hub = entry.get('hf_evaluate') is True
+            if computed and not (callable(name) or registry.get_metric(name, hub)):
+                return f'metric {name!r}'
+            if isinstance(aggregation, str) and not registry.get_aggregation(aggregation):
+                return f'aggregation {aggregation!r}'
+        steps = [step['function'] for filters in config.get('filter_list') or () for step in filters['filter']]
+        return next((f'filter {name!r}' for name in steps if name not in registry.filter_registry), None)
+    except (AttributeError, KeyError, TypeError):
+        return 'metric_list or filter_list of such a form'
+
+
 def _walk(name: str, registry: _Registry, lister: _Lister) -> list[Declared]:
     if name not in registry:
         return []
@@ -143,7 +170,7 @@ def _walk(name: str, registry: _Registry, lister: _Lister) -> list[Declared]:
             lister.build(registry[name], registry=registry)
     except errors.Failure:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise errors.UsageError(
             f'the task or group {name} is not one that lm-eval can build ({type(error).__name__}: '
             f'{errors.first_line(error)}); mend its file, or leave it out.'
@@ -151,9 +178,9 @@ def _walk(name: str, registry: _Registry, lister: _Lister) -> list[Declared]:
     return lister.found
 
 
-def _unusable(entry: Entry, error: Exception) -> errors.UsageError:
+def _unusable(entry: Entry, error: BaseException) -> errors.UsageError:
     """Returns the error for a task whose functions cannot be had because of `error`."""
-    cause: BaseException = error
+    cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
+from lm_eval import evaluator
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import ConfigurableTask
 
@@ -61,8 +62,10 @@ def refusing() -> Iterator[None]:
     """A context in which tasks refuse examples that would get a meaningless score or none, and nan log-likelihoods.
 
     Refused are examples whose answer is not among the choices, that have an empty text, or that raise an error. An
-    empty text has the likelihood 1 under every model, and acc_norm divides by its length, 0.
+    empty text has the likelihood 1 under every model, and acc_norm divides by its length, 0. Tasks that
+    cannot be built, filters and metrics that raise an error are refused too.
     """
+    build, apply_filters, score = ConfigurableTask.__init__, ConfigurableTask.apply_filters, evaluator._process_results
     doc_to_choice, doc_to_target = ConfigurableTask.doc_to_choice, ConfigurableTask.doc_to_target
     construct_requests, process_results = _naming_failures('construct_requests'), _naming_failures('process_results')
 
@@ -95,7 +98,22 @@ def refusing() -> Iterator[None]:
                 _refuse_empty(self, doc)
         return requests
 
+    def checked_init(self, *arguments, config=None, **options):
+        with _naming(f'the task {(config or {}).get("task", type(self).__name__)} cannot be built'):
+            build(self, *arguments, config=config, **options)
+
+    def checked_filters(self):
+        with _naming(f'the filters of the task {self.config.task} cannot take the answers'):
+            return apply_filters(self)
+
+    def checked_scores(tasks, *arguments):
+        with _naming(f'a metric of {", ".join(tasks)} cannot be computed from these answers'):
+            return score(tasks, *arguments)
+
     with (
+        replaced(ConfigurableTask, '__init__', checked_init),
+        replaced(ConfigurableTask, 'apply_filters', checked_filters),
+        replaced(evaluator, '_process_results', checked_scores),
         replaced(ConfigurableTask, 'doc_to_choice', checked_choices),
         replaced(ConfigurableTask, 'doc_to_target', checked_target),
         replaced(ConfigurableTask, 'construct_requests', checked_requests),
@@ -110,16 +128,23 @@ def _naming_failures(method: str) -> Callable:
     original = getattr(ConfigurableTask, method)
 
     def called(self, doc, *arguments, **options):
-        try:
+        with _naming(f'the task {self.config.task} cannot take {doc}'):
             return original(self, doc, *arguments, **options)
-        except (errors.Failure, jinja2.UndefinedError):
-            raise
-        except Exception as error:
-            raise errors.UsageError(
-                f'the task {self.config.task} cannot take {doc}: {type(error).__name__} ({error}).'
-            ) from error
 
     return called
+
+
+@contextlib.contextmanager
+def _naming(failure: str) -> Iterator[None]:
+    """A context in which what a task raises becomes a UsageError that begins with `failure`."""
+    try:
+        yield
+    except (errors.Failure, ImportError, UnicodeDecodeError, jinja2.UndefinedError):  # evaluate.py says what they mean
+        raise
+    except (Exception, SystemExit) as error:
+        raise errors.UsageError(
+            f'{failure}: {type(error).__name__} ({error}); mend the task or its data, or leave the task out.'
+        ) from error
 
 
 def _refuse_empty(task: ConfigurableTask, doc) -> None:

@@ -130,21 +130,22 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
     assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()
 
 
+@pytest.mark.parametrize('kind', [OverflowError, SystemExit])
 def test_an_evaluation_that_fails_comes_after_the_checkpoint_and_does_not_end_the_run(
-    config, evaluated, tmp_path, monkeypatch, capsys
+    config, evaluated, tmp_path, monkeypatch, capsys, kind
 ):
     saved = {}
 
     def failing(model, tasks, *, identity, output, **_):
         saved[identity['step']] = sorted(int(path.name.partition('.')[0]) for path in tmp_path.glob('checkpoints/*'))
-        raise OverflowError('math range error\nand more')
+        raise kind('math range error\nand more')
 
     hooks = in_training.hooks(config, tmp_path, _members(1))
     monkeypatch.setattr(evaluate, 'evaluate', failing)
     train.train(config, tmp_path, hooks=hooks)
     assert _losses(tmp_path) == _losses(evaluated)
     assert set(saved) == {3, 6, 8} and all(step in saved[step] for step in (6, 8)), 'a checkpoint comes before'
-    assert 'step 6: not evaluated (OverflowError: math range error)\n' in capsys.readouterr().err
+    assert f'step 6: not evaluated ({kind.__name__}: math range error)\n' in capsys.readouterr().err
     monkeypatch.undo()
     _train(config, tmp_path)  # there is nothing left to train, but the last step was not evaluated
     newest = metrics.read_entries(evaluated / 'evaluation.jsonl')[-1]

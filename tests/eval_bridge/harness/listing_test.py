@@ -88,6 +88,11 @@ def test_official_tasks_are_found_wherever_a_group_names_them(tmp_path):
             {'g': {'group': 'g', 'task': [{'dataset_path': 'x'}]}},
             "group g is not one .*must have 'task' or 'group' key",
         ),
+        ({'g': {'group': 'g', 'task': 'one'}}, "group g is not one .*the group g has no list of tasks, but 'one'"),
+        (
+            {'g': {'group': 'g', 'task': [{'group': 'sub', 'task': []}]}},
+            r'group g is not one .*the group g::sub has no list of tasks, but \[\]',
+        ),
         ({'g': {'group': 'g', 'task': [7]}}, 'group g is not one that lm-eval can build .*7'),
         ({'g': {'group': 'g', 'task': ['g']}}, 'group g is not one that lm-eval can build .*recursion'),
         ({'g': {'task': 'g', 'doc_to_txt': 'x', **PLAIN}}, "group g is not one .*'doc_to_txt'"),
@@ -117,6 +122,7 @@ def test_a_task_file_that_cannot_be_read_is_named(tmp_path):
         ('import nowhere_to_be_found', 'the task mine needs the package nowhere_to_be_found, which is not installed'),
         ('raise ModuleNotFoundError("pip install x")', r'mine: .* imported \(ModuleNotFoundError: pip install x\)'),
         ('raise OSError("no data")', r'mine: what .*mine\.yaml names cannot be imported \(OSError: no data\)'),
+        ('raise SystemExit("get x")', r'mine: what .* names cannot be imported \(SystemExit: get x\)'),
         ('other = 1', r'mine: what .* names cannot be imported \(AttributeError: '),
     ],
 )
@@ -137,3 +143,24 @@ def test_a_package_that_is_missing_only_when_the_task_is_built_is_named(tmp_path
     (tmp_path / 'mine.yaml').write_text(f'task: mine\n{text}process_docs: !function utils.docs\n')
     with pytest.raises(errors.UsageError, match='one of the tasks mine needs the package nowhere_to_be_found'):
         evaluate.evaluate(Scripted(), ['mine'], include_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'metric_list': [{'metric': 'rough'}]}, "metric 'rough'"),
+        ({'metric_list': [{'metric': 'exact_match', 'aggregation': 'meen'}]}, "aggregation 'meen'"),
+        ({'metric_list': {'metric': 'exact_match'}}, 'metric_list or filter_list of such a form'),
+        ({'filter_list': [{'name': 'f', 'filter': [{'function': 'regexx'}]}]}, "filter 'regexx'"),
+        ({'filter_list': [{'name': 'f', 'filter': ['regex']}]}, 'metric_list or filter_list of such a form'),
+    ],
+)
+def test_what_lm_eval_would_miss_only_when_it_scores_is_named_before(tmp_path, changes, message):
+    (tmp_path / 'mine.yaml').write_text(json.dumps({'task': 'mine', **PLAIN, **changes}))
+    with pytest.raises(errors.UsageError, match=f'the task mine: lm-eval has no {message}, nor has'):
+        evaluate.check_tasks(['mine'], listing.task_manager(['mine'], tmp_path))
+
+
+@pytest.mark.parametrize('changes', [{'process_results': 'f'}, {'output_type': 'multiple_choice'}, {'class': 'C'}])
+def test_metrics_that_a_task_computes_may_have_any_name(changes):
+    assert listing.unknown({**PLAIN, 'metric_list': [{'metric': 'own', 'aggregation': 'mean'}], **changes}) is None

@@ -25,10 +25,12 @@ TASK = {
 
 def _evaluate(root, last, **changes):
     """Evaluates a task of two examples, the second of which is `last`."""
-    (root / 'tasks').mkdir()
+    (root / 'tasks').mkdir(exist_ok=True)
     first = {'context': 'a', 'choices': ['b', 'cc'], 'answer': 'x' if last.get('answer') == '' else 0}
     (root / 'tasks' / 'data.jsonl').write_text('\n'.join(map(json.dumps, [first, {**first, **last}])))
-    (root / 'tasks' / 'tiny.yaml').write_text(json.dumps(TASK | changes))
+    (root / 'tasks' / 'tiny.yaml').write_text(
+        json.dumps(TASK | changes).replace('"FUNCTION"', '!function failing.fail')
+    )
     return evaluate.evaluate(Scripted(), ['tiny'], include_path=root / 'tasks')
 
 
@@ -80,3 +82,24 @@ def test_a_perplexity_that_no_float_holds_is_infinite(tmp_path):
     assert scores['perplexity,none'] == math.inf
     with pytest.raises(OverflowError):
         AGGREGATION_REGISTRY['perplexity']([-1000.0])
+
+
+FAILING = {
+    'process_docs': 'the task tiny cannot be built: ',
+    'process_results': r"the task tiny cannot take \{'context'.*: ",
+    'filter': 'the filters of the task tiny cannot take the answers: ',
+    'aggregation': 'a metric of tiny cannot be computed from these answers: ',
+}
+
+
+@pytest.mark.parametrize('place', FAILING)
+@pytest.mark.parametrize('kind', ['KeyError', 'SystemExit', 'OverflowError'])
+def test_a_function_that_fails_is_one_line_naming_the_task(tmp_path, place, kind):
+    changes = {
+        'filter': {'filter_list': [{'name': 'f', 'filter': [{'function': 'custom', 'filter_fn': 'FUNCTION'}]}]},
+        'aggregation': {'metric_list': [{'metric': 'acc', 'aggregation': 'FUNCTION'}]},
+    }.get(place, {place: 'FUNCTION'})
+    (tmp_path / 'tasks').mkdir()
+    (tmp_path / 'tasks' / 'failing.py').write_text(f'def fail(*arguments):\n    raise {kind}("told so")\n')
+    with pytest.raises(errors.UsageError, match=f"{FAILING[place]}{kind} .*told so'?.; mend the task or its data"):
+        _evaluate(tmp_path, {'answer': 1}, **changes)
