@@ -37,6 +37,13 @@ def test_json_s_dates_stay_texts_at_any_depth(tmp_path):
     assert list(_load(tmp_path, 'json', 'd.jsonl', '\n'.join(map(json.dumps, mixed)), chunksize=20)) == mixed
 
 
+def test_json_s_texts_beside_numbers_stay_texts(tmp_path):
+    answers = ['007', 12, 'true', 'null', None, '[1]', 'a "word"', 0.5, '12']
+    rows = [{'answer': answer, 'inner': {'many': [answer, 'a']}} for answer in answers]
+    assert list(_load(tmp_path, 'json', 'a.jsonl', '\n'.join(map(json.dumps, rows)))) == rows
+    assert list(_load(tmp_path, 'json', 'b.json', json.dumps(rows))) == rows
+
+
 def test_csv_s_texts_stay_texts_and_its_numbers_numbers(tmp_path):
     text = 'word,code,label,share,truth\nNA,007,0,0.5,True\nNone,012,1,0.25,False\n,13,2,1.0,True\n'
     assert list(_load(tmp_path, 'csv', 'a.csv', text)) == [
@@ -44,6 +51,11 @@ def test_csv_s_texts_stay_texts_and_its_numbers_numbers(tmp_path):
         {'word': 'None', 'code': '012', 'label': 1, 'share': 0.25, 'truth': 'False'},
         {'word': None, 'code': '13', 'label': 2, 'share': 1.0, 'truth': 'True'},
     ]
+    assert list(_load(tmp_path, 'csv', 'd.csv', 'answer,many\n12,9007199254740993\n,\n')) == [
+        {'answer': 12, 'many': 9007199254740993},
+        {'answer': None, 'many': None},
+    ]
+    assert list(_load(tmp_path, 'csv', 'e.csv', f'a\n{"12" * 20}\n13\n')) == [{'a': '12' * 20}, {'a': '13'}]
     assert list(_load(tmp_path, 'csv', 'b.csv', 'a\tb\nnan\t1e3\n', sep='\t')) == [{'a': 'nan', 'b': '1e3'}]
     assert list(_load(tmp_path, 'csv', 'c.csv', 'a\nNA\nx\n', na_values=['x'])) == [{'a': None}, {'a': None}]
 
