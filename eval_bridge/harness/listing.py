@@ -12,7 +12,7 @@ import logging
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lm_eval.tasks
@@ -41,11 +41,13 @@ class Declared:
       name: the task's name in results.
       config: the content of its file with the changes of its groups. Functions are paths in texts, or resolved.
       file: its file; of a task that stands in a group's file, that file; None: it has none.
+      folders: those of its file, of the files that this includes, and then of the groups around it.
     """
 
     name: str
     config: Mapping[str, Any]
     file: pathlib.Path | None
+    folders: tuple[pathlib.Path, ...] = ()
 
 
 class _Lister(_factory.TaskFactory):
@@ -73,7 +75,9 @@ class _Lister(_factory.TaskFactory):
                     f'{self._files[-1]}: there is no task {config["task"].rpartition("::")[2]!r}, and the group does '
                     'not define it (dataset_path is missing); correct the name, or define the task.'
                 )
-        self.found.append(Declared(config['task'], config, file or self._files[-1]))
+        files = [each for each in (file, *reversed(self._files)) if each]
+        folders = () if self._lenient else dict.fromkeys(folder for each in files for folder in _folders(each))
+        self.found.append(Declared(config['task'], config, file or self._files[-1], tuple(folders)))
         return _Noted(config['task'])
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
@@ -97,6 +101,14 @@ class _Lister(_factory.TaskFactory):
             if unresolved.get('unsafe_code', False) is not False:
                 return unresolved  # is refused by programs.py, which says more
             raise _unusable(entry, error) from None
+
+
+def _folders(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the folder of a task's or group's file, and those of the files that it includes."""
+    yield file.parent
+    included = load_yaml(file, resolve_func=False, recursive=False).get('include') or []
+    for name in included if isinstance(included, list) else [included]:
+        yield from _folders((file.parent / name).resolve())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,19 +126,22 @@ def loading(
 ) -> Iterator[None]:
     """A context in which `tasks` load their data from local files where `folder` or their own file names some.
 
-    Relative `data_files` of a task are looked up from the current folder, then from the folders that contain
-    `include_path` and `folder`, then from that of its file. `used` gets for each task the files taken from `folder`:
-    split -> file and hash. Files are read anew, because the cache of `datasets` knows them by less than their content.
+    Relative `data_files` and folders of a task are looked up from the current folder, then from those that contain
+    `include_path` and `folder`, then from those of the task's files (`listing.Declared`). `used` gets for each task the
+    files taken from `folder`: split -> file and hash. Files are read anew, because the cache of `datasets` knows them
+    by less than their content.
     """
     roots = [pathlib.Path.cwd(), *(pathlib.Path(path).resolve().parent for path in (include_path, folder) if path)]
-    beside = {task.name: [task.file.parent] for task in tasks if task.file}
+    beside = {task.name: task.folders for task in tasks}
     original = ConfigurableTask.download
 
     def download(self, dataset_kwargs=None, **kwargs):
         config = vars(self.config)
         dataset, files = _dataset(config), {}
+        places = [*roots, *beside.get(self.config.task, ())]
+        whole = next((path for place in places if (path := place / str(self.DATASET_PATH)).is_dir()), None)
         if self.DATASET_PATH in FORMATS:
-            dataset_kwargs = _locate_files(dataset_kwargs, roots + beside.get(self.config.task, []))
+            dataset_kwargs = _locate_files(dataset_kwargs, places)
         elif folder and dataset:
             files = _files(folder, dataset, config)
             used[self.config.task] = {
@@ -154,7 +157,9 @@ def loading(
                     setattr(self.config, setting, None)
             inside = {'field': dataset.inside} if dataset.inside else {}
             dataset_kwargs = {'data_files': {split: str(path) for split, path in files.items()}, **inside}
-        if self.DATASET_PATH in FORMATS:
+        elif whole:
+            self.DATASET_PATH = str(whole)
+        if whole or self.DATASET_PATH in FORMATS:
             dataset_kwargs = {**(dataset_kwargs or {}), 'cache_dir': cache}
         try:
             original(self, dataset_kwargs, **kwargs)

@@ -205,6 +205,36 @@ def test_answers_that_look_like_dates_are_the_file_s_and_files_replaced_in_place
         assert result['results']['mine']['exact_match,none'] == 1
 
 
+def _answer(folder, name, answer):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({'q': 'day?', 'a': answer}))
+    os.utime(folder / name, (1e9, 1e9))
+
+
+def test_a_folder_of_data_beside_its_task_is_found_and_read_anew(tmp_path):
+    (tmp_path / 'mine.yaml').write_text(json.dumps(TEXT | {'dataset_path': 'days', 'dataset_kwargs': None}))
+    for answer in ('2020-01-01', '2021-12-31'):
+        _answer(tmp_path, 'days/test.jsonl', answer)
+        result = evaluate.evaluate(Scripted(lambda prompt, answer=answer: answer), ['mine'], include_path=tmp_path)
+        assert result['results']['mine']['exact_match,none'] == 1
+
+
+def test_data_beside_an_included_file_and_a_group_s_file_is_found(tmp_path):
+    def kwargs(name):
+        return {'dataset_kwargs': {'data_files': {'test': name}}}
+
+    _answer(tmp_path, 'of_template.jsonl', 'x')
+    _answer(tmp_path, 'of_group.jsonl', 'y')
+    (tmp_path / 'deeper').mkdir()
+    (tmp_path / 'template').write_text(json.dumps(TEXT | kwargs('of_template.jsonl')))
+    (tmp_path / 'deeper/mine.yaml').write_text(json.dumps({'task': 'mine', 'include': '../template'}))
+    group = {'group': 'group', 'task': [{'task': 'mine', **kwargs('of_group.jsonl')}]}
+    (tmp_path / 'group.yaml').write_text(json.dumps(group))
+    for name, answer in (('mine', 'x'), ('group', 'y')):
+        result = evaluate.evaluate(Scripted(lambda prompt, answer=answer: answer), [name], include_path=tmp_path)
+        assert result['results']['mine']['exact_match,none'] == 1
+
+
 def test_what_is_scored_is_what_is_stamped(data):
     seen = set()
     for goal in ('one', 'two'):
