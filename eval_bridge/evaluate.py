@@ -177,8 +177,8 @@ def check_tasks(
     for task in declared:
         if part := listing.unknown(task.config):
             raise errors.UsageError(
-                f'the task {task.name}: lm-eval has no {part}, nor has what is installed here; correct its file, or '
-                'leave the task out.'
+                f'the task {task.name}: there is no {part} here; correct its file, leave the task out, or set '
+                'HF_HUB_OFFLINE=0 to download what the hub has.'
             )
     if unsafe:
         sandbox.require()

@@ -159,19 +159,21 @@ def unknown(config: Mapping[str, Any]) -> str | None:
     The functions in `config` must be resolved.
     """
     own = config.get('process_results') or config.get('class')  # computes metrics of any name
-    computed = config.get('output_type') == 'generate_until' and not own
+    computed = config.get('output_type', 'generate_until') == 'generate_until' and not own
     try:
         for entry in config.get('metric_list') or ():
             name, aggregation = entry['metric'], entry.get('aggregation')
             hub = entry.get('hf_evaluate') is True
-            if computed and not (callable(name) or registry.get_metric(name, hub)):
-                return f'metric {name!r}'
+            with patches.replaced(registry.eval_logger, 'disabled', True):  # says less than the refusal
+                if computed and not (callable(name) or registry.get_metric(name, hub)):
+                    return f'metric {name!r}' + (' of the package evaluate' if hub else '')
             if isinstance(aggregation, str) and not registry.get_aggregation(aggregation):
                 return f'aggregation {aggregation!r}'
         steps = [step['function'] for filters in config.get('filter_list') or () for step in filters['filter']]
-        return next((f'filter {name!r}' for name in steps if name not in registry.filter_registry), None)
+        names = (name for name in steps if not callable(name) and name not in registry.filter_registry)
+        return next((f'filter {name!r}' for name in names), None)
     except (AttributeError, KeyError, TypeError):
-        return 'metric_list or filter_list of such a form'
+        return 'such form of metric_list or filter_list'
 
 
 def _walk(name: str, registry: _Registry, lister: _Lister) -> list[Declared]:

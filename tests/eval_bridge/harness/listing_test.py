@@ -149,18 +149,28 @@ def test_a_package_that_is_missing_only_when_the_task_is_built_is_named(tmp_path
     ('changes', 'message'),
     [
         ({'metric_list': [{'metric': 'rough'}]}, "metric 'rough'"),
+        ({'metric_list': [{'metric': 'f1', 'hf_evaluate': True}]}, "metric 'f1' of the package evaluate"),
         ({'metric_list': [{'metric': 'exact_match', 'aggregation': 'meen'}]}, "aggregation 'meen'"),
-        ({'metric_list': {'metric': 'exact_match'}}, 'metric_list or filter_list of such a form'),
+        ({'metric_list': {'metric': 'exact_match'}}, 'such form of metric_list or filter_list'),
         ({'filter_list': [{'name': 'f', 'filter': [{'function': 'regexx'}]}]}, "filter 'regexx'"),
-        ({'filter_list': [{'name': 'f', 'filter': ['regex']}]}, 'metric_list or filter_list of such a form'),
+        ({'filter_list': [{'name': 'f', 'filter': ['regex']}]}, 'such form of metric_list or filter_list'),
     ],
 )
 def test_what_lm_eval_would_miss_only_when_it_scores_is_named_before(tmp_path, changes, message):
     (tmp_path / 'mine.yaml').write_text(json.dumps({'task': 'mine', **PLAIN, **changes}))
-    with pytest.raises(errors.UsageError, match=f'the task mine: lm-eval has no {message}, nor has'):
+    with pytest.raises(errors.UsageError, match=f'the task mine: there is no {message} here; correct its file'):
         evaluate.check_tasks(['mine'], listing.task_manager(['mine'], tmp_path))
 
 
-@pytest.mark.parametrize('changes', [{'process_results': 'f'}, {'output_type': 'multiple_choice'}, {'class': 'C'}])
-def test_metrics_that_a_task_computes_may_have_any_name(changes):
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'process_results': 'f'},
+        {'output_type': 'multiple_choice'},
+        {'class': 'C'},
+        {'metric_list': [{'metric': print, 'aggregation': print}]},
+        {'metric_list': None, 'filter_list': [{'name': 'f', 'filter': [{'function': print}]}]},
+    ],
+)
+def test_metrics_that_a_task_computes_and_functions_need_no_name(changes):
     assert listing.unknown({**PLAIN, 'metric_list': [{'metric': 'own', 'aggregation': 'mean'}], **changes}) is None
