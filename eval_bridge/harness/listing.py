@@ -89,6 +89,8 @@ class _Lister(_factory.TaskFactory):
     def _build_group(self, group_name, raw_cfg, overrides, registry):
         if not self._lenient and not (isinstance(raw_cfg.get('task'), list) and raw_cfg['task']):
             raise ValueError(f'the group {group_name} has no list of tasks, but {raw_cfg.get("task")!r}')
+        if not self._resolve:  # lm-eval would refuse the path of a function there
+            raw_cfg = {name: value for name, value in raw_cfg.items() if name != 'aggregate_metric_list'}
         return super()._build_group(group_name, raw_cfg, overrides, registry)
 
     def _load_full_config(self, entry, overrides=None):

@@ -73,6 +73,18 @@ def test_our_files_are_enough_and_official_folders_are_found(folder):
     assert len(tags) < 1_000
 
 
+@pytest.mark.parametrize('resolve', [False, True])
+def test_a_group_s_own_function_of_its_scores_is_no_fault(tmp_path, resolve):
+    (tmp_path / 'utils.py').write_text('def middle(values, sizes=None, weighted=True):\n    return sorted(values)[0]\n')
+    scores = [{'metric': 'exact_match', 'aggregation': 'FUNCTION'}]
+    groups = {'group': 'g', 'task': [{'group': 'sub', 'task': ['one'], 'aggregate_metric_list': scores}]}
+    _write(tmp_path, {'one': {'task': 'one', **PLAIN}, 'g': groups | {'aggregate_metric_list': scores}})
+    text = (tmp_path / 'g.yaml').read_text()
+    (tmp_path / 'g.yaml').write_text(text.replace('"FUNCTION"', '!function utils.middle'))
+    manager = listing.task_manager(['g'], tmp_path)
+    assert [task.name for task in listing.declared(['g'], manager, resolve=resolve)] == ['one']
+
+
 def test_official_tasks_are_found_wherever_a_group_names_them(tmp_path):
     _write(tmp_path, {'mine': {'group': 'mine', 'task': [{'group': 'sub', 'task': [{'task': 'piqa'}, 'ai2_arc']}]}})
     manager = listing.task_manager(['mine'], tmp_path)
