@@ -1,8 +1,7 @@
 """Keeps the texts of local data files as they are written: the readers of `datasets` guess types from them.
 
 JSON's reader takes texts that look like dates for points in time, and beside numbers texts that are JSON for what they
-say. CSV's takes NA and None for nothing, and drops zeros
-and digits of what looks like numbers.
+say. CSV's takes NA and None for nothing, and drops zeros and digits of what looks like numbers.
 """
 
 import contextlib
