@@ -25,7 +25,7 @@ from tinyllama_jax import errors
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals
-from tinyllama_jax.run import metrics, workdir
+from tinyllama_jax.run import metrics, records, workdir
 
 _FIELD = 'config.train.evaluate_tasks'
 
@@ -78,7 +78,7 @@ class Evaluation:
         if not train.due(step, train.evaluate_every_steps):
             return
         try:
-            if not any(entry['step'] == step for entry in metrics.read_entries(self._path)):
+            if not any(entry['step'] == step for entry in records.read_entries(self._path)):
                 self._evaluate(step, params)
         except _Stopped:
             self._say(f'step {step}: told to stop; the next start evaluates this step')

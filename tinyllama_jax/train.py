@@ -236,7 +236,8 @@ class _Run:
         self.members.at('saving')
         with self.throughput.timed('checkpoint'), jax.transfer_guard('allow'):
             # Metrics first: after a crash none may be missing below the checkpoint that the run resumes from.
-            self.journal.sync()
+            if not self.journal.sync():
+                raise errors.RunError(f'{self.folder / "metrics.jsonl"} cannot be written; make room.')
             meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step))
             self.checkpointer.save(step, self.state, meta)
         self.saved = step

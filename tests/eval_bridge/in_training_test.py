@@ -16,7 +16,7 @@ from tinyllama_jax import errors, sharding, train
 from tinyllama_jax.cluster import members as cluster
 from tinyllama_jax.cluster import place
 from tinyllama_jax.process import signals
-from tinyllama_jax.run import metrics, workdir
+from tinyllama_jax.run import records, workdir
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # lm-eval and datasets give warnings of their own
 
@@ -74,7 +74,7 @@ def config(tiny_store, task_files):
 
 
 def _losses(folder):
-    return [entry['loss'] for entry in metrics.read_entries(folder / 'metrics.jsonl')]
+    return [entry['loss'] for entry in records.read_entries(folder / 'metrics.jsonl')]
 
 
 def _members(count):
@@ -93,7 +93,7 @@ def evaluated(config, tmp_path_factory):
 
 
 def test_scores_are_written(evaluated):
-    entries = metrics.read_entries(evaluated / 'evaluation.jsonl')
+    entries = records.read_entries(evaluated / 'evaluation.jsonl')
     assert [entry['step'] for entry in entries] == [3, 6, 8]
     assert set(entries[0]['tasks']) == {'tiny_choice', 'tiny_text'}
     assert {'acc', 'acc_stderr', 'gold_bits_per_byte'} <= set(entries[0]['tasks']['tiny_choice'])
@@ -110,7 +110,7 @@ def test_scores_are_written(evaluated):
 def test_losses_are_the_same_digits_without_it(config, evaluated, tmp_path):
     train.train(config, tmp_path)
     assert _losses(tmp_path) == _losses(evaluated)
-    assert [entry['step'] for entry in metrics.read_entries(tmp_path / 'validation.jsonl')] == [4, 8]
+    assert [entry['step'] for entry in records.read_entries(tmp_path / 'validation.jsonl')] == [4, 8]
 
 
 def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, evaluated, tmp_path):
@@ -124,7 +124,7 @@ def test_an_interrupted_run_evaluates_the_same_steps_to_the_same_values(config, 
     hooks = (*in_training.hooks(config, tmp_path, _members(1)), killed)
     with pytest.raises(Killed):
         train.train(config, tmp_path, hooks=hooks)
-    assert [entry['step'] for entry in metrics.read_entries(tmp_path / 'evaluation.jsonl')] == [3]
+    assert [entry['step'] for entry in records.read_entries(tmp_path / 'evaluation.jsonl')] == [3]
     _train(config, tmp_path)  # from step 2 on
     assert _losses(tmp_path) == _losses(evaluated)
     assert (tmp_path / 'evaluation.jsonl').read_text() == (evaluated / 'evaluation.jsonl').read_text()
@@ -148,14 +148,14 @@ def test_an_evaluation_that_fails_comes_after_the_checkpoint_and_does_not_end_th
     assert f'step 6: not evaluated ({kind.__name__}: math range error)\n' in capsys.readouterr().err
     monkeypatch.undo()
     _train(config, tmp_path)  # there is nothing left to train, but the last step was not evaluated
-    newest = metrics.read_entries(evaluated / 'evaluation.jsonl')[-1]
-    assert metrics.read_entries(tmp_path / 'evaluation.jsonl') == [newest]
+    newest = records.read_entries(evaluated / 'evaluation.jsonl')[-1]
+    assert records.read_entries(tmp_path / 'evaluation.jsonl') == [newest]
 
 
 def test_a_stop_signal_ends_an_evaluation_and_the_next_start_makes_it_up(config, evaluated, tmp_path, capsys):
     folder = shutil.copytree(evaluated, tmp_path / 'run')
     (evaluation,) = in_training.hooks(config, folder, members := _members(1))
-    entries = metrics.cut_entries(folder / 'evaluation.jsonl', 6)
+    entries = records.cut_entries(folder / 'evaluation.jsonl', 6)
     params = workdir.load(folder).params
     params = jax.device_put(params, sharding.shardings(params, sharding.make_mesh(config.mesh)))
     with signals.StopSignals():
@@ -164,7 +164,7 @@ def test_a_stop_signal_ends_an_evaluation_and_the_next_start_makes_it_up(config,
         assert 'step 8: told to stop; the next start evaluates this step' in capsys.readouterr().err
     before = members._mark[0]
     evaluation(8, params)
-    assert metrics.read_entries(folder / 'evaluation.jsonl')[-1:] == entries
+    assert records.read_entries(folder / 'evaluation.jsonl')[-1:] == entries
     done = members._mark[0]
     assert done > before, 'the watchdog hears of each batch'
     evaluation(8, params)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from tests.conftest import DEVICES, OPTIMIZATION, ROOT
-from tinyllama_jax.run import metrics
+from tinyllama_jax.run import records
 
 
 class Processes:
@@ -69,7 +69,7 @@ class Processes:
         """Returns when this step is logged."""
         deadline = time.monotonic() + 240
         while all(process.poll() is None for process in self.running) and time.monotonic() < deadline:
-            entries = metrics.read_entries(folder / 'metrics.jsonl')
+            entries = records.read_entries(folder / 'metrics.jsonl')
             if entries and entries[-1]['step'] >= step:
                 return
             time.sleep(0.02)

@@ -24,7 +24,7 @@ from tinyllama_jax.cluster import place
 from tinyllama_jax.config import KernelConfig
 from tinyllama_jax.data import pipeline, prepare
 from tinyllama_jax.data import store as token_store
-from tinyllama_jax.run import metrics, prompts
+from tinyllama_jax.run import prompts, records
 from tinyllama_jax.settings import experiment
 from tinyllama_jax.tokenizer import loading
 
@@ -55,7 +55,7 @@ def _with_optimizer(config, **fields):
 
 
 def _losses(folder):
-    entries = metrics.read_entries(folder / 'metrics.jsonl')
+    entries = records.read_entries(folder / 'metrics.jsonl')
     steps = [entry['step'] for entry in entries]
     assert steps == list(range(1, len(steps) + 1)), 'a step is missing or written twice'
     return [entry['loss'] for entry in entries]
@@ -92,7 +92,7 @@ def _said(folder):
 
 def _wait_for_step(folder, step, process):
     while process.poll() is None:
-        entries = metrics.read_entries(folder / 'metrics.jsonl')
+        entries = records.read_entries(folder / 'metrics.jsonl')
         if entries and entries[-1]['step'] >= step:
             return
         time.sleep(0.02)
@@ -102,9 +102,9 @@ def _wait_for_step(folder, step, process):
 def test_a_run_learns_and_writes_what_others_read(uninterrupted):
     losses = _losses(uninterrupted)
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
-    entry = metrics.read_entries(uninterrupted / 'metrics.jsonl')[-1]
+    entry = records.read_entries(uninterrupted / 'metrics.jsonl')[-1]
     assert {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'data_seconds'} <= set(entry)
-    validation = metrics.read_entries(uninterrupted / 'validation.jsonl')
+    validation = records.read_entries(uninterrupted / 'validation.jsonl')
     assert [r['step'] for r in validation] == [10, 20, 30, 40] and set(validation[0]['loss']) == {'prose', 'code'}
     saved = json.loads((uninterrupted / 'config.json').read_text())
     assert set(saved) == {'config', 'command', 'commit', 'versions', 'devices'}
@@ -290,7 +290,7 @@ def _pretend_killed_at(folder, step, *, change_loss_of):
         if int(newer.name) > step:
             newer.rename(folder / f'gone-{newer.name}')
     path = folder / 'metrics.jsonl'
-    entries = metrics.read_entries(path)
+    entries = records.read_entries(path)
     for entry in entries:
         entry['loss'] += 1e-7 * (entry['step'] == change_loss_of)
     path.write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
@@ -310,7 +310,7 @@ def test_a_kernel_is_tested_named_and_gives_the_same_losses(store, tmp_path, sho
     said = capsys.readouterr().err
     assert 'ops on CPU: attention xla, rms_norm xla, rope xla, swiglu interpret, cross_entropy xla, ' in said
     assert 'self-test passed: largest errors in float32 swiglu ' in said
-    first, *others = metrics.read_entries(tmp_path / 'metrics.jsonl')
+    first, *others = records.read_entries(tmp_path / 'metrics.jsonl')
     assert first['kernels']['swiglu'] == 'interpret' and first['kernels']['rope'] == 'xla'
     assert not any('kernels' in entry for entry in others)
     assert _losses(tmp_path) == pytest.approx(_losses(short_run), abs=1e-5)
@@ -330,7 +330,7 @@ def test_hooks_and_the_profiler_run_and_a_source_may_hold_nothing_out(store, tmp
     train.train(config, tmp_path, hooks=[lambda step, params: called.append((step, params['embed'].shape))])
     assert called == [(1, (320, 32)), (2, (320, 32))]
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
-    assert metrics.read_entries(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
+    assert records.read_entries(tmp_path / 'validation.jsonl')[-1] == {'step': 2, 'loss': {}}
 
 
 def test_an_implicit_transfer_in_the_loop_raises_and_one_in_a_hook_does_not(store, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from tinyllama_jax import errors, files, flops
 from tinyllama_jax.config import Config
 from tinyllama_jax.report import baselines, page
-from tinyllama_jax.run import metrics, workdir
+from tinyllama_jax.run import records, workdir
 from tinyllama_jax.tokenizer import loading
 
 
@@ -82,7 +82,7 @@ def report(folder: pathlib.Path | str, config: Config | None = None) -> pathlib.
 
 
 def _read(folder: pathlib.Path) -> _Run:
-    training = metrics.read_entries(folder / 'metrics.jsonl')
+    training = records.read_entries(folder / 'metrics.jsonl', loss=float, learning_rate=float, tokens_per_second=float)
     if not training:
         raise errors.UsageError(
             f'--workdir={folder}: it has no metrics.jsonl with a logged step; '
@@ -94,7 +94,7 @@ def _read(folder: pathlib.Path) -> _Run:
     except errors.Failure as error:
         unigram = None
         notes.append(f'The unigram baseline is left out: {error}')
-    validation = metrics.read_entries(folder / 'validation.jsonl')
+    validation = records.read_entries(folder / 'validation.jsonl', loss=dict)
     evaluations = []
     for path in sorted((folder / 'eval').glob('*.json')):
         try:
@@ -106,7 +106,7 @@ def _read(folder: pathlib.Path) -> _Run:
         if isinstance(result, dict) and 'step' in result.get('protocol', {}):
             evaluations.append(result)
     evaluations.sort(key=_step_of)
-    in_training = metrics.read_entries(folder / 'evaluation.jsonl')
+    in_training = records.read_entries(folder / 'evaluation.jsonl', tasks=dict)
     if not validation:
         notes.append('There is no validation loss yet; it is measured every config.train.eval_every_steps.')
     if not evaluations:

@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from tinyllama_jax.config import Config
-from tinyllama_jax.run import metrics, resume, workdir
+from tinyllama_jax.run import metrics, records, resume, workdir
 from tinyllama_jax.settings import tree
 
 
@@ -24,8 +24,9 @@ class Silent:
     def validated(self, step: int, losses: dict[str, float]) -> None:
         """Writes and shows the validation loss of each source."""
 
-    def sync(self) -> None:
-        """Returns when all logged steps are on disk."""
+    def sync(self) -> bool:
+        """Returns whether all logged steps are on disk."""
+        return True
 
     def close(self) -> None:
         """Closes the files."""
@@ -41,9 +42,9 @@ class Journal(Silent):
     def __init__(self, folder: pathlib.Path, config: Config, command: str, start: int, tokenizer_path: pathlib.Path):
         workdir.keep_tokenizer(folder, tokenizer_path)
         before = workdir.read_config_file(folder)
-        self._recomputed = metrics.Recomputed(folder / 'metrics.jsonl', start)
+        self._recomputed = records.Recomputed(folder / 'metrics.jsonl', start)
         for name in ('validation.jsonl', 'evaluation.jsonl'):
-            metrics.cut_entries(folder / name, start)
+            records.cut_entries(folder / name, start)
         now = workdir.write_config_file(folder, config, command)
         if not resume.same_losses(before, now):
             self._recomputed.forget()
@@ -75,9 +76,9 @@ class Journal(Silent):
         self._validations.write({'step': step, 'loss': losses})
         self.say(f'step {step}: validation loss ' + ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items()))
 
-    def sync(self) -> None:
-        """Returns when all logged steps are on disk."""
-        self._writer.sync()
+    def sync(self) -> bool:
+        """Returns whether all logged steps are on disk."""
+        return self._writer.sync()
 
     def close(self) -> None:
         """Closes the files."""

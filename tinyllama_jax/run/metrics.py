@@ -1,85 +1,33 @@
-"""What a run writes about itself: entries of scalars to every sink, lines on the terminal; and its throughput.
+"""What a run says about itself while it runs: entries of scalars to every sink, lines on the terminal, throughput.
 
-`WORKDIR/metrics.jsonl` holds one entry (a JSON object) per logged step, no step twice. On resume it is cut to the
-checkpoint's step, and `Recomputed` compares the losses that were cut off with those computed again.
+Sinks are passengers: one that fails never ends or delays the run. What it could not take waits in memory, and it is
+tried again. `records` reads the files back.
 """
 
+import collections
 import contextlib
-import json
+import errno
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import tqdm
 
-from tinyllama_jax import errors, files
+from tinyllama_jax import errors
 from tinyllama_jax.config import Config
+from tinyllama_jax.run import records
 
-
-def read_entries(path: pathlib.Path) -> list[dict]:
-    """Returns the entries of a metrics file, without a last line that a kill cut short.
-
-    Raises UsageError naming the line that is not an entry.
-    """
-    entries = []
-    lines = path.read_text(errors='replace').split('\n')[:-1] if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line) if line else None
-            if entry is not None and entry['step'] is not None:
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError):
-            where = f'line {number} is not an entry with a step: {line[:60]!r}'
-            raise errors.usage(str(path), f'{where}; remove it') from None
-    return entries
-
-
-def cut_entries(path: pathlib.Path, step: int) -> list[dict]:
-    """Atomically drops the entries after `step` from a metrics file; returns them."""
-    entries = read_entries(path)
-    if path.exists():
-        files.write_atomically(path, ''.join(json.dumps(entry) + '\n' for entry in entries if entry['step'] <= step))
-    return [entry for entry in entries if entry['step'] > step]
-
-
-class Recomputed:
-    """Losses that were logged before an interruption; computed again, they must have the same digits.
-
-    Cuts `path` to `step`. The entries cut off are kept in a file beside it until their
-    losses have been computed again, so that they survive further interruptions.
-    """
-
-    def __init__(self, path: pathlib.Path, step: int):
-        self._kept = path.with_name('recompute.jsonl')
-        later = [entry for entry in read_entries(path) if entry['step'] > step]
-        entries = {entry['step']: entry for entry in [*read_entries(self._kept), *later] if entry['step'] > step}
-        if later:
-            files.write_atomically(self._kept, ''.join(json.dumps(entry) + '\n' for entry in entries.values()))
-        cut_entries(path, step)
-        self._losses = {step: entry['loss'] for step, entry in entries.items()}
-
-    def forget(self) -> None:
-        """Drops the losses, for a start whose losses may differ: other settings, versions or devices."""
-        self._losses = {}
-        self._kept.unlink(missing_ok=True)
-
-    def compare(self, step: int, loss: float) -> None:
-        """Raises RunError if another loss was logged for `step` before the interruption."""
-        before = self._losses.pop(step, loss)
-        if before != loss:
-            raise errors.RunError(
-                f'step {step}: the loss computed again after resuming is {loss!r}, but {before!r} was logged before '
-                'the interruption with the same settings, versions and devices; the run is not reproducible here '
-                f'(failing hardware, or changed data or code). To resume all the same, remove {self._kept}.'
-            )
-        if not self._losses:
-            self._kept.unlink(missing_ok=True)
+_MOST_WAITING = 20_000  # entries that wait for a sink: a day of five-second steps, some 20 MB
+_SAID_EVERY_S = 60.0  # while a sink fails
 
 
 class Sink(Protocol):
-    """A destination of entries. It may raise OSError."""
+    """A destination of entries. What it raises is said, and the entry is given again with the next one."""
 
     def write(self, entry: dict[str, Any]) -> None:
         """Takes an entry: its `step` and scalars, which may be nested in dictionaries."""
@@ -91,95 +39,166 @@ class Sink(Protocol):
         """Closes it."""
 
 
-class JsonLines(Sink):
-    """One JSON object per line of a file."""
+class _Appended:
+    """A file to whose end a record is written as a whole, or not at all."""
 
     def __init__(self, path: pathlib.Path):
-        self._file = open(path, 'a')
+        self._path, self._file = path, open(path, 'ab', buffering=0)
 
-    def write(self, entry: dict[str, Any]) -> None:
-        """Appends the entry and flushes it to the operating system."""
-        self._file.write(json.dumps(entry) + '\n')
-        self._file.flush()
+    def append(self, record: bytes) -> None:
+        """Appends a record. Raises OSError."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(record)
+            if written < len(record):  # no room for the rest: writing it raises
+                self._file.write(record[written:])
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def sync(self) -> None:
-        """Returns when all entries are on disk."""
+        """Returns when all records are on disk. Raises OSError, also if another file has the name now."""
         os.fsync(self._file.fileno())
+        if not self._path.exists() or not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            self._file.close()
+            self._file = open(self._path, 'ab', buffering=0)
+            raise FileNotFoundError(errno.ENOENT, 'it was removed; a new one is begun')
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-class TensorBoard(Sink):
-    """Event files of TensorBoard; nested dictionaries become paths such as loss/web."""
+class JsonLines(_Appended, Sink):
+    """One JSON object per line of a file."""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends the entry."""
+        self.append(records.line(entry))
+
+
+class TensorBoard(_Appended, Sink):
+    """An event file of TensorBoard; nested dictionaries become paths such as loss/web.
+
+    The calling thread writes it: tensorboardX's own thread ends on an error, or when the clock is set back, and its
+    full queue then holds the caller for ever.
+    """
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
         # tensorboardX imports torch where it is installed, for annotations only; that takes more than a second.
         torch = sys.modules.setdefault('torch', None)  # pyrefly: ignore  # None: an import fails as if not installed
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore  # generated
+            from tensorboardX.record_writer import masked_crc32c
         finally:
             if torch is None:
                 del sys.modules['torch']
-        self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._make_event, self._checksum = Event, masked_crc32c
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds, unique = int(time.time()), f'{os.getpid()}.{time.monotonic_ns()}'
+        super().__init__(folder / f'events.out.tfevents.{seconds}.{socket.gethostname()}.{unique}')
+        try:
+            self._event(file_version='brain.Event:2')
+            # TensorBoard forgets what earlier files say of the steps from here on.
+            self._event(step=start_step + 1, session_log={'status': SessionLog.START})
+        except OSError:
+            self.close()
+            self._path.unlink(missing_ok=True)
+            raise
 
     def write(self, entry: dict[str, Any]) -> None:
         """Adds the scalars of the entry."""
-        for name, value in _flat(entry):
-            if name != 'step' and isinstance(value, int | float):
-                self._board.add_scalar(name, value, entry['step'])
+        scalars = [(name, value) for name, value in _flat(entry) if name != 'step' and isinstance(value, int | float)]
+        values = [{'tag': name, 'simple_value': value} for name, value in scalars]
+        self._event(step=entry['step'], summary={'value': values})
 
-    def sync(self) -> None:
-        """Flushes the event file."""
-        self._board.flush()
-
-    def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._board.close()
+    def _event(self, **fields) -> None:
+        """Appends an event in TensorFlow's record format: its length and its content, each with a checksum."""
+        content = self._make_event(wall_time=time.time(), **fields).SerializeToString()
+        parts = struct.pack('<Q', len(content)), content
+        self.append(b''.join(part + struct.pack('<I', self._checksum(part)) for part in parts))
 
 
-def sinks(path: pathlib.Path, config: Config, *, start_step: int) -> list[Sink]:
-    """Returns the sinks of the entries of `path` (WORKDIR/metrics.jsonl and the like), as `config` asks for them.
+def sinks(path: pathlib.Path, config: Config, *, start_step: int) -> dict[str, Callable[[], Sink]]:
+    """Returns {name: how it is made} of the sinks for the entries of `path` (WORKDIR/metrics.jsonl and the like).
 
-    Another sink is a class above and an entry here.
+    The first is `path` itself, from which a run resumes. Another sink is a class above and an entry here.
     """
     del config  # no sink depends on it yet
-    return [JsonLines(path), TensorBoard(path.parent / 'tensorboard' / path.stem, start_step=start_step)]
+    board = path.parent / 'tensorboard' / path.stem
+    return {str(path): lambda: JsonLines(path), str(board): lambda: TensorBoard(board, start_step=start_step)}
 
 
 class Writer:
-    """Writes entries to every sink. Raises RunError if one cannot be written."""
+    """Writes entries to every sink, and never raises: those that a sink cannot take wait for it."""
 
     def __init__(self, path: pathlib.Path, config: Config, *, start_step: int):
-        self._path, self._sinks = path, sinks(path, config, start_step=start_step)
+        self._queues = [_Queue(*named) for named in sinks(path, config, start_step=start_step).items()]
 
     def write(self, entry: dict[str, Any]) -> None:
         """Writes an entry: its `step` and scalars, which may be nested in dictionaries."""
-        with self._naming_the_file():
-            for sink in self._sinks:
-                sink.write(entry)
+        for queue in self._queues:
+            queue.put(entry)
 
-    def sync(self) -> None:
-        """Returns when every sink keeps all entries."""
-        with self._naming_the_file():
-            for sink in self._sinks:
-                sink.sync()
-
-    @contextlib.contextmanager
-    def _naming_the_file(self):
-        try:
-            yield
-        except OSError as error:
-            raise errors.RunError(f'{self._path} cannot be written ({error.strerror}); make room.') from None
+    def sync(self) -> bool:
+        """Returns, when the sinks have tried to keep all entries, whether the first, the run's own file, did."""
+        first, *_ = [queue.empty(sync=True) for queue in self._queues]
+        return first
 
     def close(self) -> None:
-        """Closes every sink."""
-        for sink in self._sinks:
-            sink.close()
+        """Writes what waits, and closes every sink."""
+        for queue in self._queues:
+            queue.empty(sync=True)
+            queue.close()
 
 
-def _flat(entry: dict[str, Any], prefix: str = ''):
+class _Queue:
+    """The entries that wait for a sink, and the sink while it works."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]):
+        self._name, self._make = name, make
+        self._waiting: collections.deque[dict[str, Any]] = collections.deque(maxlen=_MOST_WAITING)
+        self._lost = 0  # entries dropped, the oldest first, since too many wait
+        self._sink: Sink | None = None
+        self._said: float | None = None  # when the failure was said, if it fails
+
+    def put(self, entry: dict[str, Any]) -> None:
+        """Adds an entry, and writes what waits."""
+        self._lost += len(self._waiting) == _MOST_WAITING
+        self._waiting.append(entry)
+        self.empty()
+
+    def empty(self, *, sync: bool = False) -> bool:
+        """Writes what waits, to the disk if `sync`; returns whether the sink took it."""
+        try:
+            self._sink = self._sink or self._make()
+            while self._waiting:
+                self._sink.write(self._waiting[0])
+                self._waiting.popleft()
+            if sync:
+                self._sink.sync()
+        except Exception as error:  # a library's, too: whatever it is, the run goes on
+            if self._said is None or time.monotonic() - self._said >= _SAID_EVERY_S:
+                lost = f', {self._lost:,} older ones are lost' if self._lost else ''
+                self._say(f'cannot be written ({errors.first_line(error)}); {len(self._waiting):,} entries wait{lost}')
+                self._said = time.monotonic()
+            return False
+        if self._said is not None:
+            self._say('is written again')
+            self._said = None
+        return True
+
+    def close(self) -> None:
+        """Closes the sink."""
+        with contextlib.suppress(Exception):
+            if self._sink:
+                self._sink.close()
+
+    def _say(self, line: str) -> None:
+        tqdm.tqdm.write(f'{self._name} {line}', file=sys.stderr)
+
+
+def _flat(entry: Mapping[str, Any], prefix: str = ''):
     for name, value in entry.items():
         if isinstance(value, dict):
             yield from _flat(value, f'{prefix}{name}/')

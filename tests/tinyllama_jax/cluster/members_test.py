@@ -24,7 +24,7 @@ from tinyllama_jax.cluster import place
 from tinyllama_jax.cluster.members import Members, joined
 from tinyllama_jax.config import Config, TrainConfig
 from tinyllama_jax.data import pipeline, store
-from tinyllama_jax.run import metrics
+from tinyllama_jax.run import records
 from tinyllama_jax.settings import experiment, tree
 
 STEPS = 10
@@ -44,7 +44,7 @@ def _arguments(store, **more):
 
 
 def _losses(folder):
-    return [entry['loss'] for entry in metrics.read_entries(folder / 'metrics.jsonl')]
+    return [entry['loss'] for entry in records.read_entries(folder / 'metrics.jsonl')]
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def two(tiny_store, tmp_path_factory):
 def test_two_processes_train_as_one(one, two):
     folder, processes = two
     assert _losses(folder) == pytest.approx(_losses(one), abs=1e-5) and len(_losses(folder)) == STEPS
-    for mine, theirs in zip(*(metrics.read_entries(f / 'validation.jsonl') for f in (one, folder)), strict=True):
+    for mine, theirs in zip(*(records.read_entries(f / 'validation.jsonl') for f in (one, folder)), strict=True):
         assert theirs['loss'] == pytest.approx(mine['loss'], abs=1e-5)
     assert '2 hosts (host-0, host-1), 2 processes, 8 x cpu, mesh data 1, fsdp 8, tensor 1; ' in processes.lines(0)
 
@@ -103,7 +103,7 @@ def _validation_rows(folder):
 
 
 def test_the_step_times_of_each_host_are_logged(two):
-    entries = metrics.read_entries(two[0] / 'metrics.jsonl')
+    entries = records.read_entries(two[0] / 'metrics.jsonl')
     times = [entry['step_seconds'] for entry in entries if 'step_seconds' in entry]
     assert len(times) >= STEPS - 4
     for by_host in times:

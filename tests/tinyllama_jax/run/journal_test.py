@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import tiny
-from tinyllama_jax.run import journal, metrics
+from tinyllama_jax.run import journal, records
 from tinyllama_jax.settings import experiment
 
 
@@ -29,8 +29,8 @@ def test_a_journal_writes_and_says(tmp_path, capsys):
     written.validated(1, {'web': 2.0})
     written.sync()
     written.close()
-    assert metrics.read_entries(tmp_path / 'run' / 'metrics.jsonl')[0]['loss'] == 2.5
-    assert metrics.read_entries(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
+    assert records.read_entries(tmp_path / 'run' / 'metrics.jsonl')[0]['loss'] == 2.5
+    assert records.read_entries(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'pieces'
     assert 'step 1: validation loss web 2.0000' in capsys.readouterr().err
 

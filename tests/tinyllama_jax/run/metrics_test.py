@@ -1,57 +1,15 @@
-"""Metrics files: cut atomically, no step twice, every sink written, recomputed losses compared; throughput."""
+"""Sinks: every one is written, one that fails delays nothing and loses nothing; throughput."""
 
-import json
+import resource
 import subprocess
 import sys
 
-import pytest
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT
 from tests.support import tiny
-from tinyllama_jax import errors
-from tinyllama_jax.run import metrics
-
-
-def _write(path, steps):
-    path.write_text(''.join(json.dumps({'step': step, 'loss': 1.0 / step}) + '\n' for step in steps))
-
-
-def test_cut_keeps_up_to_the_step_and_returns_the_rest(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    _write(path, range(1, 8))
-    path.write_text(path.read_text() + '{"step": 8, "lo')  # a write cut short by a kill
-    cut = metrics.cut_entries(path, 5)
-    assert [entry['step'] for entry in cut] == [6, 7]
-    assert [entry['step'] for entry in metrics.read_entries(path)] == [1, 2, 3, 4, 5]
-    assert path.read_text().endswith('\n') and not list(tmp_path.glob('*.tmp'))
-
-
-def test_a_missing_file_has_no_entries(tmp_path):
-    assert metrics.cut_entries(tmp_path / 'none.jsonl', 3) == [] and not (tmp_path / 'none.jsonl').exists()
-
-
-def test_recomputed_losses_must_be_the_same_digits_however_often_it_is_interrupted(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    _write(path, range(1, 8))
-    for _ in range(2):  # the second start finds the file already cut
-        recomputed = metrics.Recomputed(path, 5)
-        recomputed.compare(5, 9.9)
-        recomputed.compare(6, 1 / 6)
-        with pytest.raises(errors.RunError, match=r'step 7: .* is 0.25, but 0.14285714285714285 was logged'):
-            recomputed.compare(7, 0.25)
-    assert [entry['step'] for entry in metrics.read_entries(path)] == [1, 2, 3, 4, 5]
-    recomputed = metrics.Recomputed(path, 6)
-    recomputed.compare(7, 1 / 7)
-    assert not (tmp_path / 'recompute.jsonl').exists()
-
-
-def test_losses_that_may_differ_are_forgotten(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    _write(path, range(1, 8))
-    recomputed = metrics.Recomputed(path, 5)
-    recomputed.forget()
-    recomputed.compare(6, 9.9)
-    metrics.Recomputed(path, 5).compare(6, 8.8)
+from tinyllama_jax.run import metrics, records
 
 
 def test_tensorboard_does_not_import_torch_nor_forbid_it(tmp_path):
@@ -68,30 +26,104 @@ def test_writer_appends_and_nests_for_tensorboard(tmp_path):
     writer = metrics.Writer(tmp_path / 'validation.jsonl', tiny.CONFIG, start_step=0)
     writer.write({'step': 1, 'loss': {'web': 2.0, 'code': 1.0}, 'mfu': None})
     writer.close()
-    assert metrics.read_entries(tmp_path / 'validation.jsonl') == [
+    assert records.read_entries(tmp_path / 'validation.jsonl') == [
         {'step': 1, 'loss': {'web': 2.0, 'code': 1.0}, 'mfu': None}
     ]
-    assert list((tmp_path / 'tensorboard' / 'validation').glob('events*'))
+    assert _scalars(tmp_path / 'tensorboard' / 'validation') == {1: {'loss/web': 2.0, 'loss/code': 1.0}}
 
 
-class _Full(metrics.Sink):
+class _Moody(metrics.Sink):
+    """Takes entries while `works`."""
+
+    works, taken = True, []
+
     def write(self, entry):
-        raise OSError(28, 'No space left on device')
+        if not self.works:
+            raise OSError(28, 'No space left on device')
+        self.taken.append(entry['step'])
 
-    def sync(self):
-        raise OSError(28, 'No space left on device')
+
+def _writer(path, monkeypatch, make):
+    monkeypatch.setattr(metrics, 'sinks', lambda *_, **__: {str(path): lambda: metrics.JsonLines(path), 'other': make})
+    return metrics.Writer(path, tiny.CONFIG, start_step=0)
 
 
-def test_every_sink_gets_the_entry_and_one_that_fails_ends_the_run(tmp_path, monkeypatch):
+def test_what_a_sink_cannot_take_waits_and_is_said_once(tmp_path, monkeypatch, capsys):
     path = tmp_path / 'metrics.jsonl'
-    monkeypatch.setattr(metrics, 'sinks', lambda *_, **__: [metrics.JsonLines(path), _Full()])
-    writer = metrics.Writer(path, tiny.CONFIG, start_step=0)
-    with pytest.raises(errors.RunError, match=r'metrics\.jsonl cannot be written \(No space left on device\); make'):
-        writer.write({'step': 1, 'loss': 2.0})
-    with pytest.raises(errors.RunError, match='make room'):
-        writer.sync()
+    monkeypatch.setattr(_Moody, 'taken', [])
+    writer = _writer(path, monkeypatch, _Moody)
+    for step in range(1, 8):
+        monkeypatch.setattr(_Moody, 'works', step not in (3, 4, 5))
+        writer.write({'step': step})
+        assert writer.sync(), "the run's own file is written"
     writer.close()
-    assert metrics.read_entries(path) == [{'step': 1, 'loss': 2.0}]
+    assert _Moody.taken == [entry['step'] for entry in records.read_entries(path)] == list(range(1, 8))
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        'other cannot be written ([Errno 28] No space left on device); 1 entries wait',
+        'other is written again',
+    ]
+
+
+def test_a_sink_that_cannot_even_be_made_ends_nothing(tmp_path, monkeypatch, capsys):
+    def make():
+        raise ImportError('no such tracker')
+
+    monkeypatch.setattr(metrics, '_MOST_WAITING', 3)
+    monkeypatch.setattr(metrics, '_SAID_EVERY_S', 0.0)
+    writer = _writer(tmp_path / 'metrics.jsonl', monkeypatch, make)
+    for step in range(1, 6):
+        writer.write({'step': step})
+    writer.close()
+    assert 'other cannot be written (no such tracker); 3 entries wait, 2 older ones are lost' in capsys.readouterr().err
+
+
+def test_entries_wait_while_the_disk_is_full_and_none_is_torn(tmp_path, capsys):
+    path = tmp_path / 'metrics.jsonl'
+    writer = metrics.Writer(path, tiny.CONFIG, start_step=0)
+    writer.write({'step': 1, 'loss': 0.5})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))  # the stand-in for a full disk: room for a part of a line
+    try:
+        for step in (2, 3):
+            writer.write({'step': step, 'loss': 0.5})
+            assert not writer.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == records.line({'step': 1, 'loss': 0.5})
+    writer.write({'step': 4, 'loss': 0.5})
+    assert writer.sync()
+    writer.close()
+    assert [entry['step'] for entry in records.read_entries(path)] == [1, 2, 3, 4]
+    assert 'metrics.jsonl cannot be written' in capsys.readouterr().err
+    assert _scalars(tmp_path / 'tensorboard' / 'metrics') == {step: {'loss': 0.5} for step in (1, 2, 3, 4)}
+
+
+def _scalars(folder):
+    """Returns {step: {name: value}} of a folder's only event file, whose checksums must be right."""
+    (file,) = folder.glob('events*')
+    data, steps = file.read_bytes(), {}
+    while data:
+        length = int.from_bytes(data[:8], 'little')
+        content = data[12 : 12 + length]
+        assert int.from_bytes(data[12 + length : 16 + length], 'little') == record_writer.masked_crc32c(content)
+        event = event_pb2.Event.FromString(content)
+        if event.summary.value:
+            steps[event.step] = {value.tag: value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    return steps
+
+
+def test_a_log_that_was_replaced_is_no_log(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    writer = metrics.Writer(path, tiny.CONFIG, start_step=0)
+    writer.write({'step': 1})
+    path.unlink()
+    assert not writer.sync()
+    writer.write({'step': 2})
+    assert writer.sync()
+    writer.close()
+    assert [entry['step'] for entry in records.read_entries(path)] == [2]
 
 
 def test_throughput_leaves_pauses_out_and_sums_losses():
@@ -109,10 +141,3 @@ def test_progress_prints_a_line_per_entry_without_a_terminal(capsys):
     progress.update({'step': 40, 'loss': 2.5, 'tokens_per_second': 5.0})
     progress.close()
     assert 'step 40/100: loss 2.5000, 5 tokens/s, 0:02:00 to go' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('line', ['{"step": 2,}', '[]', '{"loss": 1}', '\0\0'])
-def test_a_line_that_is_no_entry_is_named(line, tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(f'{{"step": 1}}\n{line}\n')
-    with pytest.raises(errors.UsageError, match='metrics.jsonl: line 2 is not an entry with a step'):
-        metrics.read_entries(tmp_path / 'metrics.jsonl')
