@@ -2,12 +2,14 @@
 
 A checkpoint at step n is the state after n optimizer steps, as three items:
 `params`, `rest` (step and optimizer state) and `meta` (JSON: configuration, data
-fingerprint, rows seen, versions, a checksum of every array). orbax commits a folder
+fingerprint, rows seen, versions, a checksum of every array and a digest of all that). orbax commits a folder
 by renaming it, so a killed save leaves only a temporary folder, which the next start
 removes. The checksums catch later changes of bytes, which orbax does not notice. If storage, memory or a device fails
 while reading, that is not damage: nothing is moved, and the run ends with 75.
 """
 
+import hashlib
+import json
 import logging
 import pathlib
 import shutil
@@ -64,6 +66,12 @@ def _named_checksums(tree) -> dict[str, int]:
     return {path: int(value) for path, value in _by_path(jax.device_get(_checksums(tree))).items()}
 
 
+def _digest(meta: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a meta without its own digest, as JSON."""
+    rest = {name: value for name, value in meta.items() if name != 'digest'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _items(state) -> dict[str, Any]:
     return {'params': state.params, 'rest': {'step': state.step, 'opt_state': state.opt_state}}
 
@@ -108,6 +116,7 @@ class Checkpointer:
         """Starts a save, which continues in the background. Raises RunError if this or the previous save failed."""
         items = _items(state)
         meta = meta | {'step': step, 'checksums': {name: _named_checksums(item) for name, item in items.items()}}
+        meta['digest'] = _digest(meta)
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with checkpoint_errors.writing(self.folder):
             self._manager.save(step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)))
@@ -138,9 +147,12 @@ class Checkpointer:
         """
 
         def read(step: int):
-            meta = self._restore(step, 'meta', ocp.args.JsonRestore())
+            meta = self._verified_meta(step)
             check(meta)
-            return {name: self._verified(step, name, item, meta) for name, item in _items(abstract_state).items()}, meta
+            items = {name: self._verified(step, name, item, meta) for name, item in _items(abstract_state).items()}
+            if int(items['rest']['step']) != step:
+                raise ValueError(f'its state is that of step {items["rest"]["step"]}')
+            return items, meta
 
         if not self.steps():
             return None
@@ -156,7 +168,7 @@ class Checkpointer:
         """Returns (parameters, meta) of the checkpoint at `step`, by default the newest readable one."""
 
         def read(step: int):
-            meta = self._restore(step, 'meta', ocp.args.JsonRestore())
+            meta = self._verified_meta(step)
             return self._verified(step, 'params', abstract_params, meta), meta
 
         steps = self.steps()
@@ -187,6 +199,14 @@ class Checkpointer:
 
     def _restore(self, step: int, name: str, argument):
         return self._manager.restore(step, args=ocp.args.Composite(**{name: argument}))[name]
+
+    def _verified_meta(self, step: int) -> dict[str, Any]:
+        meta = self._restore(step, 'meta', ocp.args.JsonRestore())
+        if meta.get('digest', _digest(meta)) != _digest(meta):  # earlier versions wrote none
+            raise ValueError('the bytes of meta have changed since they were written')
+        if meta['step'] != step:
+            raise ValueError(f'it was saved as step {meta["step"]}')
+        return meta
 
     def _verified(self, step: int, name: str, abstract, meta: dict):
         expected = meta['checksums'][name]

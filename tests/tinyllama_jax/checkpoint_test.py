@@ -36,10 +36,14 @@ def _abstract(mesh):
     return step_lib.abstract_state(tiny.CONFIG, mesh)
 
 
+def _at(state, step):
+    return state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+
+
 def _save(folder, state, steps, **retention):
     checkpointer = checkpoint.Checkpointer(folder, **retention)
     for step in steps:
-        checkpointer.save(step, state, {'note': f'step {step}'})
+        checkpointer.save(step, _at(state, step), {'note': f'step {step}'})
     checkpointer.wait()
     return checkpointer
 
@@ -55,7 +59,7 @@ def test_restored_on_any_mesh_bit_for_bit(tmp_path, state, meshes):
         restored, meta = checkpointer.restore(_abstract(mesh), lambda meta: None)
         assert (meta['step'], meta['note']) == (3, 'step 3')
         assert restored.params['embed'].sharding.mesh.size == mesh.size
-        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        for old, new in zip(jax.tree.leaves(_at(state, 3)), jax.tree.leaves(restored), strict=True):
             np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
 
 
@@ -134,7 +138,7 @@ def test_changed_bytes_are_named_and_the_checkpoint_before_is_used(tmp_path, sta
     assert f'damaged checkpoint: {copy}/6' in said
     assert 'resuming from step 3' in said
     assert (tmp_path / 'copy-damaged' / '6').is_dir()
-    checkpointer.save(6, state, {})
+    checkpointer.save(6, _at(state, 6), {})
     checkpointer.wait()
     assert checkpointer.steps() == [3, 6]
 
@@ -145,8 +149,31 @@ def test_half_a_checkpoint_is_not_used(tmp_path, state, meshes, missing):
     (tmp_path / 'c' / '6' / missing).rename(tmp_path / 'gone')
     checkpointer = checkpoint.Checkpointer(tmp_path / 'c', keep=2)
     restored, meta = checkpointer.restore(_abstract(meshes[2]), lambda meta: None)
-    assert int(restored.step) == int(state.step)
-    assert meta['step'] == (6 if missing.startswith('_') else 3)  # the last is orbax's own note, not needed
+    assert (
+        meta['step'] == int(restored.step) == (6 if missing.startswith('_') else 3)
+    )  # the last is orbax's own note, not needed
+
+
+@pytest.mark.parametrize(('old', 'new'), [(b'"step":', b'"stop":'), (b'step 6', b'step 7'), (b'6', b'5')])
+def test_a_changed_meta_is_damage(tmp_path, state, meshes, old, new, capsys):
+    _save(tmp_path / 'c', state, [3, 6], keep=2)
+    path = tmp_path / 'c' / '6' / 'meta' / 'metadata'
+    assert path.read_bytes() != path.read_bytes().replace(old, new)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    _, meta = checkpoint.Checkpointer(tmp_path / 'c', keep=2).restore(_abstract(meshes[0]), lambda meta: None)
+    assert meta['note'] == 'step 3'
+    assert 'damaged checkpoint' in capsys.readouterr().err
+
+
+def test_a_checkpoint_under_another_step_s_name_is_damage(tmp_path, state, meshes, capsys):
+    checkpointer = _save(tmp_path / 'c', state, [3, 6], keep=3)
+    checkpointer.save(8, _at(state, 7), {})
+    checkpointer.close()
+    (tmp_path / 'c' / '6').rename(tmp_path / 'c' / '9')
+    _, meta = checkpoint.Checkpointer(tmp_path / 'c', keep=3).restore(_abstract(meshes[0]), lambda meta: None)
+    assert meta['note'] == 'step 3'
+    said = capsys.readouterr().err
+    assert 'step 9: it was saved as step 6' in said and '/8' in said
 
 
 def test_a_save_that_was_killed_is_removed_and_reported(tmp_path, state, capsys):
