@@ -57,7 +57,7 @@ class Run:
         """Opens the model in JAX, or an export of it in transformers (`backend` hf). Raises as workdir.load does."""
         loaded = workdir.load(self.folder, self.config, self.step)
         bos = loaded.config.data.bos
-        tokenizer = workdir.load_tokenizer(self.folder, loaded.config)
+        tokenizer = workdir.load_tokenizer(self.folder, loaded.config, loaded.tokenizer_path)
         identity = {'step': loaded.step, 'weights_sha256': _hash_of_arrays(loaded.params)}
         settings = json.dumps([dataclasses.asdict(loaded.config.model), bos, _hash_of_files(self.folder, _SETTINGS)])
         identity['settings_sha256'] = hashlib.sha256(settings.encode()).hexdigest()

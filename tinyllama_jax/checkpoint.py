@@ -28,12 +28,16 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.process import versions
 
 
-def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int]) -> dict[str, Any]:
-    """Returns what is saved beside the arrays: configuration, data fingerprint, rows seen per source, versions."""
+def make_meta(config: Config, fingerprint: str | None, seen: dict[str, int], tokenizer: str | None) -> dict[str, Any]:
+    """Returns what is saved beside the arrays.
+
+    Configuration, fingerprint of the data, rows seen of each source, SHA-256 of the tokenizer, versions.
+    """
     return {
         'config': config_lib.to_dict(config),
         'data': fingerprint,
         'seen': seen,
+        'tokenizer': tokenizer,
         'versions': versions.installed(),
     }
 

@@ -65,6 +65,7 @@ class _Run:
         self.config, self.folder, self.hooks, self.members, self.lockstep = config, folder, hooks, members, lockstep
         tokens = store.TokenStore(config.data.store_path(folder))
         self.data = pipeline.make_dataset(config, tokens)
+        self.tokenizer = tokens.manifest['tokenizer_sha256']
         # Processes that read different stores would train on mixed batches, and no loss would show it.
         members.agree(data=self.data.fingerprint)
         self.mesh = sharding.make_mesh(config.mesh)
@@ -238,7 +239,7 @@ class _Run:
             # Metrics first: after a crash none may be missing below the checkpoint that the run resumes from.
             if not self.journal.sync():
                 raise errors.RunError(f'{self.folder / "metrics.jsonl"} cannot be written; make room.')
-            meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step))
+            meta = checkpoint.make_meta(self.config, self.data.fingerprint, self.data.seen(step), self.tokenizer)
             self.checkpointer.save(step, self.state, meta)
         self.saved = step
 

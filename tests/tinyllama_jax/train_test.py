@@ -107,7 +107,7 @@ def test_a_run_learns_and_writes_what_others_read(uninterrupted):
     validation = records.read_entries(uninterrupted / 'validation.jsonl')
     assert [r['step'] for r in validation] == [10, 20, 30, 40] and set(validation[0]['loss']) == {'prose', 'code'}
     saved = json.loads((uninterrupted / 'config.json').read_text())
-    assert set(saved) == {'config', 'command', 'commit', 'versions', 'devices'}
+    assert set(saved) == {'config', 'command', 'commit', 'versions', 'devices', 'sha256'}
     assert sorted(int(p.name) for p in (uninterrupted / 'checkpoints').iterdir()) == [30, 35, 40]
 
 
@@ -173,7 +173,8 @@ def test_a_run_from_before_there_were_masks_resumes_without_them(store, short_ru
     folder = shutil.copytree(short_run, tmp_path / 'run')
     meta_path = folder / 'checkpoints' / '2' / 'meta' / 'metadata'
     for path in (folder / 'config.json', meta_path):
-        content = json.loads(path.read_text())
+        digests = ('digest', 'sha256')  # there were none of these either
+        content = {name: value for name, value in json.loads(path.read_text()).items() if name not in digests}
         del content['config']['data']['document_mask'], content['config']['data']['restart_positions']
         path.write_text(json.dumps(content))
     config = _config(store, num_steps=3)

@@ -41,7 +41,10 @@ class Journal(Silent):
 
     def __init__(self, folder: pathlib.Path, config: Config, command: str, start: int, tokenizer_path: pathlib.Path):
         workdir.keep_tokenizer(folder, tokenizer_path)
-        before = workdir.read_config_file(folder)
+        try:
+            before, unreadable = workdir.read_config_file(folder), None
+        except tree.Unreadable as error:
+            before, unreadable = None, error
         self._recomputed = records.Recomputed(folder / 'metrics.jsonl', start)
         for name in ('validation.jsonl', 'evaluation.jsonl'):
             records.cut_entries(folder / name, start)
@@ -52,6 +55,8 @@ class Journal(Silent):
         self._validations = metrics.Writer(folder / 'validation.jsonl', config, start_step=start)
         tokens = config.train.global_batch_size * config.model.seq_len
         self._progress = metrics.Progress(start, config.train.num_steps, tokens_per_step=tokens)
+        if unreadable:
+            self.say(f'{unreadable} Written anew.')
         changes = tree.differences(before['config'], now['config'], 'config') if before else {}
         for field, (old, new) in changes.items():
             self.say(f'changed since the last start: {field} was {old}, is {new}')

@@ -40,7 +40,7 @@ def generate_run(
     if not texts:
         raise errors.UsageError('--prompt=TEXT is missing; it may be given several times, or --prompts=FILE.')
     loaded = workdir.load(folder, config, step)
-    tokenizer = workdir.load_tokenizer(folder, loaded.config)
+    tokenizer = workdir.load_tokenizer(folder, loaded.config, loaded.tokenizer_path)
     ids = [tokenizer.encode(text, special=True) for text in texts]
     if not all(ids):
         number, flags = ids.index([]) + 1, len(prompt)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from tinyllama_jax import checkpoint, errors, files, model
 from tinyllama_jax import config as config_lib
 from tinyllama_jax.config import Config
 from tinyllama_jax.process import signals, versions
+from tinyllama_jax.run import resume
 from tinyllama_jax.settings import tree
 from tinyllama_jax.tokenizer import json_file, loading
 from tinyllama_jax.tokenizer.base import BaseTokenizer
@@ -39,13 +40,15 @@ class Loaded:
 
 def write_config_file(workdir: pathlib.Path, config: Config, command: str) -> dict[str, Any]:
     """Writes WORKDIR/config.json and returns its content."""
-    content = {
-        'config': config_lib.to_dict(config),
-        'command': command,
-        'commit': versions.commit(),
-        'versions': versions.installed(),
-        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-    }
+    content = tree.sealed(
+        {
+            'config': config_lib.to_dict(config),
+            'command': command,
+            'commit': versions.commit(),
+            'versions': versions.installed(),
+            'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        }
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomically(workdir / 'config.json', json.dumps(content, indent=2) + '\n')
     return content
@@ -101,12 +104,35 @@ def load(workdir: pathlib.Path, config: Config | None = None, step: int | None =
         raise errors.UsageError(missing)
     checkpointer = checkpoint.Checkpointer(folder, read_only=True)
     params, meta = checkpointer.restore_params(step, abstract_params(config))
-    return Loaded(config, params, meta['step'], loading.kept(workdir))
+    trained = resume.changes(config_lib.to_dict(config), tree.completed(meta['config']), 'weights')
+    for field, (here, there) in trained.items():
+        raise errors.UsageError(
+            f'{field} is {here} in {workdir}/config.json, but {there} in the checkpoint of step {meta["step"]}; '
+            f'main.py train --config=FILE --workdir={workdir} writes config.json anew.'
+        )
+    return Loaded(config, params, meta['step'], _trained_with(workdir, meta))
 
 
-def load_tokenizer(workdir: pathlib.Path, config: Config) -> BaseTokenizer:
-    """Returns the run's tokenizer. Of an imported model, the ids that end a text are those of the folder's settings."""
-    tokenizer = loading.load(loading.kept(workdir), adds_bos=config.data.bos)
+def _trained_with(workdir: pathlib.Path, meta: Mapping[str, Any]) -> pathlib.Path:
+    """Returns the path of the tokenizer that a checkpoint was trained with. Raises UsageError if it is not there."""
+    expected, kept = meta.get('tokenizer'), loading.kept(workdir)
+    if expected is None:  # from an earlier version
+        return kept
+    for path in (kept, workdir / json_file.MODEL):  # an import may have both kinds
+        if path.exists() and loading.load(path).sha256 == expected:
+            return path
+    raise errors.UsageError(
+        f'{kept} is not the tokenizer of the checkpoint of step {meta["step"]}, whose sha256 begins with '
+        f'{expected[:12]}; copy that one there, for example from the store.'
+    )
+
+
+def load_tokenizer(workdir: pathlib.Path, config: Config, path: pathlib.Path | None = None) -> BaseTokenizer:
+    """Returns the run's tokenizer, by default the one that the workdir keeps.
+
+    Of an imported model, the ids that end a text are those of the folder's settings.
+    """
+    tokenizer = loading.load(path or loading.kept(workdir), adds_bos=config.data.bos)
     if (workdir / IMPORTED).is_dir():
         tokenizer.stop_ids = json_file.stop_ids(workdir / IMPORTED, tokenizer.eos_id)
     return tokenizer
@@ -160,11 +186,13 @@ def create(
     if workdir.exists() and any(workdir.iterdir()):
         raise errors.UsageError(f'--workdir={workdir} is not empty; import needs a new one.')
     with signals.unfinished(workdir):
-        checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
-        checkpointer.save(0, state, checkpoint.make_meta(config, None, {}))
-        checkpointer.close()
+        tokenizer = None
         if tokenizer_path is not None:
             keep_tokenizer(workdir, tokenizer_path)
+            tokenizer = loading.load(loading.kept(workdir)).sha256
+        checkpointer = checkpoint.Checkpointer(workdir / 'checkpoints')
+        checkpointer.save(0, state, checkpoint.make_meta(config, None, {}, tokenizer))
+        checkpointer.close()
         (workdir / IMPORTED).mkdir(parents=True, exist_ok=True)
         for path in imported:
             shutil.copyfile(path, workdir / IMPORTED / path.name)

@@ -65,7 +65,12 @@ def resolve(
     Without either returns None, or raises UsageError if one is `required`. A `~` in a path is expanded.
     """
     path = workdir / 'config.json' if workdir else None
-    saved = tree.read_file(path)['config'] if path and path.exists() else None  # refused here if it is not a run's
+    try:
+        saved = tree.read_file(path)['config'] if path and path.exists() else None  # refused here if it is not a run's
+    except tree.Unreadable:
+        if not experiment:
+            raise
+        saved = None
     if experiment:
         config = load_experiment(experiment)
     elif saved is not None:

@@ -1,6 +1,7 @@
 """Reads configurations back from the dictionaries of `config.to_dict`, and compares such dictionaries."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import typing
@@ -11,12 +12,28 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import Config, to_dict
 
 
+class Unreadable(errors.UsageError):
+    """A run's config.json that is damaged. `train --config` writes it anew."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a config.json with its SHA-256, by which `read_file` knows later changes."""
+    rest = {name: value for name, value in content.items() if name != 'sha256'}
+    return rest | {'sha256': hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 def read_file(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a run's config.json. Raises UsageError if it is not JSON, or not a run's."""
+    """Returns the content of a run's config.json.
+
+    Raises UsageError if it is not a run's, and Unreadable if it is not JSON or was changed since it was written.
+    """
+    anew = f'main.py train --config=FILE --workdir={path.parent} writes it anew'
     try:
         content = json.loads(path.read_text(encoding='utf-8-sig'))
-    except ValueError as error:
-        raise errors.UsageError(f'{path} is not valid JSON: {error}; mend it, or use a new --workdir.') from None
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f'{path} is not valid JSON: {error}; mend it, or {anew}.') from None
+    if isinstance(content, dict) and content.get('sha256') not in (None, sealed(content)['sha256']):
+        raise Unreadable(f'{path} was changed since it was written: it does not have its sha256; {anew}.')
     if isinstance(content, dict) and isinstance(content.get('config'), dict):
         return content
     if isinstance(content, dict) and 'model_type' in content:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import tiny
-from tinyllama_jax.run import journal, records
+from tinyllama_jax.run import journal, records, workdir
 from tinyllama_jax.settings import experiment
 
 
@@ -33,6 +33,14 @@ def test_a_journal_writes_and_says(tmp_path, capsys):
     assert records.read_entries(tmp_path / 'run' / 'validation.jsonl') == [{'step': 1, 'loss': {'web': 2.0}}]
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'pieces'
     assert 'step 1: validation loss web 2.0000' in capsys.readouterr().err
+
+
+def test_a_damaged_config_json_is_written_anew(tmp_path, capsys):
+    (tmp_path / 'given.model').write_bytes(b'pieces')
+    (tmp_path / 'config.json').write_bytes(b'{"config": \0')
+    journal.Journal(tmp_path, tiny.CONFIG, '', 0, tmp_path / 'given.model').close()
+    assert 'config.json is not valid JSON' in capsys.readouterr().err
+    assert workdir.read_config(tmp_path) == tiny.CONFIG
 
 
 @pytest.mark.parametrize(

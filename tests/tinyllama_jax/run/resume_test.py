@@ -23,7 +23,7 @@ def _changed(path, value):
 
 
 def _check(config, tmp_path, *, trained_on='data', reads='data'):
-    meta = checkpoint.make_meta(CONFIG, trained_on, {}) | {'step': 7}
+    meta = checkpoint.make_meta(CONFIG, trained_on, {}, None) | {'step': 7}
     resume.check_resume(config, reads, tmp_path / 'run', meta)
 
 
@@ -104,7 +104,7 @@ def test_every_row_of_the_table_decides_a_field_that_no_row_above_it_does():
 
 @pytest.mark.parametrize(('folder', 'new'), [('.', '--workdir=.-2.'), ('my runs/a', "--workdir='my runs/a-2'.")])
 def test_the_new_workdir_can_be_typed_as_it_is_written(folder, new):
-    meta = checkpoint.make_meta(CONFIG, 'data', {}) | {'step': 7}
+    meta = checkpoint.make_meta(CONFIG, 'data', {}, None) | {'step': 7}
     with pytest.raises(errors.UsageError) as raised:
         resume.check_resume(_changed('seed', 2), 'data', pathlib.Path(folder), meta)
     assert str(raised.value).endswith(new)

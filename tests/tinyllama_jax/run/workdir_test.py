@@ -12,14 +12,14 @@ from tests.support import json_tokenizers, tiny, tiny_export
 from tinyllama_jax import errors, model
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.run import workdir
+from tinyllama_jax.settings import tree
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     params = model.init_params(tiny.MODEL, jax.random.key(0))
-    given = tmp_path_factory.mktemp('given') / 'tokenizer.model'
-    given.write_bytes(b'pieces')
+    given = tiny_export.write_tokenizer(tmp_path_factory.mktemp('given') / 'tokenizer.model')
     workdir.create(folder, tiny.CONFIG, step_lib.make_state(tiny.CONFIG, params), given, 'main.py import')
     return folder, params
 
@@ -88,6 +88,31 @@ def test_the_tokenizer_a_run_was_begun_with_stays(tmp_path):
     ):
         workdir.keep_tokenizer(tmp_path / 'run', tmp_path / 'b.model')
     assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == b'a'
+
+
+def test_no_changed_byte_of_config_json_is_used(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / 'run')
+    text = (copy / 'config.json').read_text()
+    for old, new in (('"rope_base": 1', '"rope_base": 2'), ('"seed"', '"sead"'), ('train', 'trajn'), ('"', '\0')):
+        (copy / 'config.json').write_text(text.replace(old, new, 1))
+        with pytest.raises(tree.Unreadable, match=f'config.json .* main.py train .*--workdir={copy} writes it anew'):
+            workdir.load(copy)
+    # One that an earlier version wrote, without its sha256.
+    content = {name: value for name, value in json.loads(text).items() if name != 'sha256'}
+    content['config']['model']['rope_base'] = 20_000.0
+    (copy / 'config.json').write_text(json.dumps(content))
+    with pytest.raises(
+        errors.UsageError, match='rope_base is 20000.0 in .*config.json, but 10000.0 in the ch'
+    ):
+        workdir.load(copy)
+
+
+def test_another_tokenizer_than_the_checkpoint_s_is_refused(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / 'run')
+    assert workdir.load(copy).tokenizer_path == copy / 'tokenizer.model'
+    tiny_export.write_merged_tokenizer(copy / 'tokenizer.model')
+    with pytest.raises(errors.UsageError, match='tokenizer.model is not the tokenizer of the checkpoint of step 0'):
+        workdir.load(copy)
 
 
 def test_a_config_file_that_is_not_a_run_s_is_one_line(tmp_path):
