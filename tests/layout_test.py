@@ -71,7 +71,7 @@ def _files_where(predicate) -> set[str]:
 # names without a folder are files of tinyllama_jax/, and rooms are its folders.
 ORDER = (
     ('kernels/',),
-    ('errors', 'files', 'fields', 'config', 'flops', 'tokenizer/'),
+    ('errors', 'files', 'storage', 'fields', 'config', 'flops', 'tokenizer/'),
     ('settings/', 'process/'),
     ('data/',),
     ('sharding', 'ops', 'model', 'optimizer', 'step', 'checkpoint_errors', 'checkpoint', 'decode', 'generate'),

@@ -8,6 +8,7 @@ removes. The checksums catch later changes of bytes, which orbax does not notice
 while reading, that is not damage: nothing is moved, and the run ends with 75.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -109,8 +110,11 @@ class Checkpointer:
             for half in self.folder.glob('*.orbax-checkpoint-tmp') if jax.process_index() == 0 else ():
                 shutil.rmtree(half)
                 print(f'{half}: removed the incomplete checkpoint of an interrupted save.', file=sys.stderr)
-        with checkpoint_errors.reading(self.folder, 'the list of checkpoints'):
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = checkpoint_errors.read(
+            self.folder,
+            'the list of checkpoints',
+            lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers),
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, oldest first."""
@@ -191,8 +195,8 @@ class Checkpointer:
         damaged = {}
         for step in reversed(steps):
             try:
-                with checkpoint_errors.reading(self.folder / str(step), f'the checkpoint of step {step}'):
-                    return read(step), damaged
+                what, call = f'the checkpoint of step {step}', functools.partial(read, step)
+                return checkpoint_errors.read(self.folder / str(step), what, call), damaged
             except errors.Failure:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a broken file

@@ -9,17 +9,16 @@ import functools
 import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, storage
 
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # tensorstore raises only ValueErrors, which name errno like this
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # OSErrors that mean damage
+_T = TypeVar('_T')
 
 
 def damage(folder: pathlib.Path, damaged: dict[int, Exception]) -> str:
@@ -54,30 +53,20 @@ def move_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> errors.Un
     )
 
 
-@contextlib.contextmanager
-def reading(path: pathlib.Path, what: str) -> Iterator[None]:
-    """A context that raises Unavailable if reading `what` from `path` fails for an outside cause, not its content."""
-    try:
-        yield
-    except errors.Failure:
-        raise
-    except Exception as error:
-        if cause := _outside_cause(error) or _outside_cause(_unreadable(path)):
-            reason = errors.first_line(cause, limit=300)
-            raise errors.Unavailable(
-                f'{path}: {what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
-                'permissions or free memory, and run the same command again; to resume without it, move it away.'
-            ) from error
-        raise
+def read(path: pathlib.Path, what: str, read: Callable[[], _T]) -> _T:
+    """Returns `read()`, which reads `what` from `path`. Raises as `storage.retried` does."""
+    return storage.retried(
+        f'{path}: {what}', read, lambda error: _outside_cause(error) or _outside_cause(_unreadable(path))
+    )
 
 
 def _outside_cause(error: BaseException | None) -> BaseException | None:
     """Returns the error of storage, memory or a device that caused `error`, if any."""
+    if cause := storage.failure(error):
+        return cause
     while error is not None:
-        code = _OS_ERROR.search(str(error))
-        cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
-        if isinstance(cause, OSError | MemoryError | jax.errors.JaxRuntimeError) and not isinstance(cause, _MISSING):
-            return cause
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+            return error
         error = error.__cause__ or error.__context__
     return None
 

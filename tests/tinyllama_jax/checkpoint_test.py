@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support import tiny
-from tinyllama_jax import checkpoint, errors, sharding
+from tinyllama_jax import checkpoint, errors, sharding, storage
 from tinyllama_jax import step as step_lib
 from tinyllama_jax.config import MeshConfig
 
@@ -208,7 +208,8 @@ def _unreadable_folder(checkpoint):
     ('spoil', 'said'),
     [(_unreadable_file, 'Input/output error'), (_unreadable_folder, 'Too many levels of symbolic links')],
 )
-def test_what_cannot_be_read_now_is_not_damage(tmp_path, state, meshes, spoil, said):
+def test_what_cannot_be_read_now_is_not_damage(tmp_path, state, meshes, spoil, said, monkeypatch):
+    monkeypatch.setattr(storage, '_WAITS_S', (0.0, 0.0))
     _save(tmp_path / 'c', state, [3, 6], keep=2)
     spoil(tmp_path / 'c' / '6')
     checkpointer, abstract = checkpoint.Checkpointer(tmp_path / 'c', keep=2), _abstract(meshes[2])
@@ -230,6 +231,7 @@ def test_a_folder_that_cannot_be_listed_or_made_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, 'Permission denied', str(path))
 
+    monkeypatch.setattr(storage, '_WAITS_S', (0.0, 0.0))
     monkeypatch.setattr(os, 'listdir', refuse)  # root may list every folder, whatever its mode
     with pytest.raises(errors.Unavailable, match='c: the list of checkpoints cannot be read now .*Permission denied'):
         checkpoint.Checkpointer(tmp_path / 'c')

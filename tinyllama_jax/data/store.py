@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from tinyllama_jax import errors, files
+from tinyllama_jax import errors, files, storage
 from tinyllama_jax.tokenizer import loading
 
 MANIFEST = 'manifest.json'
@@ -79,12 +79,16 @@ def _open(store: Path, kind: str, source: str, split: str, metadata: dict[str, A
     if metadata:
         spec |= {'metadata': metadata, 'create': True, 'open': True}
     context = tensorstore.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
-    try:
+    folder = array_path(store, kind, source, split)
+
+    def open_():
         return tensorstore.open(spec, context=context).result()
+
+    try:
+        return open_() if metadata else storage.retried(str(folder), open_)
     except (ValueError, OSError) as error:
         if metadata:
             raise write_error(store, error) from None
-        folder = array_path(store, kind, source, split)
         raise errors.RunError(
             f'{folder} cannot be opened ({_reason(error)}); delete the store and prepare it again.'
         ) from None
@@ -227,11 +231,9 @@ class TokenStore:
         tokens = np.empty((len(starts), length), self.manifest['dtype'])
         if not len(starts):
             return tokens
-        array, batch = self._array('tokens', source, split), tensorstore.Batch()
-        reads = [array[start : start + length].read(batch=batch) for start in starts.tolist()]
-        batch.submit()
-        for i, read in enumerate(reads):
-            tokens[i] = self._result(read, source, split, files[i])
+        ranges = [(start, start + length) for start in starts.tolist()]
+        for i, row in enumerate(self._read('tokens', source, split, files.tolist(), ranges)):
+            tokens[i] = row
         return tokens
 
     def segment_ids(self, source: str, split: str, rows: np.ndarray, seq_len: int) -> np.ndarray:
@@ -262,9 +264,8 @@ class TokenStore:
 
     def _read_file(self, kind: str, source: str, split: str, file_index: int) -> np.ndarray:
         """Returns the elements of an array that one input file owns and wrote."""
-        first, array = file_index * FILE_SPAN, self._array(kind, source, split)
-        read = array[first : first + self._files(source, split)[file_index][kind]].read()
-        return self._result(read, source, split, file_index)
+        first, count = file_index * FILE_SPAN, self._files(source, split)[file_index][kind]
+        return self._read(kind, source, split, [file_index], [(first, first + count)])[0]
 
     def _files(self, source: str, split: str) -> list[dict[str, Any]]:
         """Returns the manifest's entries of a split's input files; none for a split that is absent."""
@@ -291,12 +292,9 @@ class TokenStore:
         entries = self._files(source, split)
         for i in range(0, len(missing), _FILES_AT_ONCE):
             together = missing[i : i + _FILES_AT_ONCE]
-            array, batch = self._array('documents', source, split), tensorstore.Batch()
-            firsts = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in together]
-            reads = [array[first:end, 0].read(batch=batch) for first, end in firsts]
-            batch.submit()
-            for file, read in zip(together, reads, strict=True):
-                starts = self._result(read, source, split, file)
+            ranges = [(file * FILE_SPAN, file * FILE_SPAN + entries[file]['documents']) for file in together]
+            for file, documents in zip(together, self._read('documents', source, split, together, ranges), strict=True):
+                starts = documents[:, 0]
                 # An empty document at the very end starts after the last token, perhaps past 32 bits.
                 starts = starts[starts < entries[file]['tokens']].astype(np.uint32)
                 self._starts.put((source, split, file), starts)
@@ -316,15 +314,34 @@ class TokenStore:
             self._arrays[key] = _open(self.path, kind, source, split)
         return self._arrays[key]
 
-    def _result(self, read, source: str, split: str, file_index: int) -> np.ndarray:
-        try:
-            return read.result()
-        except (ValueError, OSError) as error:
-            name = self._files(source, split)[file_index]['name']
-            raise errors.RunError(
-                f'The tokens of source {source}, split {split}, file {name} in {self.path} are damaged '
-                f'({_reason(error)}); delete the store and run prepare again.'
-            ) from None
+    def _read(
+        self, kind: str, source: str, split: str, files: Sequence[int], ranges: Sequence[tuple[int, int]]
+    ) -> list[np.ndarray]:
+        """Returns the elements of these ranges, each of a file, read together.
+
+        Raises RunError naming the file whose chunk is missing or damaged, Unavailable if storage fails.
+        """
+        array = self._array(kind, source, split)
+
+        def read() -> list[np.ndarray]:
+            batch = tensorstore.Batch()
+            reads = [array[first:end].read(batch=batch) for first, end in ranges]
+            batch.submit()
+            results = []
+            for file, result in zip(files, reads, strict=True):
+                try:
+                    results.append(result.result())
+                except (ValueError, OSError) as error:
+                    if storage.failure(error):
+                        raise
+                    name = self._files(source, split)[file]['name']
+                    raise errors.RunError(
+                        f'The tokens of source {source}, split {split}, file {name} in {self.path} are damaged '
+                        f'({_reason(error)}); delete the store and run prepare again.'
+                    ) from None
+            return results
+
+        return storage.retried(str(array_path(self.path, kind, source, split)), read)
 
 
 class _BoundedCache:
@@ -358,8 +375,9 @@ def segment_dtype(seq_len: int) -> np.dtype:
 
 def read_manifest(store: Path) -> dict[str, Any] | None:
     """Returns the manifest of a complete store, None if there is none. Raises UsageError for another version."""
+    path = store / MANIFEST
     try:
-        manifest = json.loads((store / MANIFEST).read_text(encoding='utf-8'))
+        manifest = json.loads(storage.retried(str(path), lambda: path.read_text(encoding='utf-8')))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinyllama_jax import errors
+from tinyllama_jax import errors, storage
 from tinyllama_jax.data import store
 
 LENGTHS = [1000, 0, 257, 70_000]  # tokens of the input files; one is empty
@@ -132,8 +132,13 @@ MANY = [[7, 0, 30, 1], [], [5] * 300, [1] * 40 + [200], [64], [3, 3, 0] * 50]  #
 
 def starts_read(tokens, monkeypatch) -> list[int]:
     """Returns a list that gets a file's number whenever its document starts are read."""
-    read, plain = [], tokens._result
-    monkeypatch.setattr(tokens, '_result', lambda *args: read.append(args[3]) or plain(*args))
+    read, plain = [], tokens._read
+
+    def counted(kind, source, split, files, ranges):
+        read.extend(files if kind == 'documents' else [])
+        return plain(kind, source, split, files, ranges)
+
+    monkeypatch.setattr(tokens, '_read', counted)
     return read
 
 
@@ -218,6 +223,30 @@ def test_a_damaged_chunk_is_named(tmp_path, damage, kind):
     assert read('words', 'train', np.array([row - 1]), 99).shape == (1, 100)
     with pytest.raises(errors.RunError, match=r'source words, split train, file file2\.txt .* damaged'):
         read('words', 'train', np.array([0, row]), 99)
+
+
+@pytest.mark.parametrize('kind', ['tokens', 'documents'])
+def test_storage_that_fails_is_tried_again_and_not_called_damaged(tmp_path, kind, monkeypatch):
+    write_store(tmp_path)
+    folder = store.array_path(tmp_path, kind, 'words', 'train')
+
+    def read():
+        tokens = store.TokenStore(tmp_path)
+        return {'tokens': tokens.read_rows, 'documents': tokens.segment_ids}[kind]('words', 'train', np.array([0]), 99)
+
+    def mend(_):
+        (folder / 'c').unlink()
+        (tmp_path / 'aside').rename(folder / 'c')
+
+    right = read()
+    for sleep in (mend, lambda _: None):
+        (folder / 'c').rename(tmp_path / 'aside')
+        (folder / 'c').symlink_to('c')  # ELOOP
+        monkeypatch.setattr(storage.time, 'sleep', sleep)
+        if sleep is mend:
+            np.testing.assert_array_equal(read(), right)
+    with pytest.raises(errors.Unavailable, match=f'{folder} cannot be read now .*Nothing was moved or changed'):
+        read()
 
 
 @pytest.mark.parametrize('kind', ['tokens', 'documents'])

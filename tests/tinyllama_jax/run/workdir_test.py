@@ -101,9 +101,7 @@ def test_no_changed_byte_of_config_json_is_used(run, tmp_path):
     content = {name: value for name, value in json.loads(text).items() if name != 'sha256'}
     content['config']['model']['rope_base'] = 20_000.0
     (copy / 'config.json').write_text(json.dumps(content))
-    with pytest.raises(
-        errors.UsageError, match='rope_base is 20000.0 in .*config.json, but 10000.0 in the ch'
-    ):
+    with pytest.raises(errors.UsageError, match='rope_base is 20000.0 in .*config.json, but 10000.0 in the ch'):
         workdir.load(copy)
 
 
