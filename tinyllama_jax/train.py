@@ -40,6 +40,10 @@ def train(
     With several processes all `members` of the run make this call. Raises UsageError (the run cannot be started or
     resumed like this), RunError (non-finite loss, failed write) and Stopped (after saving on SIGTERM or Ctrl-C).
     """
+    keep, save = config.train.keep_every_steps, config.train.checkpoint_every_steps
+    if keep and keep % save:  # not a check of every command: a run that was begun so can still be exported
+        problem = f'{keep} is not a multiple of checkpoint_every_steps = {save}, so no checkpoint would be kept'
+        raise errors.usage('config.train.keep_every_steps', f'{problem}; set it to {-(-keep // save) * save}')
     members = members or cluster.alone(config.train)
     awake_cores = cores.awake_cores() if members.count == 1 else contextlib.nullcontext()
     with signals.StopSignals() as stop_signals, awake_cores:

@@ -410,6 +410,11 @@ def test_a_tokenizer_json_of_70000_ids_goes_from_text_to_export(store, tmp_path,
         assert transformers.AutoConfig.from_pretrained(tmp_path / 'hf').vocab_size == 70_016
 
 
+def test_checkpoints_to_keep_must_be_among_those_that_are_saved(store, tmp_path):
+    with pytest.raises(errors.UsageError, match='keep_every_steps: 8 is not a multiple of .* = 5.*; set it to 10'):
+        train.train(_config(store, keep_every_steps=8), tmp_path)
+
+
 def test_a_batch_that_does_not_divide_over_the_mesh_names_the_field(store, tmp_path):
     with pytest.raises(errors.UsageError, match='global_batch_size: 8 is not a multiple of .* 8 x 8'):
         train.train(_config(store, micro_batch_size=8), tmp_path)

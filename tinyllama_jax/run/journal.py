@@ -1,6 +1,5 @@
 """What a start of a run writes into its folder and prints. Of several processes only process 0 does it."""
 
-import math
 import pathlib
 from typing import Any
 
@@ -104,10 +103,4 @@ def _remarks(config: Config) -> list[str]:
         lines.append(f'config.optimizer.decay_steps is {optimizer.decay_steps}: only the schedule wsd has them')
     if train.profile_step and train.profile_step > train.num_steps:
         lines.append(f'config.train.profile_step is {train.profile_step}: the run ends before, at {train.num_steps}')
-    if train.keep_every_steps and train.keep_every_steps % train.checkpoint_every_steps:
-        both = math.lcm(train.keep_every_steps, train.checkpoint_every_steps)
-        lines.append(
-            f'config.train.keep_every_steps is {train.keep_every_steps}, no multiple of checkpoint_every_steps = '
-            f'{train.checkpoint_every_steps}: checkpoints are kept for ever only every {both} steps'
-        )
     return lines

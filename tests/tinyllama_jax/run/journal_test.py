@@ -52,7 +52,6 @@ def test_a_damaged_config_json_is_written_anew(tmp_path, capsys):
         ),
         ({'optimizer.decay_steps': 3}, 'config.optimizer.decay_steps is 3: only the schedule wsd has them'),
         ({'train.profile_step': 21}, 'config.train.profile_step is 21: the run ends before'),
-        ({'train.keep_every_steps': 8}, 'checkpoints are kept for ever only every 40 steps'),
         ({'optimizer.warmup_steps': 19, 'train.keep_every_steps': 10, 'train.profile_step': 20}, None),
     ],
 )
