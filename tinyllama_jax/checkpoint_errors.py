@@ -56,7 +56,10 @@ def move_aside(folder: pathlib.Path, damaged: dict[int, Exception]) -> errors.Un
 def read(path: pathlib.Path, what: str, read: Callable[[], _T]) -> _T:
     """Returns `read()`, which reads `what` from `path`. Raises as `storage.retried` does."""
     return storage.retried(
-        f'{path}: {what}', read, lambda error: _outside_cause(error) or _outside_cause(_unreadable(path))
+        f'{path}: {what}',
+        read,
+        lambda error: _outside_cause(error) or _outside_cause(_unreadable(path)),
+        otherwise='; to resume without it, move it away',
     )
 
 

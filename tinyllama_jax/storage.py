@@ -29,11 +29,16 @@ def failure(error: BaseException | None) -> OSError | None:
     return None
 
 
-def retried(what: str, read: Callable[[], _T], failure_of: Callable[[Exception], BaseException | None] = failure) -> _T:
+def retried(
+    what: str,
+    read: Callable[[], _T],
+    failure_of: Callable[[Exception], BaseException | None] = failure,
+    otherwise: str = '',
+) -> _T:
     """Returns `read()`, which reads `what`, tried three times where storage fails.
 
     `failure_of` tells storage's failures, of which only OSErrors are worth another try. Raises Unavailable if the last
-    try fails too, and what `read` raises for other causes.
+    try fails too; its message may name another way, `otherwise`. Raises what `read` raises for other causes.
     """
     for wait in (*_WAITS_S, None):
         try:
@@ -48,7 +53,7 @@ def retried(what: str, read: Callable[[], _T], failure_of: Callable[[Exception],
             if wait is None or not isinstance(cause, OSError):
                 raise errors.Unavailable(
                     f'{what} cannot be read now ({reason}). Nothing was moved or changed. Mend the storage or its '
-                    'permissions or free memory, and run the same command again.'
+                    f'permissions or free memory, and run the same command again{otherwise}.'
                 ) from error
             print(f'{what} cannot be read ({reason}); trying again in {wait:.0f} s', file=sys.stderr)
             time.sleep(wait)

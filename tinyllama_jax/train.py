@@ -42,7 +42,9 @@ def train(
     """
     keep, save = config.train.keep_every_steps, config.train.checkpoint_every_steps
     if keep and keep % save:  # not a check of every command: a run that was begun so can still be exported
-        problem = f'{keep} is not a multiple of checkpoint_every_steps = {save}, so no checkpoint would be kept'
+        problem = (
+            f'{keep} is not a multiple of checkpoint_every_steps = {save}, so most of what it names is never saved'
+        )
         raise errors.usage('config.train.keep_every_steps', f'{problem}; set it to {-(-keep // save) * save}')
     members = members or cluster.alone(config.train)
     awake_cores = cores.awake_cores() if members.count == 1 else contextlib.nullcontext()

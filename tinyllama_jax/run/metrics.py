@@ -22,7 +22,7 @@ from tinyllama_jax import errors
 from tinyllama_jax.config import Config
 from tinyllama_jax.run import records
 
-_MOST_WAITING = 20_000  # entries that wait for a sink: a day of five-second steps, some 20 MB
+_MOST_WAITING = 20_000  # entries that wait for a sink: a day of five-second steps
 _SAID_EVERY_S = 60.0  # while a sink fails
 
 
